@@ -1,0 +1,28 @@
+"""The two errors a user of tp_planner meets, raised before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class TpPlannerError(Exception):
+    """Base of every error tp_planner raises on purpose."""
+
+
+class PlanError(TpPlannerError, ValueError):
+    """A layout, mesh, model or plan cannot be planned or applied; lists every problem found.
+
+    ``problems`` holds one sentence per problem: what is wrong, where, and what to do next.
+    """
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        if len(self.problems) == 1:
+            super().__init__(self.problems[0])
+        else:
+            lines = "".join(f"\n  - {problem}" for problem in self.problems)
+            super().__init__(f"{len(self.problems)} problems:{lines}")
+
+
+class ParallelRuntimeError(TpPlannerError, RuntimeError):
+    """The ranks of a job disagree, or a parallelized model is used in a way that cannot be right."""

@@ -1,0 +1,92 @@
+"""Placements of a tensor on one mesh axis, and the collectives that change them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Replicate:
+    """Every rank of the axis holds the whole tensor."""
+
+    def __str__(self) -> str:
+        return "R"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Rank r of the axis holds the r-th chunk of dim ``dim`` (as ``torch.chunk`` cuts it)."""
+
+    dim: int
+
+    def __str__(self) -> str:
+        return f"S({self.dim})"
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """Every rank of the axis holds a summand; the tensor is their sum."""
+
+    def __str__(self) -> str:
+        return "P"
+
+
+Placement = Replicate | Shard | Partial
+CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+
+
+def parse_placement(text: str) -> Placement:
+    """Return the placement that ``str`` wrote: ``"R"``, ``"P"`` or ``"S(dim)"``."""
+    if text == "R":
+        return Replicate()
+    if text == "P":
+        return Partial()
+    if match := re.fullmatch(r"S\((\d+)\)", text):
+        return Shard(int(match[1]))
+    raise ValueError(f"{text!r} is no placement; expected 'R', 'P' or 'S(dim)'")
+
+
+def chunk_sizes(length: int, parts: int) -> tuple[int, ...]:
+    """Return the sizes of the ``parts`` chunks of a dim of ``length``, as ``torch.chunk`` cuts it.
+
+    >>> chunk_sizes(10, 4)
+    (3, 3, 3, 1)
+    """
+    full = -(-length // parts)
+    return tuple(max(0, min(full, length - rank * full)) for rank in range(parts))
+
+
+def divides(shape: Shape, placement: Placement, parts: int) -> bool:
+    """Whether every rank gets an equal shard."""
+    return not isinstance(placement, Shard) or shape[placement.dim] % parts == 0
+
+
+def local_shape(shape: Shape, placement: Placement, parts: int, rank: int = 0) -> Shape:
+    """Return the shape of what rank ``rank`` of ``parts`` holds of a tensor of ``shape``."""
+    if not isinstance(placement, Shard):
+        return shape
+    local = chunk_sizes(shape[placement.dim], parts)[rank]
+    return (*shape[: placement.dim], local, *shape[placement.dim + 1 :])
+
+
+def collective_between(source: Placement, target: Placement) -> CollectiveKind | None:
+    """Return the collective that turns ``source`` into ``target``; None where no rank needs another.
+
+    Raises ValueError for Shard to Partial, which no layer needs.
+    """
+    match source, target:
+        case Partial(), Replicate():
+            return "all_reduce"
+        case Partial(), Shard():
+            return "reduce_scatter"
+        case Shard(), Replicate():
+            return "all_gather"
+        case Shard(dim=a), Shard(dim=b) if a != b:
+            return "all_to_all"
+        case Shard(), Partial():
+            raise ValueError(f"no collective turns {source} into {target}")
+    return None
