@@ -28,6 +28,20 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
+class StridedShard:
+    """Dim ``dim`` came from flattening dims of which an inner one is sharded: ``split`` runs of equal chunks.
+
+    Only tensors inside a region are placed so, between a flatten and the matching unflatten.
+    """
+
+    dim: int
+    split: int
+
+    def __str__(self) -> str:
+        return f"S({self.dim},{self.split})"
+
+
+@dataclass(frozen=True, slots=True)
 class Partial:
     """Every rank of the axis holds a summand; the tensor is their sum."""
 
@@ -35,7 +49,7 @@ class Partial:
         return "P"
 
 
-Placement = Replicate | Shard | Partial
+Placement = Replicate | Shard | StridedShard | Partial
 CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 
 
@@ -47,6 +61,8 @@ def parse_placement(text: str) -> Placement:
         return Partial()
     if match := re.fullmatch(r"S\((\d+)\)", text):
         return Shard(int(match[1]))
+    if match := re.fullmatch(r"S\((\d+),(\d+)\)", text):
+        return StridedShard(int(match[1]), int(match[2]))
     raise ValueError(f"{text!r} is no placement; expected 'R', 'P' or 'S(dim)'")
 
 
@@ -62,12 +78,12 @@ def chunk_sizes(length: int, parts: int) -> tuple[int, ...]:
 
 def divides(shape: Shape, placement: Placement, parts: int) -> bool:
     """Whether every rank gets an equal shard."""
-    return not isinstance(placement, Shard) or shape[placement.dim] % parts == 0
+    return not isinstance(placement, Shard | StridedShard) or shape[placement.dim] % parts == 0
 
 
 def local_shape(shape: Shape, placement: Placement, parts: int, rank: int = 0) -> Shape:
     """Return the shape of what rank ``rank`` of ``parts`` holds of a tensor of ``shape``."""
-    if not isinstance(placement, Shard):
+    if not isinstance(placement, Shard | StridedShard):
         return shape
     local = chunk_sizes(shape[placement.dim], parts)[rank]
     return (*shape[: placement.dim], local, *shape[placement.dim + 1 :])

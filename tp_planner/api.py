@@ -1,0 +1,149 @@
+"""What users call: plan, parallelize, restore."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from tp_planner.frontend.fingerprint import fingerprint
+from tp_planner.frontend.layout_map import read_layout_map
+from tp_planner.frontend.trace import require_built
+from tp_planner.ir.errors import PlanError
+from tp_planner.ir.plan import Plan
+from tp_planner.planner import make_plan
+from tp_planner.runtime.apply import apply_layers, gather_variables, scatter_from_rank_zero
+from tp_planner.runtime.boundaries import Axis
+from tp_planner.runtime.model import applied_to, let_go, take_over
+from tp_planner.runtime.process_group import model_mesh, require_process_group, this_device
+from tp_planner.runtime.rendezvous import exchange, meet
+
+
+def plan(model: keras.Model, layout_map: keras.distribution.LayoutMap, inputs: Any = None) -> Plan:
+    """Return how ``model`` would be sharded under ``layout_map``; needs no device and changes nothing.
+
+    Args:
+        model: a built Keras model on the torch backend, on any device ("meta" for one that fits nowhere).
+        layout_map: regular expressions over variable paths, each with a mesh axis name or None per dim
+            (https://keras.io/api/distribution/layout_map). Keys ``<layer path>/output`` name activations.
+        inputs: example inputs for models that do not know theirs; only shapes and dtypes are read.
+
+    Raises:
+        PlanError: with every problem of the model, the mesh and the rules.
+
+    >>> plan = tp_planner.plan(model, layout_map)  # doctest: +SKIP
+    >>> print(plan)  # doctest: +SKIP
+    """
+    require_built(model)
+    _require_plain(model)
+    return make_plan(model, read_layout_map(layout_map), inputs)
+
+
+def parallelize(
+    model: keras.Model, layout_map_or_plan: keras.distribution.LayoutMap | Plan, inputs: Any = None
+) -> keras.Model:
+    """Shard ``model`` over the devices of its mesh and return it; every process of the job has to call it.
+
+    Starts the process group from torchrun's environment where there is none. Rank 0's weights are the truth;
+    random number generators of all ranks continue from rank 0's state.
+
+    Args:
+        model: a built, plain Keras model.
+        layout_map_or_plan: a LayoutMap, or a plan that ``plan`` made for this model.
+        inputs: as for ``plan``.
+
+    Raises:
+        PlanError: if the layout cannot be planned, the plan does not fit the model, the number of processes is
+            not the size of the mesh, or ranks made different plans. The model is then as before on all ranks.
+    """
+    chosen: Plan | None = None
+    problem = ""
+    try:
+        require_built(model)
+        _require_plain(model)
+        chosen = layout_map_or_plan if isinstance(layout_map_or_plan, Plan) else plan(model, layout_map_or_plan, inputs)
+        _require_fit(model, chosen)
+        require_process_group(chosen.mesh.size)
+    except PlanError as error:
+        problem = str(error)
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            raise
+        own_error: PlanError | None = error
+    else:
+        own_error = None
+    _agree(chosen, problem, own_error)
+    assert chosen is not None
+    _share_random_state()
+    axis = Axis.of(model_mesh(chosen.axis))
+    applied = apply_layers(model, chosen, axis, scatter_from_rank_zero(this_device()))
+    take_over(model, applied)
+    return model
+
+
+def restore(model: keras.Model) -> keras.Model:
+    """Gather the weights of a parallelized model and return it as an ordinary single-device model.
+
+    Every process has to call it; each then holds the whole model on the devices it was on before.
+
+    Raises PlanError for a model that is not parallelized.
+    """
+    applied = applied_to(model)
+    if applied is None:
+        raise PlanError(f"model {model.name!r} is not parallelized; there is nothing to restore")
+    meet("tp_planner.restore")
+    let_go(model)
+    values = gather_variables(applied)
+    applied.remove_hooks()
+    for key, variable in applied.variables.items():
+        if variable._value.is_meta:
+            parameter = torch.nn.Parameter(values[key], requires_grad=variable._value.requires_grad)
+            variable._value = parameter
+        else:
+            with torch.no_grad():
+                variable._value.copy_(values[key])
+    return model
+
+
+def _require_plain(model: keras.Model) -> None:
+    if applied_to(model) is not None:
+        raise PlanError(f"model {model.name!r} is parallelized already; call tp_planner.restore(model) first")
+
+
+def _require_fit(model: keras.Model, chosen: Plan) -> None:
+    if fingerprint(model) != chosen.fingerprint:
+        raise PlanError(
+            f"the plan was made for another model than {model.name!r}: variables or layers differ; "
+            f"make it again with tp_planner.plan(model, layout_map)"
+        )
+
+
+def _agree(chosen: Plan | None, problem: str, own_error: PlanError | None) -> None:
+    """Go on only if all ranks made the same plan; else raise the same refusal everywhere."""
+    answers = exchange("tp_planner.parallelize", problem and f"problem {problem}" or f"plan {chosen.hash if chosen else ''}")
+    if own_error is not None:
+        raise own_error
+    for rank, answer in enumerate(answers):
+        if answer.startswith("problem "):
+            raise PlanError(f"rank {rank} cannot parallelize the model: {answer.removeprefix('problem ')}")
+    if len(set(answers)) > 1:
+        hashes = ", ".join(f"rank {rank}: {answer.removeprefix('plan ')[:12]}" for rank, answer in enumerate(answers))
+        raise PlanError(f"ranks made different plans ({hashes}); build the same model with the same layout on all of them")
+
+
+def _share_random_state() -> None:
+    """Continue on all ranks from rank 0's random state, so that replicated dropout masks and data order agree."""
+    state: list[Any] = [None]
+    if dist.get_rank() == 0:
+        cuda = torch.cuda.get_rng_state() if this_device().type == "cuda" else None
+        state = [(torch.get_rng_state(), cuda, np.random.get_state(), random.getstate())]
+    dist.broadcast_object_list(state, 0, device=this_device())
+    cpu, cuda, numpy_state, python_state = state[0]
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda)
+    np.random.set_state(numpy_state)
+    random.setstate(python_state)

@@ -1,0 +1,332 @@
+"""Trace: run a built Keras model once on fake tensors and record its graph.
+
+Nothing is computed and nothing is allocated: torch's FakeTensorMode propagates shapes and dtypes, a dispatch
+mode below autograd sees every ATen op, and module hooks see every layer call. The model is left as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import keras
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from tp_planner.frontend.contractions import DROPOUT_LAYERS, call_mode, contractions_of
+from tp_planner.frontend.layer_tree import named_layers, named_variables, own_variables
+from tp_planner.ir.errors import PlanError
+from tp_planner.ir.graph import Call, LayerInfo, ModelGraph, Op, TensorInfo, TensorRef, VariableInfo
+
+BATCH_SIZE = 2  # size given to an open batch dim
+OPEN_DIM = 16  # size given to any other open dim
+
+
+def trace(model: keras.Model, inputs: Any = None, *, training: bool = False) -> ModelGraph:
+    """Return the graph of one call of ``model``.
+
+    Args:
+        model: a built Keras model (Functional, Sequential or subclassed), on any device, "meta" included.
+        inputs: example inputs: arrays, tensors, ``keras.KerasTensor`` or ``keras.InputSpec``, nested as the
+            model takes them. Only shapes and dtypes are read. By default the model's own input specification.
+        training: trace the call with ``training=True``.
+
+    Raises:
+        PlanError: if the model is not built, its inputs are unknown, or it cannot run on fake tensors.
+    """
+    require_built(model)
+    with fake_tensors() as fake_mode:
+        arguments = fake_inputs(model, inputs, fake_mode)
+        recorder = Recorder(model)
+        try:
+            outputs = run_recorded(model, arguments, recorder, training)
+        except Exception as error:
+            raise PlanError(
+                f"model {model.name!r} cannot be traced with inputs {describe_inputs(arguments)}: "
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else error}; "
+                f"pass plan(..., inputs=) with inputs that model(inputs) accepts"
+            ) from error
+    return build_graph(model, recorder, training, arguments, outputs)
+
+
+def require_built(model: Any) -> None:
+    """Raise PlanError unless ``model`` is a built Keras model on the torch backend."""
+    if keras.backend.backend() != "torch":
+        raise PlanError(
+            f"Keras runs on the {keras.backend.backend()!r} backend; set KERAS_BACKEND=torch before importing keras"
+        )
+    if not isinstance(model, keras.Model):
+        raise PlanError(f"expected a keras.Model, got {type(model).__name__}")
+    if not model.built or not named_variables(model):
+        raise PlanError(
+            f"model {model.name!r} is not built, so it has no variables to plan; "
+            f"call it once on data or call model.build(input_shape)"
+        )
+
+
+@contextlib.contextmanager
+def fake_tensors() -> Iterator[FakeTensorMode]:
+    """Run Keras on fake CPU tensors: no arithmetic, no memory, no random numbers drawn."""
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    no_generator = mock.patch("keras.src.backend.torch.random.torch_seed_generator", lambda seed: None)
+    with keras.device("cpu"), no_generator, torch.enable_grad(), fake_mode:
+        yield fake_mode
+
+
+def fake_inputs(model: keras.Model, inputs: Any, fake_mode: FakeTensorMode) -> Any:
+    """Return fake tensors nested as the model takes its inputs."""
+    if inputs is None:
+        inputs = _declared_inputs(model)
+    return keras.tree.map_structure(_fake_tensor, inputs)
+
+
+def _fake_tensor(spec: Any) -> torch.Tensor:
+    sizes = [OPEN_DIM if size is None else size for size in spec.shape]
+    if sizes and spec.shape[0] is None:
+        sizes[0] = BATCH_SIZE
+    dtype = keras.backend.standardize_dtype(spec.dtype or keras.config.floatx())
+    from keras.src.backend.torch.core import to_torch_dtype
+
+    return torch.empty(sizes, dtype=to_torch_dtype(dtype), device="cpu")
+
+
+def _declared_inputs(model: keras.Model) -> Any:
+    if isinstance(model, keras.Sequential) and model._functional is not None:
+        return model._functional._inputs_struct
+    if hasattr(model, "_inputs_struct"):
+        return model._inputs_struct
+    shapes = list((getattr(model, "_build_shapes_dict", None) or {}).values())
+    if len(shapes) != 1:
+        raise PlanError(
+            f"the inputs of subclassed model {model.name!r} are not known; "
+            f"pass plan(..., inputs=) with an example batch or keras.InputSpec"
+        )
+    shape = shapes[0]
+    if isinstance(shape, dict):
+        return {name: keras.InputSpec(shape=tuple(sizes)) for name, sizes in shape.items()}
+    if shape and isinstance(shape[0], list | tuple):
+        return [keras.InputSpec(shape=tuple(sizes)) for sizes in shape]
+    return keras.InputSpec(shape=tuple(shape))
+
+
+def describe_inputs(arguments: Any) -> str:
+    tensors = keras.tree.flatten(arguments)
+    return ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
+
+
+def run_recorded(model: keras.Model, arguments: Any, recorder: Recorder, training: bool) -> list[torch.Tensor]:
+    """Call the model under the recorder and return its flattened outputs."""
+    options = {"training": training} if model._call_has_training_arg else {}
+    with recorder.watching_layers(), recorder:
+        outputs = model(arguments, **options)
+    model._clear_losses()
+    return [leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, torch.Tensor)]
+
+
+@dataclass
+class _OpenCall:
+    """A layer call that is running."""
+
+    id: int
+    layer: str
+    parent: int | None
+    mode: str
+    inputs: tuple[tuple[int, int], ...]
+    first_op: int
+    core_output: int | None = None
+
+
+class Recorder(TorchDispatchMode):
+    """Sees every ATen op and every layer call of a model and writes them down."""
+
+    def __init__(self, model: keras.Model) -> None:
+        super().__init__()
+        self._layers = named_layers(model)
+        self._names = {id(layer): name for name, layer in self._layers.items()}
+        variables = named_variables(model)
+        self.ops: list[Op] = []
+        self.calls: dict[int, Call] = {}
+        self.tensors: dict[int, TensorInfo] = {}
+        self._alive: list[torch.Tensor] = []
+        self._ids: dict[int, int] = {}
+        self._with_grad: set[int] = set()
+        self._stack: list[_OpenCall] = []
+        self._paused = 0
+        self._variable_of = {id(variable._value): key for key, variable in variables.items()}
+
+    # --- tensors ---------------------------------------------------------------------------------------
+
+    def info(self, number: int) -> TensorInfo:
+        """Return what is known of a tensor by now."""
+        return replace(self.tensors[number], requires_grad=number in self._with_grad)
+
+    def tensor_id(self, tensor: torch.Tensor) -> int:
+        """Return the id of a tensor, a new one where it was not met before."""
+        known = self._ids.get(id(tensor))
+        if known is None:
+            known = self._add(tensor, self._variable_of.get(id(tensor)))
+        if tensor.requires_grad:
+            self._with_grad.add(known)
+        return known
+
+    def _add(self, tensor: torch.Tensor, variable: str | None = None) -> int:
+        number = len(self.tensors)
+        self._alive.append(tensor)  # keeps id(tensor) from being used again
+        self._ids[id(tensor)] = number
+        self.tensors[number] = TensorInfo(
+            id=number,
+            shape=tuple(tensor.shape),
+            stride=tuple(tensor.stride()) if tensor.layout == torch.strided else (),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            itemsize=tensor.element_size(),
+            requires_grad=False,
+            variable=variable,
+        )
+        return number
+
+    # --- ops -------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._paused or not self._stack or func.namespace == "prim":
+            return func(*args, **kwargs)
+        inputs: list[int] = []
+
+        def reference(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            inputs.append(self.tensor_id(leaf))
+            return TensorRef(inputs[-1])
+
+        arguments = tree_map(reference, (args, kwargs))
+        result = func(*args, **kwargs)
+        outputs = [self._add(leaf) for leaf in tree_flatten(result)[0] if isinstance(leaf, torch.Tensor)]
+        self.ops.append(
+            Op(
+                id=len(self.ops),
+                name=str(func),
+                call=self._stack[-1].id,
+                arguments=arguments,
+                inputs=tuple(inputs),
+                outputs=tuple(outputs),
+                random=torch.Tag.nondeterministic_seeded in func.tags,
+            )
+        )
+        return result
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Ops inside are not recorded."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    def same(self, source: torch.Tensor, copy: torch.Tensor) -> None:
+        """Record that ``copy`` stands for ``source``'s id from now on."""
+        self._alive.append(copy)
+        self._ids[id(copy)] = self.tensor_id(source)
+
+    # --- layer calls -----------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def watching_layers(self) -> Iterator[None]:
+        """Hook every layer of the model; the hooks are gone afterwards, whatever happens."""
+        with contextlib.ExitStack() as stack:
+            for layer in self._layers.values():
+                handles = (
+                    layer.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
+                    layer.register_forward_hook(self._leave, with_kwargs=True),
+                )
+                for handle in handles:
+                    stack.callback(handle.remove)
+                if callable(getattr(layer, "activation", None)):
+                    stack.enter_context(self._watching_activation(layer))
+            yield
+
+    def _enter(self, layer: keras.Layer, args: Any, kwargs: Any) -> None:
+        leaves = tree_flatten((args, kwargs))[0]
+        inputs = tuple(
+            (position, self.tensor_id(leaf)) for position, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)
+        )
+        parent = self._stack[-1].id if self._stack else None
+        mode = call_mode(layer, args, kwargs)
+        call = _OpenCall(len(self.calls), self._names[id(layer)], parent, mode, inputs, len(self.ops))
+        self.calls[call.id] = Call(call.id, call.layer, parent, call.mode, inputs, (), (call.first_op, -1), None)
+        self._stack.append(call)
+
+    def _leave(self, layer: keras.Layer, args: Any, kwargs: Any, outputs: Any) -> None:
+        call = self._stack.pop()
+        ids = tuple(self.tensor_id(leaf) for leaf in tree_flatten(outputs)[0] if isinstance(leaf, torch.Tensor))
+        span = (call.first_op, len(self.ops))
+        self.calls[call.id] = Call(
+            call.id, call.layer, call.parent, call.mode, call.inputs, ids, span, call.core_output
+        )
+
+    @contextlib.contextmanager
+    def _watching_activation(self, layer: keras.Layer) -> Iterator[None]:
+        activation = layer.activation
+
+        def watched(x: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(x, torch.Tensor) and self._stack and self._stack[-1].layer == self._names[id(layer)]:
+                self._stack[-1].core_output = self.tensor_id(x)
+            return activation(x, *args, **kwargs)
+
+        layer.__dict__["activation"] = watched
+        try:
+            yield
+        finally:
+            layer.__dict__["activation"] = activation
+
+
+def build_graph(
+    model: keras.Model, recorder: Recorder, training: bool, arguments: Any, outputs: list[torch.Tensor]
+) -> ModelGraph:
+    """Return what the recorder saw as a ModelGraph."""
+    keys = {id(variable): key for key, variable in named_variables(model).items()}
+    layers, variables = {}, {}
+    for name, layer in named_layers(model).items():
+        own = [keys[id(variable)] for variable in own_variables(layer)]
+        layers[name] = LayerInfo(
+            name=name,
+            path=layer.path or name,
+            class_name=type(layer).__name__,
+            variables=tuple(own),
+            contractions=contractions_of(layer, keys),
+            is_dropout=isinstance(layer, DROPOUT_LAYERS),
+        )
+        for key, variable in zip(own, own_variables(layer), strict=True):
+            if key not in variables:
+                variables[key] = _variable_info(key, variable, name)
+    return ModelGraph(
+        model_name=model.name,
+        training=training,
+        layers=layers,
+        variables=variables,
+        tensors={number: recorder.info(number) for number in recorder.tensors},
+        calls=dict(recorder.calls),
+        ops=tuple(recorder.ops),
+        inputs=tuple(recorder.tensor_id(leaf) for leaf in keras.tree.flatten(arguments)),
+        outputs=tuple(recorder.tensor_id(leaf) for leaf in outputs),
+    )
+
+
+def _variable_info(key: str, variable: Any, owner: str) -> VariableInfo:
+    tensor = variable._value
+    return VariableInfo(
+        key=key,
+        path=variable.path,
+        name=variable.name,
+        shape=tuple(variable.shape),
+        dtype=keras.backend.standardize_dtype(variable._dtype),
+        itemsize=tensor.element_size(),
+        trainable=bool(variable.trainable and tensor.requires_grad),
+        owner=owner,
+        is_float=tensor.is_floating_point(),
+    )

@@ -1,0 +1,127 @@
+"""The traced model: layer calls, the ops inside them, and the tensors between them.
+
+The graph is recorded by running the model once on fake tensors. Its ``flow`` is a networkx graph whose
+nodes are ops and whose edges are tensors; layer calls nest as the model does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+
+from tp_planner.ir.contraction import Contraction
+from tp_planner.ir.placement import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """Stands for tensor ``id`` inside the arguments of an op."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What is known of a tensor: shape, strides, dtype name, and whether gradients flow into it."""
+
+    id: int
+    shape: Shape
+    stride: Shape
+    dtype: str
+    itemsize: int
+    requires_grad: bool
+    variable: str | None = None  # the variable this tensor is the value of
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """A layer: its unique name in the model, its class, its variables in order of creation, what it contracts.
+
+    ``contractions`` has one entry for each mode of a layer whose computation is a contraction; it is empty
+    for every other layer.
+    """
+
+    name: str
+    path: str
+    class_name: str
+    variables: tuple[str, ...]
+    contractions: tuple[tuple[str, Contraction], ...]
+    is_dropout: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a layer. ``inputs`` are (position among the flattened arguments, tensor id)."""
+
+    id: int
+    layer: str
+    parent: int | None
+    mode: str  # how the layer was called: "" or, for a layer that computes two functions, which one
+    inputs: tuple[tuple[int, int], ...]
+    outputs: tuple[int, ...]
+    ops: tuple[int, int]  # first op inside and first op after
+    core_output: int | None  # what enters the layer's own activation function, where it has one
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One ATen op. ``arguments`` is (args, kwargs) with TensorRef for tensors; opaque to the passes."""
+
+    id: int
+    name: str
+    call: int
+    arguments: Any
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    random: bool
+
+
+@dataclass(frozen=True, slots=True)
+class VariableInfo:
+    """A variable of the model. ``key`` is unique; ``path`` is what Keras and layout rules call it."""
+
+    key: str
+    path: str
+    name: str
+    shape: Shape
+    dtype: str
+    itemsize: int
+    trainable: bool
+    owner: str  # name of the layer that created it
+    is_float: bool
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """Everything the passes know of a model. Ops and calls are in order of execution."""
+
+    model_name: str
+    training: bool
+    layers: Mapping[str, LayerInfo]
+    variables: Mapping[str, VariableInfo]
+    tensors: Mapping[int, TensorInfo]
+    calls: Mapping[int, Call]
+    ops: tuple[Op, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    flow: nx.MultiDiGraph = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        flow: nx.MultiDiGraph = nx.MultiDiGraph()
+        producer: dict[int, int] = {}
+        for op in self.ops:
+            flow.add_node(op.id, op=op)
+            for tensor in dict.fromkeys(op.inputs):
+                if tensor in producer:
+                    flow.add_edge(producer[tensor], op.id, tensor=self.tensors[tensor])
+            producer.update(dict.fromkeys(op.outputs, op.id))
+        object.__setattr__(self, "flow", flow)
+
+    def enclosing(self, call: int | None) -> Iterator[Call]:
+        """Yield the call and the calls it runs inside, innermost first."""
+        while call is not None:
+            yield self.calls[call]
+            call = self.calls[call].parent

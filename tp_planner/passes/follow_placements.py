@@ -1,0 +1,435 @@
+"""Follow placements: from the sharded weights through the ops of the model, as far as tensors stay sharded.
+
+One walk over the traced ops in order of execution. A contraction layer turns a whole tensor into a sharded one
+(column-parallel) or a sharded one back into a whole one (row-parallel); every op between is asked for its
+sharding rule. Where a tensor cannot stay sharded the walk reports a conflict, with the layers and variable uses
+the sharding came from. Every tensor is whole or sharded; sums over ranks exist only inside a boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from tp_planner.ir.graph import Call, ModelGraph, Op, TensorInfo
+from tp_planner.ir.placement import Partial, Placement, Replicate, Shard, divides
+from tp_planner.ir.plan import Boundary, Transition
+from tp_planner.passes.choose_styles import StyleChoice, input_placement, output_dim, weight_uses
+
+LayerMode = tuple[str, str]  # layer name, mode
+VariableRead = tuple[str, str]  # name of the layer in whose call it is read, variable key
+Origin = tuple[Literal["layer"], LayerMode] | tuple[Literal["read"], VariableRead]
+WHOLE = Replicate()
+STAYS_WHOLE = Transition(WHOLE, WHOLE)
+SUMMED = Transition(Partial(), WHOLE)
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """An op that runs on shards without communication: its outputs' placements, its arguments on rank 0."""
+
+    outputs: tuple[Placement, ...]
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """An op that cannot run on these shards without communication, and why."""
+
+    reason: str
+
+
+class ShardingRules(Protocol):
+    """Knows how ops act on sharded tensors."""
+
+    def follow(self, op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement]) -> Followed | Refused:
+        """Return what ``op`` makes of inputs placed so; ``inputs`` has an entry for every tensor of the op."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Closings:
+    """Where sharding has to end at its origin: layers whose output is gathered, variables gathered for use."""
+
+    layers: Mapping[LayerMode, str] = field(default_factory=dict)
+    reads: Mapping[VariableRead, str] = field(default_factory=dict)
+
+    def closing(self, origin: Origin, reason: str) -> Closings:
+        if origin[0] == "layer":
+            return Closings({origin[1]: reason, **self.layers}, self.reads)
+        return Closings(self.layers, {origin[1]: reason, **self.reads})
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """A place where tensors from ``origins`` cannot stay sharded."""
+
+    origins: frozenset[Origin]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """One boundary of one call: where it stands and the tensor it changes."""
+
+    call: int
+    place: Literal["input", "variable", "output"]
+    position: int
+    variable: str | None
+    tensor: int
+    boundary: Boundary
+
+
+@dataclass(frozen=True, slots=True)
+class CallRecord:
+    """How one call of one layer is computed."""
+
+    call: int
+    sharded_inputs: tuple[tuple[int, Placement], ...] = ()
+    output_placement: Placement | None = None
+    epilogue: Literal["", "activation", "bias+activation"] = ""
+    reason: str = ""
+
+
+@dataclass
+class Walk:
+    """What one walk over the graph found."""
+
+    placements: dict[int, Placement] = field(default_factory=dict)
+    origins: dict[int, frozenset[Origin]] = field(default_factory=dict)
+    conflicts: list[Conflict] = field(default_factory=list)
+    boundaries: list[Placed] = field(default_factory=list)
+    records: dict[int, CallRecord] = field(default_factory=dict)
+    followed: dict[int, Followed] = field(default_factory=dict)
+    skipped_ops: set[int] = field(default_factory=set)
+
+
+def follow_placements(
+    graph: ModelGraph,
+    stored: Mapping[str, Placement],
+    styles: Mapping[LayerMode, StyleChoice],
+    closings: Closings,
+    rules: ShardingRules,
+    parts: int,
+) -> Walk:
+    """Return the placement of every tensor of ``graph`` and the boundaries between them.
+
+    Args:
+        graph: the traced model.
+        stored: placement of each variable by key.
+        styles: style of each (layer, mode) that has a sharded variable.
+        closings: where sharding must end at once, from earlier walks.
+        rules: answers how an op acts on shards.
+        parts: size of the model axis.
+    """
+    return _Walker(graph, stored, styles, closings, rules, parts).walk()
+
+
+class _Walker:
+    def __init__(
+        self,
+        graph: ModelGraph,
+        stored: Mapping[str, Placement],
+        styles: Mapping[LayerMode, StyleChoice],
+        closings: Closings,
+        rules: ShardingRules,
+        parts: int,
+    ) -> None:
+        self.graph, self.stored, self.styles, self.parts = graph, stored, styles, parts
+        self.closings, self.rules = closings, rules
+        self.found = Walk()
+        self.producers = {tensor: op.call for op in graph.ops for tensor in op.outputs}
+        self.parents = {call.parent for call in graph.calls.values()}
+        # (call, tensor) -> origins of the sharded ops that read it; and the (call, tensor) read by other ops
+        self.read_sharded: dict[tuple[int, int], frozenset[Origin]] = {}
+        self.read_whole: set[tuple[int, int]] = set()
+
+    def walk(self) -> Walk:
+        with_ops = [call for call in self.graph.calls.values() if call.ops[0] < call.ops[1]]
+        starts = {call.ops[0]: call for call in with_ops if self._is_atomic(call)}
+        skip_to = 0
+        for op in self.graph.ops:
+            if op.id < skip_to:
+                self.found.skipped_ops.add(op.id)
+                continue
+            if op.id in starts:
+                call = starts[op.id]
+                skip_to = call.ops[1]
+                self.found.skipped_ops.add(op.id)
+                self._call(call)
+            else:
+                self._op(op, op.call)
+        self._record_sharded_arguments()
+        self._enter_tensors_read_by_sharded_ops()
+        self._outputs_are_whole()
+        self._calls_of_a_layer_agree()
+        return self.found
+
+    # --- placements ------------------------------------------------------------------------------------
+
+    def placement(self, tensor: int, call: int) -> Placement:
+        """Return how a tensor is placed when an op of ``call`` reads it."""
+        variable = self.graph.tensors[tensor].variable
+        if variable is None:
+            return self.found.placements.get(tensor, WHOLE)
+        if self._read_of(call, variable) in self.closings.reads:
+            return WHOLE
+        placement = self.stored[variable]
+        return placement if divides(self.graph.variables[variable].shape, placement, self.parts) else WHOLE
+
+    def _read_of(self, call: int, variable: str) -> VariableRead:
+        return self.graph.calls[call].layer, variable
+
+    def _origins(self, tensor: int, call: int) -> frozenset[Origin]:
+        variable = self.graph.tensors[tensor].variable
+        if variable is None:
+            return self.found.origins.get(tensor, frozenset())
+        if self.placement(tensor, call) == WHOLE:
+            return frozenset()
+        return frozenset({("read", self._read_of(call, variable))})
+
+    def _conflict(self, origins: frozenset[Origin], reason: str) -> None:
+        self.found.conflicts.append(Conflict(origins, reason))
+
+    # --- layers that are one contraction, and dropout --------------------------------------------------
+
+    def _is_atomic(self, call: Call) -> bool:
+        choice = self.styles.get((call.layer, call.mode))
+        if choice is not None and choice.is_contraction:
+            return True
+        return self.graph.layers[call.layer].is_dropout
+
+    def _call(self, call: Call) -> None:
+        choice = self.styles.get((call.layer, call.mode))
+        if choice is not None and choice.is_contraction:
+            self._contraction(call, choice)
+        else:
+            self._dropout(call)
+
+    def _dropout(self, call: Call) -> None:
+        (position, tensor), output = call.inputs[0], call.outputs[0]
+        placement = self.placement(tensor, call.id)
+        if placement == WHOLE:
+            return
+        self.found.placements[output] = placement
+        self.found.origins[output] = self._origins(tensor, call.id)
+        self.found.records[call.id] = CallRecord(
+            call.id, ((position, placement),), placement, reason="the mask is drawn whole on every rank and cut"
+        )
+
+    def _contraction(self, call: Call, choice: StyleChoice) -> None:
+        (position, tensor), output = call.inputs[0], call.outputs[0]
+        arrives = self._contraction_input(call, choice, position, tensor)
+        for key, use in weight_uses(choice).items():
+            gradient: Placement = Partial() if use.gradient_is_partial else use.placement
+            self._use(call.id, key, use.placement, gradient)
+        core = output if call.core_output is None else call.core_output
+        dim = output_dim(choice, len(self.graph.tensors[core].shape))
+        sharded_inputs = () if arrives == WHOLE else ((position, arrives),)
+        if dim is None:
+            self._summed_output(call, choice, core, sharded_inputs)
+        else:
+            self._sharded_output(call, choice, core, Shard(dim), sharded_inputs)
+
+    def _contraction_input(self, call: Call, choice: StyleChoice, position: int, tensor: int) -> Placement:
+        info = self.graph.tensors[tensor]
+        arrives, wanted = self.placement(tensor, call.id), input_placement(choice, len(info.shape))
+        if arrives == wanted and arrives != WHOLE:
+            return arrives
+        if arrives != WHOLE:
+            reason = f"layer {call.layer!r} takes it as {wanted}, it arrives as {arrives}"
+            self._conflict(self._origins(tensor, call.id), reason)
+        elif wanted == WHOLE:
+            self._enter(call.id, position, tensor)
+        elif divides(info.shape, wanted, self.parts):
+            self._boundary(call.id, "input", position, tensor, Transition(WHOLE, wanted), Transition(wanted, WHOLE))
+        return WHOLE
+
+    def _summed_output(
+        self, call: Call, choice: StyleChoice, core: int, sharded_inputs: tuple[tuple[int, Placement], ...]
+    ) -> None:
+        self._boundary(call.id, "output", 0, core, SUMMED, STAYS_WHOLE)
+        assert choice.contraction is not None
+        after = choice.contraction.bias is not None or choice.contraction.has_activation
+        self.found.records[call.id] = CallRecord(
+            call.id, sharded_inputs, WHOLE, "bias+activation" if after else "", choice.reason
+        )
+
+    def _sharded_output(
+        self,
+        call: Call,
+        choice: StyleChoice,
+        core: int,
+        placement: Shard,
+        sharded_inputs: tuple[tuple[int, Placement], ...],
+    ) -> None:
+        output, origin = call.outputs[0], ("layer", (call.layer, call.mode))
+        whole = Transition(placement, WHOLE), Transition(WHOLE, placement)
+        closing = self.closings.layers.get((call.layer, call.mode))
+        final, refusal = self._activation(call, core, placement)
+        if refusal is not None:
+            self._boundary(call.id, "output", 0, core, *whole)
+            reason = f"{choice.reason}; gathered before its activation: {refusal}"
+            record = CallRecord(call.id, sharded_inputs, WHOLE, "activation", reason)
+        elif closing is not None or not isinstance(final, Shard):
+            self._boundary(call.id, "output", 0, output, *whole)
+            record = CallRecord(call.id, sharded_inputs, WHOLE, "", f"{choice.reason}; gathered: {closing}")
+        else:
+            self.found.placements[output] = final
+            self.found.origins[output] = frozenset({origin})
+            record = CallRecord(call.id, sharded_inputs, final, "", choice.reason)
+        self.found.records[call.id] = record
+
+    def _activation(self, call: Call, core: int, placement: Shard) -> tuple[Placement, str | None]:
+        """Return the placement after the layer's own activation, and why it cannot run on shards if so."""
+        if call.core_output is None:
+            return placement, None
+        states: dict[int, Placement] = {core: placement}
+        for op in self.graph.ops[call.ops[0] : call.ops[1]]:
+            if not any(tensor in states for tensor in op.inputs):
+                continue
+            inputs = {tensor: states.get(tensor, WHOLE) for tensor in op.inputs}
+            followed = self.rules.follow(op, self.graph.tensors, inputs)
+            if isinstance(followed, Refused):
+                return placement, f"{op.name} {followed.reason}"
+            states.update(zip(op.outputs, followed.outputs, strict=True))
+        return states[call.outputs[0]], None
+
+    # --- ops between -----------------------------------------------------------------------------------
+
+    def _op(self, op: Op, call: int) -> None:
+        inputs = {tensor: self.placement(tensor, call) for tensor in op.inputs}
+        origins = frozenset().union(*(self._origins(tensor, call) for tensor in op.inputs))
+        if all(placement == WHOLE for placement in inputs.values()):
+            self.read_whole.update((call, tensor) for tensor in op.inputs)
+            return
+        followed = self.rules.follow(op, self.graph.tensors, inputs)
+        if isinstance(followed, Refused):
+            self._conflict(origins, f"{op.name} in {self.graph.calls[call].layer!r} {followed.reason}")
+            return
+        self.found.followed[op.id] = followed
+        for tensor, placement in zip(op.outputs, followed.outputs, strict=True):
+            self.found.placements[tensor] = placement
+            self.found.origins[tensor] = origins
+        for tensor, placement in inputs.items():
+            reader = self.read_sharded.get((call, tensor), frozenset())
+            if placement == WHOLE:
+                self.read_sharded[call, tensor] = reader | origins
+
+    def _enter_tensors_read_by_sharded_ops(self) -> None:
+        """Give whole tensors that sharded ops read the boundary that sums their gradients."""
+        for (call, tensor), origins in self.read_sharded.items():
+            info = self.graph.tensors[tensor]
+            if info.variable is not None:
+                self._read_by_sharded_op(call, info.variable, (call, tensor) in self.read_whole, origins)
+            elif info.requires_grad:
+                position = self._argument_position(call, tensor)
+                if position is None or (call, tensor) in self.read_whole:
+                    layer = self.graph.calls[call].layer
+                    reason = f"a whole tensor meets a sharded one inside {layer!r}, where no boundary can stand"
+                    self._conflict(origins, reason)
+                else:
+                    self._enter(call, position, tensor)
+        for call, tensor in self.read_whole:
+            variable = self.graph.tensors[tensor].variable
+            if variable is not None and (call, tensor) not in self.read_sharded:
+                self._use(call, variable, WHOLE, WHOLE)
+        self._record_sharded_reads()
+
+    def _record_sharded_reads(self) -> None:
+        for op in self.graph.ops:
+            if op.id in self.found.followed:
+                for tensor in op.inputs:
+                    variable = self.graph.tensors[tensor].variable
+                    if variable is not None and (placement := self.placement(tensor, op.call)) != WHOLE:
+                        self._use(op.call, variable, placement, placement)
+
+    def _read_by_sharded_op(self, call: int, variable: str, also_whole: bool, origins: frozenset[Origin]) -> None:
+        if also_whole and self.graph.variables[variable].trainable:
+            layer = self.graph.calls[call].layer
+            self._conflict(origins, f"{layer!r} reads {variable!r} both with sharded and with whole tensors")
+        else:
+            self._use(call, variable, WHOLE, Partial())
+
+    def _record_sharded_arguments(self) -> None:
+        """Note which layers with variables, planned from their ops, take sharded tensors."""
+        for call in self.graph.calls.values():
+            if call.id in self.found.records or call.id in self.parents or not self.graph.layers[call.layer].variables:
+                continue
+            placed = [(position, self.placement(tensor, call.id)) for position, tensor in call.inputs]
+            sharded = tuple((position, placement) for position, placement in placed if placement != WHOLE)
+            self.found.records[call.id] = CallRecord(call.id, sharded)
+
+    def _argument_position(self, call: int, tensor: int) -> int | None:
+        """Return where a call without inner calls takes ``tensor`` as an argument."""
+        if call in self.parents:
+            return None
+        return next((position for position, given in self.graph.calls[call].inputs if given == tensor), None)
+
+    def _outputs_are_whole(self) -> None:
+        for tensor in self.graph.outputs:
+            if self.found.placements.get(tensor, WHOLE) != WHOLE:
+                self._conflict(self.found.origins[tensor], "it is an output of the model, which every rank holds whole")
+
+    def _calls_of_a_layer_agree(self) -> None:
+        first: dict[LayerMode, CallRecord] = {}
+        for record in self.found.records.values():
+            call = self.graph.calls[record.call]
+            known = first.setdefault((call.layer, call.mode), record)
+            if known.sharded_inputs != record.sharded_inputs:
+                other = known if known.sharded_inputs else record
+                tensors = [tensor for _, tensor in self.graph.calls[other.call].inputs]
+                origins = frozenset().union(*(self._origins(tensor, other.call) for tensor in tensors))
+                self._conflict(origins, f"layer {call.layer!r} is called with sharded and with whole tensors")
+
+    # --- boundaries ------------------------------------------------------------------------------------
+
+    def _enter(self, call: int, position: int, tensor: int) -> None:
+        """A whole tensor enters a region: nothing forward, its gradient is summed backward."""
+        if self.graph.tensors[tensor].requires_grad:
+            self._boundary(call, "input", position, tensor, STAYS_WHOLE, SUMMED)
+
+    def _use(self, call: int, variable: str, used: Placement, gradient: Placement) -> None:
+        """A layer reads a variable: from its stored placement to ``used``, its gradient back."""
+        stored, info = self.stored[variable], self.graph.variables[variable]
+        if stored == used == WHOLE and not (isinstance(gradient, Partial) and info.trainable):
+            return
+        known = any(p.call == call and p.variable == variable for p in self.found.boundaries)
+        if not known:
+            boundary = Boundary(
+                tensor=variable,
+                shape=info.shape,
+                dtype=info.dtype,
+                itemsize=info.itemsize,
+                forward=Transition(stored, used),
+                backward=Transition(gradient, stored) if info.trainable else None,
+            )
+            self.found.boundaries.append(Placed(call, "variable", 0, variable, -1, boundary))
+
+    def _boundary(
+        self,
+        call: int,
+        place: Literal["input", "output"],
+        position: int,
+        tensor: int,
+        forward: Transition,
+        backward: Transition,
+    ) -> None:
+        info = self.graph.tensors[tensor]
+        boundary = Boundary(
+            tensor=self._tensor_name(tensor),
+            shape=info.shape,
+            dtype=info.dtype,
+            itemsize=info.itemsize,
+            forward=forward,
+            backward=backward if info.requires_grad else None,
+        )
+        self.found.boundaries.append(Placed(call, place, position, None, tensor, boundary))
+
+    def _tensor_name(self, tensor: int) -> str:
+        if tensor in self.graph.inputs:
+            return f"model input {self.graph.inputs.index(tensor)}"
+        if tensor in self.producers:
+            return f"{self.graph.calls[self.producers[tensor]].layer} output"
+        return "constant"

@@ -1,0 +1,233 @@
+"""Place boundaries: keep tensors sharded as far as they can be, close regions where they cannot, say why.
+
+Starts from every column-parallel output staying sharded and every weight used as stored; where the walk
+meets a conflict, the sharding ends at its origin, and the walk starts again. Each round ends at least one
+sharding, so it terminates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import networkx as nx
+
+from tp_planner.ir.graph import Call, ModelGraph
+from tp_planner.ir.placement import Partial, Placement, Replicate, local_shape
+from tp_planner.ir.plan import Boundary, Collective, LayerPlan, Style, Transition, VariableUse
+from tp_planner.passes.choose_styles import StyleChoice
+from tp_planner.passes.follow_placements import (
+    CallRecord,
+    Closings,
+    Conflict,
+    LayerMode,
+    Placed,
+    ShardingRules,
+    Walk,
+    follow_placements,
+)
+
+
+def place_boundaries(
+    graphs: Sequence[ModelGraph],
+    stored: Mapping[str, Placement],
+    styles: Mapping[LayerMode, StyleChoice],
+    closings: Closings,
+    rules: ShardingRules,
+    parts: int,
+) -> tuple[tuple[Walk, ...], Closings]:
+    """Return walks over all graphs that agree and have no conflict, and the closings that it took.
+
+    Args:
+        graphs: the same model traced in its different ways of running (training, inference).
+        stored: placement of each variable by key.
+        styles: style of each (layer, mode) that has a sharded variable.
+        closings: where sharding must end from the start.
+        rules: answers how an op acts on shards.
+        parts: size of the model axis.
+    """
+    while True:
+        walks = tuple(follow_placements(graph, stored, styles, closings, rules, parts) for graph in graphs)
+        conflicts = [conflict for walk in walks for conflict in walk.conflicts]
+        if not conflicts:
+            return walks, closings
+        closings = close(closings, conflicts)
+
+
+def close(closings: Closings, conflicts: Sequence[Conflict]) -> Closings:
+    """Return the closings with the origins of every conflict added; the first reason of each stays."""
+    before = closings
+    for conflict in conflicts:
+        for origin in sorted(conflict.origins):
+            closings = closings.closing(origin, conflict.reason)
+    assert closings != before, f"a conflict has no origin left to close: {conflicts[0]}"
+    return closings
+
+
+def write_layer_plans(
+    graphs: Sequence[ModelGraph], walks: Sequence[Walk], styles: Mapping[LayerMode, StyleChoice], closings: Closings
+) -> tuple[LayerPlan, ...]:
+    """Return one LayerPlan for every (layer, mode) that has variables or boundaries, in order of execution."""
+    plans: dict[LayerMode, LayerPlan] = {}
+    for graph, walk in zip(graphs, walks, strict=True):
+        by_call: dict[int, list[Placed]] = {}
+        for placed in walk.boundaries:
+            by_call.setdefault(placed.call, []).append(placed)
+        scopes = _scope_of_layers(graph, region_scopes(graph, walk))
+        counts: dict[LayerMode, int] = {}
+        for call in graph.calls.values():
+            counts[call.layer, call.mode] = counts.get((call.layer, call.mode), 0) + 1
+        for call in graph.calls.values():
+            key = (call.layer, call.mode)
+            boundaries, record = by_call.get(call.id, []), walk.records.get(call.id)
+            if key not in plans and (boundaries or record or graph.layers[call.layer].variables):
+                plans[key] = _layer_plan(graph, call, boundaries, record, styles.get(key), closings, scopes.get(key, ""), counts[key])
+    return tuple(plans.values())
+
+
+def _layer_plan(
+    graph: ModelGraph,
+    call: Call,
+    boundaries: list[Placed],
+    record: CallRecord | None,
+    choice: StyleChoice | None,
+    closings: Closings,
+    scope: str,
+    calls: int,
+) -> LayerPlan:
+    info = graph.layers[call.layer]
+    uses = tuple(VariableUse(p.variable or "", p.boundary) for p in boundaries if p.place == "variable")
+    style, reason = _style_and_reason(call, uses, record, choice, closings)
+    return LayerPlan(
+        layer=info.name,
+        path=info.path,
+        class_name=info.class_name,
+        mode=call.mode,
+        style=style,
+        reason=reason,
+        inputs=tuple((p.position, p.boundary) for p in boundaries if p.place == "input"),
+        uses=uses,
+        output=next((p.boundary for p in boundaries if p.place == "output"), None),
+        output_placement=record.output_placement if record else None,
+        epilogue_after_output=record.epilogue if record else "",
+        sharded_inputs=record.sharded_inputs if record else (),
+        scope=scope if record and (record.sharded_inputs or record.output_placement not in (None, Replicate())) else "",
+        is_dropout=info.is_dropout and bool(record and record.sharded_inputs),
+        calls=calls,
+    )
+
+
+def region_scopes(graph: ModelGraph, walk: Walk) -> dict[int, str]:
+    """Return, for each call that takes or returns sharded tensors, the innermost layer whose call holds the region.
+
+    A region is all that is connected through sharded tensors; calls of one layer share their scope.
+    """
+    regions: nx.Graph = nx.Graph()
+    touched: dict[int, set[int]] = {}
+    producers = {tensor: op.call for op in graph.ops for tensor in op.outputs}
+    for call in graph.calls.values():
+        producers.update({tensor: call.id for tensor in call.outputs if call.id in walk.records})
+    for tensor, origins in walk.origins.items():
+        nx.add_path(regions, sorted(origins))
+        for origin in origins:
+            regions.add_node(origin)
+            touched.setdefault(tensor, set()).add(producers[tensor])
+    for op in graph.ops:
+        for tensor in op.inputs:
+            if tensor in touched:
+                touched[tensor].add(op.call)
+    for call in graph.calls.values():
+        for _, tensor in call.inputs:
+            if tensor in touched and call.id in walk.records:
+                touched[tensor].add(call.id)
+    scopes: dict[int, str] = {}
+    for component in nx.connected_components(regions):
+        calls = {call for tensor, calls in touched.items() if walk.origins[tensor] & component for call in calls}
+        scope = _common_scope(graph, calls)
+        scopes.update(dict.fromkeys(calls, scope))
+    return scopes
+
+
+def _scope_of_layers(graph: ModelGraph, scopes: Mapping[int, str]) -> dict[LayerMode, str]:
+    """Return one scope for each layer: where its calls lie in different ones, the whole model."""
+    of_layer: dict[LayerMode, str] = {}
+    for call, scope in scopes.items():
+        key = (graph.calls[call].layer, graph.calls[call].mode)
+        if of_layer.setdefault(key, scope) != scope:
+            of_layer[key] = graph.calls[0].layer
+    return of_layer
+
+
+def _common_scope(graph: ModelGraph, calls: set[int]) -> str:
+    """Return the layer of the innermost call that encloses all of ``calls``; a call with calls inside encloses itself."""
+    parents = {call.parent for call in graph.calls.values()}
+    starts = [call if call in parents else graph.calls[call].parent for call in sorted(calls)]
+    chains = [[outer.id for outer in graph.enclosing(start)] for start in starts]
+    common = set(chains[0]).intersection(*chains[1:])
+    return graph.calls[max(common)].layer
+
+
+def _style_and_reason(
+    call: Call,
+    uses: tuple[VariableUse, ...],
+    record: CallRecord | None,
+    choice: StyleChoice | None,
+    closings: Closings,
+) -> tuple[Style, str]:
+    if choice is not None and choice.is_contraction and record is not None:
+        return choice.style, record.reason
+    gathered = [use for use in uses if use.boundary.forward.collective == "all_gather"]
+    if gathered:
+        variable = gathered[0].variable
+        reason = closings.reads.get((call.layer, variable)) or (choice.reason if choice else "read outside its layer")
+        return "gathered", f"stored sharded, gathered at use: {reason}"
+    if record is not None and record.sharded_inputs:
+        return "elementwise", record.reason or "its ops act on each shard alone"
+    if any(not use.boundary.is_identity or use.boundary.forward.source != Replicate() for use in uses):
+        return "elementwise", "its ops act on each shard alone"
+    return "replicated", "no sharded variable and no sharded input"
+
+
+def list_collectives(graph: ModelGraph, walk: Walk, axis: str, parts: int) -> tuple[Collective, ...]:
+    """Return every collective of one training step in the model, in order of the calls that cause them.
+
+    A tensor that enters several layers through equal boundaries is converted once: one collective, at the
+    first of them.
+    """
+    collectives: list[Collective] = []
+    shared: dict[tuple[int, str], int] = {}
+    for placed in sorted(walk.boundaries, key=lambda placed: placed.call):
+        boundary, layer = placed.boundary, graph.calls[placed.call].layer
+        place = placed.variable if placed.place == "variable" else f"{placed.place} ({boundary.tensor})"
+        if placed.place == "input":
+            transitions = f"{boundary.forward} {boundary.backward}"
+            if (placed.tensor, transitions) in shared:
+                continue
+            shared[placed.tensor, transitions] = placed.call
+        for phase, transition in (("forward", boundary.forward), ("backward", boundary.backward)):
+            if transition is not None and transition.collective is not None:
+                collectives.append(
+                    Collective(
+                        kind=transition.collective,
+                        axis=axis,
+                        group_size=parts,
+                        bytes=_bytes(boundary, transition, parts),
+                        layer=layer,
+                        place=place or "",
+                        phase=phase,  # type: ignore[arg-type]  # one of the two literals above
+                        reason=_reason(transition),
+                    )
+                )
+    return tuple(collectives)
+
+
+def _bytes(boundary: Boundary, transition: Transition, parts: int) -> int:
+    size = boundary.itemsize
+    for length in local_shape(boundary.shape, transition.source, parts):
+        size *= length
+    return size
+
+
+def _reason(transition: Transition) -> str:
+    if isinstance(transition.source, Partial):
+        return "summands of the ranks are added"
+    return "shards of the ranks are put together"

@@ -1,0 +1,226 @@
+"""Apply: change a Keras model as its plan says, variable by variable, so that everything can be undone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor.parallel import parallelize_module
+
+from tp_planner.frontend.layer_tree import named_layers, named_variables, own_variables
+from tp_planner.ir.placement import Placement, Replicate, Shard, local_shape
+from tp_planner.ir.plan import LayerPlan, Plan
+from tp_planner.runtime.boundaries import Axis
+from tp_planner.runtime.calls import Reader
+from tp_planner.runtime.log import log_sharding
+from tp_planner.runtime.regularization import parallel_constraint, parallel_regularizer
+from tp_planner.runtime.styles import STYLES, LayerCalls, Undo, open_scope
+from tp_planner.runtime.variables import (
+    make_parallel,
+    make_plain,
+    own_shard,
+    read_as,
+    sharded_parameter,
+    whole_tensor,
+)
+
+# Returns this rank's stored tensor of a variable: (variable, placement, axis) -> local tensor
+Scatter = Callable[[Any, Placement, Axis], torch.Tensor]
+
+
+@dataclass
+class Applied:
+    """A plan applied to a model: what was done, and how to undo it."""
+
+    plan: Plan
+    axis: Axis
+    variables: dict[str, Any]
+    undo: list[Undo] = field(default_factory=list)
+    original_devices: dict[str, torch.device] = field(default_factory=dict)
+
+    def remove_hooks(self) -> None:
+        """Undo everything but the variables' values, last change first."""
+        while self.undo:
+            self.undo.pop()()
+
+
+def apply_layers(model: keras.Model, plan: Plan, axis: Axis, scatter: Scatter) -> Applied:
+    """Place the model's variables and hook its layers as ``plan`` says.
+
+    Args:
+        model: a plain model for which the plan was made.
+        plan: the plan.
+        axis: the model axis.
+        scatter: makes this rank's stored tensor of a variable.
+
+    If anything fails, the model is as before.
+    """
+    applied = Applied(plan, axis, named_variables(model))
+    rebind = Rebinding(model)
+    layers = named_layers(model)
+    by_layer: dict[str, dict[str, LayerPlan]] = {}
+    for layer_plan in plan.layers:
+        by_layer.setdefault(layer_plan.layer, {})[layer_plan.mode] = layer_plan
+    try:
+        placer = _Placer(applied, rebind, scatter)
+        for name in sorted({plan.scope for plan in plan.layers if plan.scope} | {next(iter(layers))}):
+            open_scope(layers[name], id(model), name, applied.undo)
+        for name, layer in layers.items():
+            modes = by_layer.get(name, {})
+            calls = LayerCalls(modes, placer.readers(modes), axis, id(model))
+            style = STYLES[next(iter(modes.values())).style if modes else "replicated"]
+            parallelize_module(layer, axis.mesh, style(calls, placer.place, applied.undo))
+    except BaseException:
+        applied.remove_hooks()
+        raise
+    return applied
+
+
+class Rebinding:
+    """Replaces a parameter everywhere Keras holds it: in the variable, and in every enclosing layer's dict."""
+
+    def __init__(self, model: keras.Model) -> None:
+        self._holders: dict[int, list[tuple[torch.nn.ParameterDict, str]]] = {}
+        for layer in named_layers(model).values():
+            if not hasattr(layer, "_torch_params"):
+                layer._track_variables()
+            parameters = layer._torch_params
+            for key in parameters:
+                self._holders.setdefault(id(parameters[key]), []).append((parameters, key))
+
+    def __call__(self, old: torch.nn.Parameter, new: torch.nn.Parameter) -> None:
+        holders = self._holders.pop(id(old), [])
+        for parameters, key in holders:
+            parameters[key] = new
+        self._holders[id(new)] = holders
+
+
+class _Placer:
+    """Places the variables of one layer after the other, each once."""
+
+    def __init__(self, applied: Applied, rebind: Rebinding, scatter: Scatter) -> None:
+        self.applied, self.rebind, self.scatter = applied, rebind, scatter
+        self.plans = {variable.key: variable for variable in applied.plan.variables}
+        self.keys = {id(variable): key for key, variable in applied.variables.items()}
+        self.placed: set[str] = set()
+        self.converted = {
+            use.variable
+            for layer in applied.plan.layers
+            for use in layer.uses
+            if not use.boundary.is_identity or use.boundary.forward.source != Replicate()
+        }
+
+    def readers(self, modes: dict[str, LayerPlan]) -> dict[str, dict[int, Reader]]:
+        """Return, by mode, how each variable is read in the layer's calls."""
+        variables, axis = self.applied.variables, self.applied.axis
+        return {
+            mode: {id(variables[use.variable]): read_as(use.boundary, axis) for use in plan.uses}
+            for mode, plan in modes.items()
+        }
+
+    def place(self, layer: keras.Layer) -> None:
+        """Give each of the layer's own variables the value that this rank stores."""
+        for variable in own_variables(layer):
+            key = self.keys[id(variable)]
+            if key not in self.placed:
+                self.placed.add(key)
+                self._place(key, variable)
+
+    def _place(self, key: str, variable: Any) -> None:
+        plan, axis, old = self.plans[key], self.applied.axis, variable._value
+        local = self.scatter(variable, plan.placement, axis)
+        trainable = old.requires_grad and old.is_floating_point()
+        if isinstance(plan.placement, Shard):
+            new = sharded_parameter(local, plan.shape, plan.placement, axis, trainable)
+        else:
+            new = old if local is old else torch.nn.Parameter(local, requires_grad=trainable)
+        self.applied.original_devices[key] = old.device
+        parallel = isinstance(plan.placement, Shard) or key in self.converted
+        regularizer, constraint = variable._regularizer, variable._constraint
+
+        def undo() -> None:
+            self.rebind(variable._value, old)
+            if parallel:
+                make_plain(variable, old)
+            variable._value, variable._regularizer, variable._constraint = old, regularizer, constraint
+
+        self.applied.undo.append(undo)
+        if parallel:
+            make_parallel(variable, new, plan.placement, axis)
+        else:
+            variable._value = new
+        self.rebind(old, new)
+        if isinstance(plan.placement, Shard):
+            variable._regularizer = regularizer and parallel_regularizer(regularizer, axis)
+            variable._constraint = constraint and parallel_constraint(constraint)
+        log_sharding(plan, variable, axis)
+
+
+def scatter_from_rank_zero(device: torch.device) -> Scatter:
+    """Return a scatter that makes rank 0's values the truth, one variable at a time.
+
+    Only rank 0's value is read. Sharded values are cut on the device they are on, and only the shards move.
+    """
+
+    def scatter(variable: Any, placement: Placement, axis: Axis) -> torch.Tensor:
+        value = materialized(variable) if axis.rank == 0 else variable._value
+        shape = local_shape(tuple(variable.shape), placement, axis.size, axis.rank)
+        local = torch.empty(shape, dtype=variable._value.dtype, device=device)
+        with torch.no_grad():
+            if not isinstance(placement, Shard):
+                if axis.rank == 0:
+                    local.copy_(value)
+                dist.broadcast(local, 0)
+                return local
+            return _scatter_shards(value, variable, placement, axis, local)
+
+    return scatter
+
+
+def _scatter_shards(
+    value: torch.Tensor, variable: Any, placement: Shard, axis: Axis, local: torch.Tensor
+) -> torch.Tensor:
+    """Send each rank its chunk from rank 0, one rank after the other, so that rank 0 holds one chunk more at most."""
+    if axis.rank == 0:
+        local.copy_(own_shard(value, placement, axis))
+        for rank in range(1, axis.size):
+            chunk = own_shard(value, placement, Axis(axis.mesh, axis.name, axis.size, rank))
+            if chunk.numel():
+                dist.send(chunk.to(local.device).contiguous(), rank)
+    elif local.numel():
+        dist.recv(local, 0)
+    return local
+
+
+def materialized(variable: Any) -> torch.Tensor:
+    """Return the variable's value; for a variable on the meta device, a fresh one from its initializer."""
+    return variable._value.detach()
+
+
+def gather_variables(applied: Applied) -> dict[str, torch.Tensor]:
+    """Return every variable's whole value on the device the variable was on before, one after the other."""
+    values = {}
+    for key, variable in applied.variables.items():
+        device = applied.original_devices[key]
+        values[key] = whole_tensor(variable).to("cpu" if device.type == "meta" else device)
+    return values
+
+
+@contextlib.contextmanager
+def applied_for_simulation(model: keras.Model, plan: Plan, axis: Axis) -> Iterator[Applied]:
+    """Apply the plan with fake shards, on the same code path as for real, and undo it afterwards."""
+
+    def empty(variable: Any, placement: Placement, axis: Axis) -> torch.Tensor:
+        shape = local_shape(tuple(variable.shape), placement, axis.size, axis.rank)
+        return torch.empty(shape, dtype=variable._value.dtype, device="cpu")
+
+    applied = apply_layers(model, plan, axis, empty)
+    try:
+        yield applied
+    finally:
+        applied.remove_hooks()

@@ -1,0 +1,86 @@
+"""Boundaries at run time: change a local tensor's placement forward, and its gradient's backward.
+
+The four classic conversions of tensor parallelism (Megatron-LM's f and g, gather and scatter) are one autograd
+function with two transitions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed._functional_collectives as funcol
+from torch.distributed.device_mesh import DeviceMesh
+
+from tp_planner.ir.placement import Partial, Replicate, Shard
+from tp_planner.ir.plan import Boundary, Transition
+
+# torch 2.13 renamed both functions.
+_all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+_reduce_scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The model axis of a running job: its 1-D device mesh, and this process's place on it."""
+
+    mesh: DeviceMesh
+    name: str
+    size: int
+    rank: int
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh) -> Axis:
+        assert mesh.ndim == 1 and mesh.mesh_dim_names is not None
+        return cls(mesh, mesh.mesh_dim_names[0], mesh.size(), mesh.get_local_rank())
+
+
+def change(tensor: torch.Tensor, transition: Transition, axis: Axis) -> torch.Tensor:
+    """Return this rank's tensor after the transition; no gradient flows through it.
+
+    Args:
+        tensor: what this rank holds before. Sharded dims divide evenly.
+        transition: placements before and after.
+        axis: the model axis.
+    """
+    match transition.source, transition.target:
+        case Partial(), Replicate():
+            return funcol.wait_tensor(funcol.all_reduce(tensor.contiguous(), "sum", axis.mesh))
+        case Shard(dim), Replicate():
+            return funcol.wait_tensor(_all_gather(tensor.contiguous(), dim, axis.mesh))
+        case Partial(), Shard(dim):
+            return funcol.wait_tensor(_reduce_scatter(tensor.contiguous(), "sum", dim, axis.mesh))
+        case Replicate(), Shard(dim):
+            length = tensor.shape[dim] // axis.size
+            return tensor.narrow(dim, axis.rank * length, length).contiguous()
+        case source, target if source == target:
+            return tensor
+    raise AssertionError(f"no boundary changes {transition}")
+
+
+class _Boundary(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx,
+        tensor: torch.Tensor,
+        forward: Transition,
+        backward: Transition,
+        axis: Axis,
+    ) -> torch.Tensor:
+        ctx.backward_transition, ctx.axis = backward, axis  # type: ignore[attr-defined]
+        changed = change(tensor, forward, axis)
+        return tensor.view_as(tensor) if changed is tensor else changed
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, None]:
+        return change(gradient, ctx.backward_transition, ctx.axis), None, None, None  # type: ignore[attr-defined]
+
+
+def cross(tensor: torch.Tensor, boundary: Boundary, axis: Axis) -> torch.Tensor:
+    """Return this rank's tensor on the other side of the boundary, gradients flowing back as it says."""
+    if boundary.backward is None or not (tensor.requires_grad and torch.is_grad_enabled()):
+        return change(tensor, boundary.forward, axis)
+    result: torch.Tensor = _Boundary.apply(tensor, boundary.forward, boundary.backward, axis)  # type: ignore[no-untyped-call]
+    return result

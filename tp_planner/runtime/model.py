@@ -1,0 +1,79 @@
+"""A parallel Keras model: the calls of the user's own model object that have to know that it is sharded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+
+from tp_planner.frontend.layer_tree import named_variables
+from tp_planner.runtime.apply import Applied
+from tp_planner.runtime.optimizer import adopt_optimizer, release_optimizer
+from tp_planner.runtime.persistence import save_together
+
+ATTRIBUTE = "_tp_planner"
+
+
+def applied_to(model: keras.Model) -> Applied | None:
+    """Return the plan applied to the model, with what undoes it; None for a plain model."""
+    applied: Applied | None = model.__dict__.get(ATTRIBUTE)
+    return applied
+
+
+def take_over(model: keras.Model, applied: Applied) -> None:
+    """Mark the model as parallel, adopt its optimizer, and let its saving and compiling calls know."""
+    model.__dict__[ATTRIBUTE] = applied
+    applied.undo.append(lambda: model.__dict__.pop(ATTRIBUTE))
+    _forget_compiled_functions(model)
+    for name in ("save", "save_weights"):
+        _override(model, name, _saving(model, name), applied)
+    _override(model, "compile", _compiling(model, applied), applied)
+    if getattr(model, "optimizer", None) is not None:
+        adopt_optimizer(model.optimizer, applied.axis)
+
+
+def let_go(model: keras.Model) -> None:
+    """Release the optimizer; the rest is undone with the plan."""
+    if getattr(model, "optimizer", None) is not None:
+        release_optimizer(model.optimizer)
+    _forget_compiled_functions(model)
+
+
+def _override(model: keras.Model, name: str, function: Callable[..., Any], applied: Applied) -> None:
+    model.__dict__[name] = function
+    applied.undo.append(lambda: model.__dict__.pop(name))
+
+
+def _saving(model: keras.Model, name: str) -> Callable[..., Any]:
+    plain = getattr(type(model), name)
+
+    @functools.wraps(plain)
+    def saving(*args: Any, **kwargs: Any) -> Any:
+        return save_together(f"model.{name}", _all_variables(model), lambda: plain(model, *args, **kwargs))
+
+    return saving
+
+
+def _compiling(model: keras.Model, applied: Applied) -> Callable[..., Any]:
+    plain = type(model).compile
+
+    @functools.wraps(plain)
+    def compiling(*args: Any, **kwargs: Any) -> Any:
+        result = plain(model, *args, **kwargs)
+        if model.optimizer is not None:
+            adopt_optimizer(model.optimizer, applied.axis)
+        return result
+
+    return compiling
+
+
+def _all_variables(model: keras.Model) -> Iterator[Any]:
+    yield from named_variables(model).values()
+    if getattr(model, "optimizer", None) is not None:
+        yield from model.optimizer.variables
+
+
+def _forget_compiled_functions(model: keras.Model) -> None:
+    model.train_function = model.test_function = model.predict_function = None

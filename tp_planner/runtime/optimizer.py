@@ -1,0 +1,215 @@
+"""Keras optimizers on sharded variables.
+
+An adopted optimizer is the user's own object with a class that mixes in what sharding needs. Its slots are born
+with their variable's placement. Elementwise updates (all of Adam's family, SGD, ...) run on plain local shards;
+any other update runs on the whole value of one variable at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+import torch
+from torch.distributed.tensor import DTensor
+
+from tp_planner.ir.placement import Partial, Placement, Replicate, Shard, local_shape
+from tp_planner.ir.plan import Transition
+from tp_planner.runtime.boundaries import Axis, change
+from tp_planner.runtime.calls import reading_local_values
+from tp_planner.runtime.variables import (
+    is_sharded,
+    local_tensor,
+    make_parallel,
+    make_plain,
+    own_shard,
+    sharded_parameter,
+    whole_tensor,
+)
+
+SUM_OVER_RANKS = Transition(Partial(), Replicate())
+ELEMENTWISE = tuple(
+    getattr(keras.optimizers, name)
+    for name in ("SGD", "RMSprop", "Adam", "AdamW", "Adadelta", "Adagrad", "Adamax", "Nadam", "Ftrl", "Lion")
+)
+
+
+class ParallelOptimizer:
+    """Mixed into the class of an adopted optimizer, before the Keras class."""
+
+    _slots: list[tuple[Any, Any]]  # (variable, slot) of sharded variables
+    _updated: Sequence[Any]  # the variables of the update that is running
+    _axis: Axis
+
+    def add_variable_from_reference(self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros") -> Any:
+        """Add a slot; the slot of a sharded variable is created as this rank's shard only."""
+        create = functools.partial(
+            super().add_variable_from_reference,  # type: ignore[misc]
+            reference_variable,
+            name=name,
+            initializer=initializer,
+        )
+        if not is_sharded(reference_variable):
+            return create()
+        with keras.device("meta"):
+            slot = create()
+        placement = reference_variable._stored.placement
+        local = _initial_shard(keras.initializers.get(initializer), slot, placement, self._axis)
+        local = local.to(local_tensor(reference_variable).device)
+        bind_slot(self, reference_variable, slot, local)
+        return slot
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
+        """Update the variables, on local shards."""
+        with reading_local_values():
+            local = [grad._local_tensor if isinstance(grad, DTensor) else grad for grad in grads]
+            super().apply(local, trainable_variables)  # type: ignore[misc]
+
+    def _backend_apply_gradients(self, grads: Sequence[torch.Tensor], trainable_variables: Sequence[Any]) -> None:
+        self._updated = trainable_variables
+        super()._backend_apply_gradients(grads, trainable_variables)  # type: ignore[misc]
+
+    def _backend_update_step(self, grads: Sequence[torch.Tensor], trainable_variables: Sequence[Any], learning_rate: Any) -> None:
+        update = functools.partial(super()._backend_update_step, learning_rate=learning_rate)  # type: ignore[misc]
+        if type(self).__mro__[2] in _elementwise_classes():
+            update(grads, trainable_variables)
+            return
+        for grad, variable in zip(grads, trainable_variables, strict=True):
+            with self._whole_values(variable):
+                update([_whole_gradient(grad, variable, self._axis)], [variable])
+
+    @contextlib.contextmanager
+    def _whole_values(self, variable: Any) -> Iterator[None]:
+        """Inside, a sharded variable and its slots are whole; afterwards every rank keeps its shards."""
+        sharded = [variable, *(slot for owner, slot in self._slots if owner is variable)] if is_sharded(variable) else []
+        for each in sharded:
+            each._stored.whole = whole_tensor(each)
+        try:
+            yield
+            for each in sharded:
+                local_tensor(each).copy_(own_shard(each._stored.whole, each._stored.placement, self._axis))
+        finally:
+            for each in sharded:
+                each._stored.whole = None
+
+    def _clip_gradients(self, grads: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        if self.clipnorm and self.clipnorm > 0:  # type: ignore[attr-defined]
+            return self._clip_each(grads, float(self.clipnorm))  # type: ignore[attr-defined]
+        if self.global_clipnorm and self.global_clipnorm > 0:  # type: ignore[attr-defined]
+            return self._clip_together(grads, float(self.global_clipnorm))  # type: ignore[attr-defined]
+        clipped: Sequence[torch.Tensor] = super()._clip_gradients(grads)  # type: ignore[misc]
+        return clipped
+
+    def _squared_norms(self, grads: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the squared norm of each whole gradient; one all-reduce for all of them."""
+        squared = torch.stack([grad.square().sum() for grad in grads])
+        sharded = torch.tensor([is_sharded(variable) for variable in self._updated], device=squared.device)
+        summed = change(torch.where(sharded, squared, 0), SUM_OVER_RANKS, self._axis)
+        return torch.where(sharded, summed, squared)
+
+    def _clip_each(self, grads: Sequence[torch.Tensor], limit: float) -> Sequence[torch.Tensor]:
+        norms = self._squared_norms(grads).sqrt()
+        return [grad * limit / torch.clamp(norm, min=limit) for grad, norm in zip(grads, norms, strict=True)]
+
+    def _clip_together(self, grads: Sequence[torch.Tensor], limit: float) -> Sequence[torch.Tensor]:
+        norm = self._squared_norms(grads).sum().sqrt()
+        scale = limit * torch.minimum(1.0 / norm, torch.full_like(norm, 1.0 / limit)) + (norm - norm)
+        return [grad * scale for grad in grads]
+
+    def check_finite(self, grads: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return whether all gradients are finite on all ranks, so that all ranks scale the loss alike."""
+        finite = super().check_finite(grads)  # type: ignore[misc]
+        not_finite = change((~finite).to(torch.float32).reshape(1), SUM_OVER_RANKS, self._axis)
+        return (not_finite == 0).reshape(())
+
+
+@functools.cache
+def _elementwise_classes() -> frozenset[type]:
+    """Keras's own elementwise optimizers, with the torch versions that Keras puts in their place."""
+    classes: set[type] = set()
+    for base in ELEMENTWISE:
+        classes.update({base, *(sub for sub in base.__subclasses__() if sub.__module__.startswith("keras.src.backend"))})
+    return frozenset(classes)
+
+
+@functools.cache
+def _parallel_class(plain: type) -> type:
+    """Return ``plain`` with ParallelOptimizer mixed in; its name stays, for what Keras writes to files."""
+    return type(plain.__name__, (ParallelOptimizer, plain), {"__module__": plain.__module__, "__qualname__": plain.__qualname__})
+
+
+def adopt_optimizer(optimizer: Any, axis: Axis) -> None:
+    """Let an optimizer update sharded variables; slots that exist already are sharded now."""
+    if not isinstance(optimizer, keras.optimizers.Optimizer) or isinstance(optimizer, ParallelOptimizer):
+        return
+    inner = getattr(optimizer, "inner_optimizer", None)
+    if inner is not None:
+        adopt_optimizer(inner, axis)
+    optimizer.__dict__["_slots"], optimizer.__dict__["_axis"] = [], axis
+    optimizer.__class__ = _parallel_class(type(optimizer))
+    if optimizer.built and inner is None:
+        for variable, slot in existing_slots(optimizer):
+            local = own_shard(slot._value.detach(), variable._stored.placement, axis).clone()
+            bind_slot(optimizer, variable, slot, local.to(local_tensor(variable).device))
+
+
+def release_optimizer(optimizer: Any) -> None:
+    """Undo ``adopt_optimizer``: slots are whole again, on their variable's device."""
+    if not isinstance(optimizer, ParallelOptimizer):
+        return
+    inner = getattr(optimizer, "inner_optimizer", None)
+    if inner is not None:
+        release_optimizer(inner)
+    for _, slot in optimizer._slots:
+        make_plain(slot, torch.nn.Parameter(whole_tensor(slot), requires_grad=False))
+    optimizer.__class__ = type(optimizer).__mro__[2]
+    del optimizer.__dict__["_slots"], optimizer.__dict__["_axis"]
+    optimizer.__dict__.pop("_updated", None)
+
+
+def bind_slot(optimizer: Any, variable: Any, slot: Any, local: torch.Tensor) -> None:
+    """Make ``slot`` a sharded variable placed like ``variable``, with ``local`` as this rank's shard."""
+    placement, axis = variable._stored.placement, optimizer._axis
+    parameter = sharded_parameter(local, tuple(slot.shape), placement, axis, requires_grad=False)
+    make_parallel(slot, parameter, placement, axis)
+    optimizer._slots.append((variable, slot))
+
+
+def existing_slots(optimizer: Any) -> list[tuple[Any, Any]]:
+    """Return (variable, slot) for the slots of sharded variables in a built optimizer.
+
+    Keras names a slot after its variable's path; the longest path that fits is the variable's.
+    """
+    sharded = [variable for variable in optimizer._trainable_variables if is_sharded(variable)]
+    by_prefix = sorted(((v.path.replace("/", "_") + "_", v) for v in sharded), key=lambda item: -len(item[0]))
+    found = []
+    for slot in optimizer._variables:
+        for prefix, variable in by_prefix:
+            if slot.name.startswith(prefix) and tuple(slot.shape) == tuple(variable.shape):
+                found.append((variable, slot))
+                break
+    return found
+
+
+def _initial_shard(initializer: Any, slot: Any, placement: Placement, axis: Axis) -> torch.Tensor:
+    shape = tuple(slot.shape)
+    constant = (keras.initializers.Zeros, keras.initializers.Ones, keras.initializers.Constant)
+    with keras.device("cpu"):
+        if isinstance(initializer, constant):
+            value: torch.Tensor = initializer(local_shape(shape, placement, axis.size, axis.rank), dtype=slot._dtype)
+            return value
+        whole: torch.Tensor = own_shard(initializer(shape, dtype=slot._dtype), placement, axis)
+        return whole.clone()
+
+
+def _whole_gradient(gradient: torch.Tensor, variable: Any, axis: Axis) -> torch.Tensor:
+    if not is_sharded(variable):
+        return gradient
+    placement = variable._stored.placement
+    assert isinstance(placement, Shard)
+    parameter = sharded_parameter(gradient, tuple(variable.shape), placement, axis, requires_grad=False)
+    whole: torch.Tensor = parameter.full_tensor()  # type: ignore[attr-defined]
+    return whole

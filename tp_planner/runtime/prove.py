@@ -1,0 +1,132 @@
+"""Prove: run the planned model on fake shards and compare it, op by op, with what the plan assumes.
+
+Inside a region layers compute on plain local shards. That is right only where the model's own code does on a
+shard what DTensor would do: a reshape to a fixed number of heads, say, does not. So the applied model is run
+once more on fake tensors, and every op between the layers has to be the traced one: same op, same layer, same
+constants (those DTensor would use), outputs of the shape the placement says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import torch
+from torch.utils._pytree import tree_flatten
+
+from tp_planner.frontend.trace import Recorder, fake_inputs, fake_tensors, run_recorded
+from tp_planner.ir.graph import ModelGraph, Op, TensorRef
+from tp_planner.ir.placement import Replicate, local_shape
+from tp_planner.ir.plan import Plan
+from tp_planner.passes.follow_placements import Conflict, Origin, Walk
+from tp_planner.runtime.apply import applied_for_simulation
+from tp_planner.runtime.boundaries import Axis
+
+RESHAPES = {"aten.view.default", "aten._unsafe_view.default", "aten.reshape.default", "aten.expand.default"}
+
+
+def prove(
+    model: keras.Model, inputs: Any, plan: Plan, graphs: Sequence[ModelGraph], walks: Sequence[Walk], axis: Axis
+) -> list[Conflict]:
+    """Return where computing on local shards would not be what the plan assumes; nothing if it is proven.
+
+    Args:
+        model: the plain model; it is as before afterwards.
+        inputs: as for ``trace``.
+        plan: the plan to prove.
+        graphs: the traces the plan was made from.
+        walks: the placements found on them.
+        axis: a mesh of the planned size, fake or real.
+    """
+    conflicts: list[Conflict] = []
+    with fake_tensors() as fake_mode:
+        arguments = fake_inputs(model, inputs, fake_mode)
+        for graph, walk in zip(graphs, walks, strict=True):
+            with applied_for_simulation(model, plan, axis):
+                conflicts += _compare_run(model, arguments, graph, walk, axis.size)
+    return conflicts
+
+
+def _compare_run(model: keras.Model, arguments: Any, graph: ModelGraph, walk: Walk, parts: int) -> list[Conflict]:
+    recorder = Recorder(model)
+    failure: Exception | None = None
+    try:
+        run_recorded(model, arguments, recorder, graph.training)
+    except Exception as error:  # the model's own code may raise anything on shapes it does not expect
+        failure = error
+    assumed = [op for op in graph.ops if op.id not in walk.skipped_ops]
+    skipped = _spans(graph, walk)
+    ran = [op for op in recorder.ops if (recorder.calls[op.call].layer, recorder.calls[op.call].mode) not in skipped]
+    for position, op in enumerate(assumed):
+        difference = (
+            _failure(failure)
+            if position >= len(ran)
+            else _difference(op, ran[position], graph, recorder, walk, parts)
+        )
+        if difference:
+            layer = graph.calls[op.call].layer
+            return [Conflict(_culprits(graph, walk, op), f"{op.name} in {layer!r} {difference}")]
+    if failure is not None:
+        raise failure
+    return []
+
+
+def _spans(graph: ModelGraph, walk: Walk) -> set[tuple[str, str]]:
+    """Return the (layer, mode) whose ops the walk took for one: contractions, and dropout."""
+    calls = {graph.ops[op].call for op in walk.skipped_ops}
+    return {(graph.calls[call].layer, graph.calls[call].mode) for call in calls}
+
+
+def _failure(error: Exception | None) -> str:
+    if error is None:
+        return "does not run on local shards"
+    text = str(error).strip().splitlines()
+    return f"fails on local shards ({type(error).__name__}: {text[0][:120] if text else ''})"
+
+
+def _difference(op: Op, ran: Op, graph: ModelGraph, recorder: Recorder, walk: Walk, parts: int) -> str | None:
+    """Return in what ``ran``, the op on local shards, is not what ``op`` stands for on whole tensors."""
+    if op.name != ran.name or graph.calls[op.call].layer != recorder.calls[ran.call].layer:
+        return f"becomes {ran.name} on local shards"
+    for whole, local in zip(op.outputs, ran.outputs, strict=True):
+        placement = walk.placements.get(whole, Replicate())
+        expected = local_shape(graph.tensors[whole].shape, placement, parts)
+        if recorder.tensors[local].shape != expected:
+            return f"gives shape {recorder.tensors[local].shape} on local shards, not {expected}"
+    if op.name in RESHAPES:
+        return None  # their constants are the output's shape, compared above
+    followed = walk.followed.get(op.id)
+    constants = followed.arguments if followed else _constants(op)
+    if not _equal(constants, _constants(ran)):
+        return f"takes {_constants(ran)} on local shards, not {constants}"
+    return None
+
+
+def _constants(op: Op) -> tuple[Any, ...]:
+    return tuple(leaf for leaf in tree_flatten(op.arguments)[0] if not isinstance(leaf, TensorRef))
+
+
+def _equal(expected: tuple[Any, ...], found: tuple[Any, ...]) -> bool:
+    if len(expected) != len(found):
+        return False
+    return all(
+        left == right or (isinstance(left, torch.device) and isinstance(right, torch.device))
+        for left, right in zip(expected, found, strict=True)
+    )
+
+
+def _culprits(graph: ModelGraph, walk: Walk, op: Op) -> frozenset[Origin]:
+    """Return the origins of the shards that ``op`` reads; where it reads none, of all in its enclosing calls."""
+    found = frozenset().union(*(walk.origins.get(tensor, frozenset()) for tensor in op.inputs))
+    if found:
+        return found
+    for call in graph.enclosing(op.call):
+        inside = [other for other in graph.ops if call.ops[0] <= other.id < call.ops[1]]
+        tensors = [tensor for other in inside for tensor in (*other.inputs, *other.outputs)]
+        found = frozenset().union(*(walk.origins.get(tensor, frozenset()) for tensor in tensors))
+        if found:
+            return found
+    return frozenset().union(*walk.origins.values())
+
+

@@ -1,0 +1,206 @@
+"""DTensor's sharding rules, asked op by op on fake tensors.
+
+An op is run once on DTensors whose local tensors are fake. It follows its inputs' placements if DTensor ran it
+on exactly the local tensors it was given: no collective, no slice, no sum left over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Replicate as TorchReplicate
+from torch.distributed.tensor import Shard as TorchShard
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from tp_planner.ir.graph import Op, TensorInfo, TensorRef
+from tp_planner.ir.placement import Placement, Replicate, Shard, StridedShard, local_shape
+from tp_planner.passes.follow_placements import Followed, Refused
+
+CPU_ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu.default"
+# Ops that draw random numbers only where their dropout_p is not 0; Keras always calls them with 0.
+ATTENTION_DROPOUT = {CPU_ATTENTION}
+
+
+class DTensorRules:
+    """Answers from DTensor, remembered by op, shapes and placements."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self._mesh = mesh
+        self._fake = FakeTensorMode()
+        self._answers: dict[Any, Followed | Refused] = {}
+
+    def follow(self, op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement]) -> Followed | Refused:
+        """Return what ``op`` makes of inputs placed so; see ``ShardingRules``."""
+        if op.random and op.name not in ATTENTION_DROPOUT:
+            return Refused("draws random numbers for a sharded tensor")
+        key = _question(op, tensors, inputs)
+        if key not in self._answers:
+            if op.name == CPU_ATTENTION:
+                self._answers[key] = _follow_cpu_attention(op, tensors, inputs, self._mesh.size())
+            else:
+                self._answers[key] = self._ask(op, tensors, inputs)
+        return self._answers[key]
+
+    def _ask(self, op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement]) -> Followed | Refused:
+        function = _resolve(op.name)
+        given: dict[int, torch.Size] = {}
+        with self._fake, _quiet():
+
+            def as_dtensor(leaf: Any) -> Any:
+                if not isinstance(leaf, TensorRef):
+                    return leaf
+                tensor = _fake_dtensor(tensors[leaf.id], inputs[leaf.id], self._mesh)
+                given[leaf.id] = tensor.to_local().shape
+                return tensor
+
+            args, kwargs = tree_map(as_dtensor, op.arguments)
+            watch = _LocalCalls(function)
+            try:
+                with watch:
+                    result = function(*args, **kwargs)
+            except Exception as error:  # DTensor raises many kinds for "cannot shard this"
+                return Refused(f"has no sharding rule for it ({type(error).__name__}: {_first_line(error)})")
+        expected = [given[leaf.id] for leaf in tree_flatten(op.arguments)[0] if isinstance(leaf, TensorRef)]
+        if watch.communicated:
+            return Refused("needs communication between the shards")
+        if watch.shapes != expected:
+            return Refused("needs its inputs placed in another way")
+        return _outputs(result, watch.arguments)
+
+
+class _LocalCalls(TorchDispatchMode):
+    """Remembers how the op was last run on local tensors, and whether anything was communicated."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+        self.communicated = False
+        self.shapes: list[torch.Size] = []
+        self.arguments: tuple[Any, ...] = ()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        if func.namespace == "_c10d_functional":
+            self.communicated = True
+        if func is self.function:
+            leaves = tree_flatten((args, kwargs or {}))[0]
+            self.shapes = [leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            self.arguments = tuple(leaf for leaf in leaves if not isinstance(leaf, torch.Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+def _question(op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement]) -> Any:
+    def known(leaf: Any) -> Any:
+        if not isinstance(leaf, TensorRef):
+            return (type(leaf).__name__, leaf)
+        info = tensors[leaf.id]
+        return (info.shape, info.stride, info.dtype, inputs[leaf.id])
+
+    leaves, structure = tree_flatten(op.arguments)
+    return op.name, str(structure), tuple(known(leaf) for leaf in leaves)
+
+
+def _resolve(name: str) -> Any:
+    namespace, packet, overload = name.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+
+
+def to_torch_placement(placement: Placement) -> Any:
+    """Return the DTensor placement."""
+    match placement:
+        case Replicate():
+            return TorchReplicate()
+        case Shard(dim):
+            return TorchShard(dim)
+        case StridedShard(dim, split):
+            return _StridedShard(dim, split_factor=split)
+    raise ValueError(f"tensors are never handed over as {placement}")
+
+
+def _from_torch_placement(placement: Any) -> Placement | None:
+    if isinstance(placement, _StridedShard):
+        return StridedShard(placement.dim, placement.split_factor)
+    if placement.is_replicate():
+        return Replicate()
+    if placement.is_shard():
+        return Shard(placement.dim)
+    return None
+
+
+def _fake_dtensor(info: TensorInfo, placement: Placement, mesh: DeviceMesh) -> DTensor:
+    shape = local_shape(info.shape, placement, mesh.size())
+    local = torch.empty_strided(shape, _local_stride(info, shape), dtype=getattr(torch, info.dtype), device="cpu")
+    return DTensor.from_local(
+        local, mesh, [to_torch_placement(placement)], run_check=False, shape=torch.Size(info.shape), stride=info.stride
+    )
+
+
+def _local_stride(info: TensorInfo, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a shard laid out in the same order of dims; dims of stride 0 keep it."""
+    strides, step = [0] * len(shape), 1
+    for dim in sorted(range(len(shape)), key=lambda d: (info.stride[d], -d)):
+        if info.stride[dim]:
+            strides[dim] = step
+            step *= shape[dim]
+    return tuple(strides)
+
+
+def _outputs(result: Any, arguments: tuple[Any, ...]) -> Followed | Refused:
+    placements = []
+    for leaf in tree_flatten(result)[0]:
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        placement = _from_torch_placement(leaf.placements[0]) if isinstance(leaf, DTensor) else None
+        if placement is None:
+            return Refused("leaves a sum over the shards")
+        placements.append(placement)
+    return Followed(tuple(placements), arguments)
+
+
+def _follow_cpu_attention(
+    op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement], parts: int
+) -> Followed | Refused:
+    """Torch's fused attention for CPUs works on each batch entry and head alone; DTensor has no rule for it.
+
+    query (B, H, T, D), key (B, H, S, D), value (B, H, S, V), attn_mask broadcastable to (B, H, T, S).
+    """
+    leaves, _ = tree_flatten(op.arguments)
+    query, key, value, *masks = [leaf.id for leaf in leaves if isinstance(leaf, TensorRef)]
+    placement = inputs[query]
+    same = inputs[key] == placement and inputs[value] == placement
+    if not (same and isinstance(placement, Shard) and placement.dim in (0, 1)):
+        return Refused("works on each batch entry and head alone; query, key and value must be sharded alike there")
+    for mask in masks:
+        shape = tensors[mask].shape
+        broadcast = len(shape) < 4 or shape[placement.dim] == 1
+        if inputs[mask] != (Replicate() if broadcast else placement):
+            return Refused("takes a mask that is not sharded like the query")
+    return Followed((placement, placement), tuple(leaf for leaf in leaves if not isinstance(leaf, TensorRef)))
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:160] if text else ""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """DTensor logs whole tracebacks for ops that it has no rule for; the answer says so already."""
+    import logging
+
+    logger = logging.getLogger("torch.distributed.tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
