@@ -51,7 +51,7 @@ def trace(model: keras.Model, inputs: Any = None, *, training: bool = False) -> 
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else error}; "
                 f"pass plan(..., inputs=) with inputs that model(inputs) accepts"
             ) from error
-    return build_graph(model, recorder, training, arguments, outputs)
+    return build_graph(model, recorder, training, outputs)
 
 
 def require_built(model: Any) -> None:
@@ -285,10 +285,9 @@ class Recorder(TorchDispatchMode):
             layer.__dict__["activation"] = activation
 
 
-def build_graph(
-    model: keras.Model, recorder: Recorder, training: bool, arguments: Any, outputs: list[torch.Tensor]
-) -> ModelGraph:
+def build_graph(model: keras.Model, recorder: Recorder, training: bool, outputs: list[torch.Tensor]) -> ModelGraph:
     """Return what the recorder saw as a ModelGraph."""
+    output_ids = tuple(recorder.tensor_id(leaf) for leaf in outputs)
     keys = {id(variable): key for key, variable in named_variables(model).items()}
     layers, variables = {}, {}
     for name, layer in named_layers(model).items():
@@ -312,8 +311,8 @@ def build_graph(
         tensors={number: recorder.info(number) for number in recorder.tensors},
         calls=dict(recorder.calls),
         ops=tuple(recorder.ops),
-        inputs=tuple(recorder.tensor_id(leaf) for leaf in keras.tree.flatten(arguments)),
-        outputs=tuple(recorder.tensor_id(leaf) for leaf in outputs),
+        inputs=tuple(tensor for _, tensor in recorder.calls[0].inputs),
+        outputs=output_ids,
     )
 
 

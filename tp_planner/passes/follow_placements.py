@@ -102,6 +102,7 @@ class Walk:
     boundaries: list[Placed] = field(default_factory=list)
     records: dict[int, CallRecord] = field(default_factory=dict)
     followed: dict[int, Followed] = field(default_factory=dict)
+    reads: dict[VariableRead, Placement] = field(default_factory=dict)  # of variables that ops read sharded
     skipped_ops: set[int] = field(default_factory=set)
 
 
@@ -343,6 +344,7 @@ class _Walker:
                 for tensor in op.inputs:
                     variable = self.graph.tensors[tensor].variable
                     if variable is not None and (placement := self.placement(tensor, op.call)) != WHOLE:
+                        self.found.reads[self._read_of(op.call, variable)] = placement
                         self._use(op.call, variable, placement, placement)
 
     def _read_by_sharded_op(self, call: int, variable: str, also_whole: bool, origins: frozenset[Origin]) -> None:

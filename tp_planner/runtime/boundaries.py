@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from tp_planner.ir.placement import Partial, Replicate, Shard
 from tp_planner.ir.plan import Boundary, Transition
+from tp_planner.runtime.calls import running
 
 # torch 2.13 renamed both functions.
 _all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
@@ -80,7 +81,10 @@ class _Boundary(torch.autograd.Function):
 
 def cross(tensor: torch.Tensor, boundary: Boundary, axis: Axis) -> torch.Tensor:
     """Return this rank's tensor on the other side of the boundary, gradients flowing back as it says."""
-    if boundary.backward is None or not (tensor.requires_grad and torch.is_grad_enabled()):
-        return change(tensor, boundary.forward, axis)
-    result: torch.Tensor = _Boundary.apply(tensor, boundary.forward, boundary.backward, axis)  # type: ignore[no-untyped-call]
-    return result
+    with running.converting():
+        if boundary.backward is None or not (tensor.requires_grad and torch.is_grad_enabled()):
+            return change(tensor, boundary.forward, axis)
+        result: torch.Tensor = _Boundary.apply(  # type: ignore[no-untyped-call]
+            tensor, boundary.forward, boundary.backward, axis
+        )
+        return result

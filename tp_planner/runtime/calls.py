@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class _Running(threading.local):
         self.scopes: Counter[tuple[int, str]] = Counter()
         self.entered: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.values: str = "dtensor"
+        self.converting: Callable[[], AbstractContextManager[None]] = nullcontext  # entered around every conversion
 
 
 running = _Running()

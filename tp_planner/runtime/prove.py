@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import keras
 import torch
@@ -17,13 +18,19 @@ from torch.utils._pytree import tree_flatten
 
 from tp_planner.frontend.trace import Recorder, fake_inputs, fake_tensors, run_recorded
 from tp_planner.ir.graph import ModelGraph, Op, TensorRef
-from tp_planner.ir.placement import Replicate, local_shape
+from tp_planner.ir.placement import Replicate, Shape, local_shape
 from tp_planner.ir.plan import Plan
 from tp_planner.passes.follow_placements import Conflict, Origin, Walk
 from tp_planner.runtime.apply import applied_for_simulation
 from tp_planner.runtime.boundaries import Axis
+from tp_planner.runtime.calls import running
 
-RESHAPES = {"aten.view.default", "aten._unsafe_view.default", "aten.reshape.default", "aten.expand.default"}
+# Ops that change no value. What a chain of them does is determined by the shapes at its ends, which are compared.
+LAYOUT_OPS = {
+    f"aten.{name}.default" for name in ("alias", "clone", "contiguous", "detach", "reshape", "view", "_unsafe_view")
+}
+# Ops whose constants are the shape of their output.
+SHAPED_OPS = {"aten.expand.default"}
 
 
 def prove(
@@ -52,12 +59,14 @@ def _compare_run(model: keras.Model, arguments: Any, graph: ModelGraph, walk: Wa
     recorder = Recorder(model)
     failure: Exception | None = None
     try:
-        run_recorded(model, arguments, recorder, graph.training)
+        with mock.patch.object(running, "converting", recorder.paused):
+            run_recorded(model, arguments, recorder, graph.training)
     except Exception as error:  # the model's own code may raise anything on shapes it does not expect
         failure = error
-    assumed = [op for op in graph.ops if op.id not in walk.skipped_ops]
+    assumed = [op for op in graph.ops if op.id not in walk.skipped_ops and op.name not in LAYOUT_OPS]
     skipped = _spans(graph, walk)
-    ran = [op for op in recorder.ops if (recorder.calls[op.call].layer, recorder.calls[op.call].mode) not in skipped]
+    between = [op for op in recorder.ops if op.name not in LAYOUT_OPS]
+    ran = [op for op in between if (recorder.calls[op.call].layer, recorder.calls[op.call].mode) not in skipped]
     for position, op in enumerate(assumed):
         difference = (
             _failure(failure)
@@ -89,18 +98,26 @@ def _difference(op: Op, ran: Op, graph: ModelGraph, recorder: Recorder, walk: Wa
     """Return in what ``ran``, the op on local shards, is not what ``op`` stands for on whole tensors."""
     if op.name != ran.name or graph.calls[op.call].layer != recorder.calls[ran.call].layer:
         return f"becomes {ran.name} on local shards"
-    for whole, local in zip(op.outputs, ran.outputs, strict=True):
-        placement = walk.placements.get(whole, Replicate())
-        expected = local_shape(graph.tensors[whole].shape, placement, parts)
-        if recorder.tensors[local].shape != expected:
-            return f"gives shape {recorder.tensors[local].shape} on local shards, not {expected}"
-    if op.name in RESHAPES:
-        return None  # their constants are the output's shape, compared above
+    for whole, local in zip((*op.inputs, *op.outputs), (*ran.inputs, *ran.outputs), strict=True):
+        found = recorder.tensors[local].shape
+        expected = _expected_shape(graph, walk, whole, op.call, parts)
+        if found != expected:
+            return f"works on shape {found} on local shards, not {expected}"
+    if op.name in SHAPED_OPS:
+        return None
     followed = walk.followed.get(op.id)
     constants = followed.arguments if followed else _constants(op)
     if not _equal(constants, _constants(ran)):
         return f"takes {_constants(ran)} on local shards, not {constants}"
     return None
+
+
+def _expected_shape(graph: ModelGraph, walk: Walk, tensor: int, call: int, parts: int) -> Shape:
+    info = graph.tensors[tensor]
+    placement = walk.placements.get(tensor, Replicate())
+    if info.variable is not None:
+        placement = walk.reads.get((graph.calls[call].layer, info.variable), Replicate())
+    return local_shape(info.shape, placement, parts)
 
 
 def _constants(op: Op) -> tuple[Any, ...]:

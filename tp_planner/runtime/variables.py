@@ -200,17 +200,21 @@ class _LocalShard(torch.autograd.Function):
 
 def read_shard(variable: Any) -> torch.Tensor:
     """Return this rank's shard, gradients flowing back to the parameter."""
-    local: torch.Tensor = _LocalShard.apply(variable._value)  # type: ignore[no-untyped-call]
-    return variable._maybe_autocast(local)
+    with running.converting():
+        local: torch.Tensor = _LocalShard.apply(variable._value)  # type: ignore[no-untyped-call]
+    cast: torch.Tensor = variable._maybe_autocast(local)
+    return cast
 
 
 def read_whole(variable: Any, gradient_is_partial: bool = False) -> torch.Tensor:
     """Return the whole value, gathered from the ranks, gradients flowing back to each rank's shard."""
-    value = variable._maybe_autocast(variable._value)
-    if not isinstance(value, DTensor):
-        return value
-    whole = value.redistribute(placements=[TorchReplicate()])
-    return whole.to_local(grad_placements=[TorchPartial() if gradient_is_partial else TorchReplicate()])
+    with running.converting():
+        value: torch.Tensor = variable._maybe_autocast(variable._value)
+        if not isinstance(value, DTensor):
+            return value
+        whole = value.redistribute(placements=[TorchReplicate()])
+        local: torch.Tensor = whole.to_local(grad_placements=[TorchPartial() if gradient_is_partial else TorchReplicate()])
+        return local
 
 
 def whole_tensor(variable: Any) -> torch.Tensor:
