@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,39 +14,55 @@ def named_layers(model: keras.Model) -> dict[str, keras.Layer]:
 
     Names are the layers' own names joined with "/" as they nest, without the model's own; the model itself
     goes by its name. A layer reached on several ways has the name of the first; equal names of
-    different layers get "#2", "#3".
+    different layers get "#2", "#3". Keras numbers automatic names globally, so that they depend on what else
+    was built; layers without variables, which no rule can name, go by their class instead.
     """
     layers: dict[str, keras.Layer] = {}
-    for prefix, layer in _walk(model, "", set()):
-        name, count = prefix, 1
+    for wanted, layer in _walk(model, "", set()):
+        name, count = wanted, 1
         while name in layers:
             count += 1
-            name = f"{prefix}#{count}"
+            name = f"{wanted}#{count}"
         layers[name] = layer
     return layers
 
 
-def _walk(layer: keras.Layer, name: str, seen: set[int]) -> Iterator[tuple[str, keras.Layer]]:
+def _walk(layer: keras.Layer, prefix: str, seen: set[int]) -> Iterator[tuple[str, keras.Layer]]:
     seen.add(id(layer))
-    yield name or layer.name, layer
+    yield prefix or layer.name, layer
     for child in layer._layers:
         if id(child) not in seen:
-            yield from _walk(child, f"{name}/{child.name}" if name else child.name, seen)
+            name = _stable_name(child)
+            yield from _walk(child, f"{prefix}/{name}" if prefix else name, seen)
+
+
+def _stable_name(layer: keras.Layer) -> str:
+    automatic: str = keras.src.utils.naming.to_snake_case(type(layer).__name__)
+    is_automatic = re.fullmatch(rf"{re.escape(automatic)}(_\d+)?", layer.name)
+    if is_automatic and not layer._trainable_variables and not layer._non_trainable_variables and not layer.weights:
+        return automatic
+    return str(layer.name)
 
 
 def named_variables(model: keras.Model) -> dict[str, Any]:
-    """Return the model's variables, seed states included, each once by a unique key: its path, or path#2 ..."""
+    """Return the model's variables, seed states included, each once by a unique key.
+
+    The key is the variable's path, or path#2 ... where paths are equal. Keras numbers seed generators
+    globally, so that their paths depend on what else was built; their keys begin with their layer's name.
+    """
     variables: dict[str, Any] = {}
     seen: set[int] = set()
-    for layer in named_layers(model).values():
+    for name, layer in named_layers(model).items():
+        seeds = {id(generator.state) for generator in layer._seed_generators}
         for variable in own_variables(layer):
             if id(variable) in seen:
                 continue
             seen.add(id(variable))
-            key, count = variable.path, 1
+            path = f"{name}/{variable.name}" if id(variable) in seeds else variable.path
+            key, count = path, 1
             while key in variables:
                 count += 1
-                key = f"{variable.path}#{count}"
+                key = f"{path}#{count}"
             variables[key] = variable
     return variables
 

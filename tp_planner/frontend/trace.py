@@ -320,7 +320,7 @@ def _variable_info(key: str, variable: Any, owner: str) -> VariableInfo:
     tensor = variable._value
     return VariableInfo(
         key=key,
-        path=variable.path,
+        path=key.partition("#")[0],
         name=variable.name,
         shape=tuple(variable.shape),
         dtype=keras.backend.standardize_dtype(variable._dtype),

@@ -69,7 +69,7 @@ class ParallelOptimizer:
             super().apply(local, trainable_variables)  # type: ignore[misc]
 
     def _backend_apply_gradients(self, grads: Sequence[torch.Tensor], trainable_variables: Sequence[Any]) -> None:
-        self._updated = trainable_variables
+        self.__dict__["_updated"] = trainable_variables  # past Keras's tracking, which would make them slots
         super()._backend_apply_gradients(grads, trainable_variables)  # type: ignore[misc]
 
     def _backend_update_step(self, grads: Sequence[torch.Tensor], trainable_variables: Sequence[Any], learning_rate: Any) -> None:
@@ -112,11 +112,11 @@ class ParallelOptimizer:
 
     def _clip_each(self, grads: Sequence[torch.Tensor], limit: float) -> Sequence[torch.Tensor]:
         norms = self._squared_norms(grads).sqrt()
-        return [grad * limit / torch.clamp(norm, min=limit) for grad, norm in zip(grads, norms, strict=True)]
+        return [grad * limit / keras.ops.maximum(norm, limit) for grad, norm in zip(grads, norms, strict=True)]
 
     def _clip_together(self, grads: Sequence[torch.Tensor], limit: float) -> Sequence[torch.Tensor]:
         norm = self._squared_norms(grads).sum().sqrt()
-        scale = limit * torch.minimum(1.0 / norm, torch.full_like(norm, 1.0 / limit)) + (norm - norm)
+        scale = limit * keras.ops.minimum(1.0 / norm, 1.0 / limit) + (norm - norm)  # not finite if the norm is not
         return [grad * scale for grad in grads]
 
     def check_finite(self, grads: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -84,7 +84,8 @@ def planning_mesh(parts: int, axis: str) -> Iterator[DeviceMesh]:
     """Yield a mesh of ``parts`` ranks for fake tensors, without any device.
 
     Outside a job torch's fake process group stands in and is gone afterwards; inside one the job's own group
-    is used, on which collectives of fake tensors return at once.
+    is used, on which collectives of fake tensors return at once. The axis has a name of its own, because DTensor
+    remembers results, rank 0's coordinates among them, for all meshes that compare equal.
 
     Raises:
         PlanError: inside a job of another size.
@@ -95,12 +96,12 @@ def planning_mesh(parts: int, axis: str) -> Iterator[DeviceMesh]:
                 f"this process belongs to a job of {dist.get_world_size()} ranks and cannot plan for {parts}; "
                 f"plan in a process without a process group"
             )
-        yield init_device_mesh(device_type(), (parts,), mesh_dim_names=(axis,))
+        yield init_device_mesh(device_type(), (parts,), mesh_dim_names=(f"planned {axis}",))
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=parts)
     try:
-        yield init_device_mesh("cpu", (parts,), mesh_dim_names=(axis,))
+        yield init_device_mesh("cpu", (parts,), mesh_dim_names=(f"planned {axis}",))
     finally:
         dist.destroy_process_group()

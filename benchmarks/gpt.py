@@ -1,0 +1,148 @@
+"""The GPT that every version computes: its sizes, its weights as plain arrays, and its Keras model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+Weights = Mapping[str, np.ndarray]
+
+BLOCKS = 4
+VOCABULARY = 256
+# The blocks are sharded; embeddings, norms and head are replicated.
+RULES: dict[str, tuple[str | None, ...]] = {
+    "block_[0-9]+_attention/(query|key|value)/kernel": (None, "model", None),
+    "block_[0-9]+_attention/(query|key|value)/bias": ("model", None),
+    "block_[0-9]+_attention/attention_output/kernel": ("model", None, None),
+    "block_[0-9]+_up/kernel": (None, "model"),
+    "block_[0-9]+_up/bias": ("model",),
+    "block_[0-9]+_down/kernel": ("model", None),
+}
+COLUMN = re.compile("block_[0-9]+_(attention/(query|key|value)|up)/(kernel|bias)")
+ROW = re.compile("block_[0-9]+_(attention/attention_output|down)/kernel")
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What one model is as wide, long and many as. ``heads`` and ``hidden`` are those that one process holds."""
+
+    name: str
+    width: int
+    length: int
+    batch: int
+    heads: int
+    head_size: int
+    hidden: int
+
+    def divided(self, parts: int) -> Size:
+        """Return the size of the shards that one of ``parts`` processes holds."""
+        return Size(
+            self.name,
+            self.width,
+            self.length,
+            self.batch,
+            self.heads // parts,
+            self.head_size,
+            self.hidden // parts,
+        )
+
+
+SIZES: dict[str, Size] = {
+    size.name: size
+    for size in (
+        Size("tiny", width=32, length=32, batch=4, heads=4, head_size=8, hidden=128),
+        Size("medium", width=256, length=64, batch=8, heads=8, head_size=32, hidden=1024),
+        Size("large", width=512, length=256, batch=4, heads=8, head_size=64, hidden=2048),
+    )
+}
+
+
+def draw_weights(size: Size, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return every weight by its Keras path, in float32; biases and norms are random too. Kernels are 2-D."""
+    rng = np.random.default_rng(seed)
+    width, inner = size.width, size.heads * size.head_size
+    weights: dict[str, np.ndarray] = {}
+
+    def embedding(path: str, rows: int) -> None:
+        weights[f"{path}/embeddings"] = rng.standard_normal((rows, width))
+
+    def norm(path: str) -> None:
+        weights[f"{path}/gamma"] = 1.0 + 0.2 * rng.standard_normal(width)
+        weights[f"{path}/beta"] = 0.3 * rng.standard_normal(width)
+
+    def dense(path: str, inputs: int, outputs: int) -> None:
+        weights[f"{path}/kernel"] = rng.standard_normal((inputs, outputs)) / inputs**0.5
+        weights[f"{path}/bias"] = 0.3 * rng.standard_normal(outputs)
+
+    embedding("token_embedding", VOCABULARY)
+    embedding("position_embedding", size.length)
+    for index in range(BLOCKS):
+        block = f"block_{index}"
+        norm(f"{block}_attention_norm")
+        for name in ("query", "key", "value"):
+            dense(f"{block}_attention/{name}", width, inner)
+        dense(f"{block}_attention/attention_output", inner, width)
+        norm(f"{block}_mlp_norm")
+        dense(f"{block}_up", width, size.hidden)
+        dense(f"{block}_down", size.hidden, width)
+    norm("final_norm")
+    dense("head", width, VOCABULARY)
+    return {path: weight.astype("float32") for path, weight in weights.items()}
+
+
+def own_weights(weights: Weights, rank: int, parts: int) -> dict[str, np.ndarray]:
+    """Return the weights that process ``rank`` of ``parts`` holds, Megatron-style."""
+    return {path: _own_part(path, weight, rank, parts) for path, weight in weights.items()}
+
+
+def _own_part(path: str, weight: np.ndarray, rank: int, parts: int) -> np.ndarray:
+    if COLUMN.fullmatch(path):
+        return np.split(weight, parts, axis=-1)[rank]
+    return np.split(weight, parts, axis=0)[rank] if ROW.fullmatch(path) else weight
+
+
+def draw_batch(size: Size, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens and labels, int32 of shape (batch, length)."""
+    rng = np.random.default_rng(seed)
+    tokens, labels = (rng.integers(0, VOCABULARY, (size.batch, size.length)).astype("int32") for _ in range(2))
+    return tokens, labels
+
+
+class AddPositions(keras.layers.Layer):
+    """Adds one learned vector per position to (batch, positions, width)."""
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        self.embeddings = self.add_weight(shape=input_shape[1:], name="embeddings")
+
+    def call(self, x: Any) -> Any:
+        return x + self.embeddings
+
+
+def keras_gpt(size: Size, weights: Weights) -> keras.Model:
+    """Return a causal GPT of flat Keras layers, norms before attention and feed-forward, logits per token."""
+    keras.utils.clear_session()
+    tokens = keras.Input((size.length,), dtype="int32", name="tokens")
+    x = keras.layers.Embedding(VOCABULARY, size.width, name="token_embedding")(tokens)
+    x = AddPositions(name="position_embedding")(x)
+    for index in range(BLOCKS):
+        x = _keras_block(x, f"block_{index}", size)
+    x = keras.layers.LayerNormalization(name="final_norm")(x)
+    model = keras.Model(tokens, keras.layers.Dense(VOCABULARY, name="head")(x), name="gpt")
+    for variable in model.trainable_variables:
+        variable.assign(weights[variable.path].reshape(variable.shape))
+    return model
+
+
+def _keras_block(x: Any, name: str, size: Size) -> Any:
+    y = keras.layers.LayerNormalization(name=f"{name}_attention_norm")(x)
+    attention = keras.layers.MultiHeadAttention(size.heads, size.head_size, name=f"{name}_attention")
+    x = keras.layers.Add(name=f"{name}_attention_residual")([x, attention(y, y, use_causal_mask=True)])
+    y = keras.layers.LayerNormalization(name=f"{name}_mlp_norm")(x)
+    y = keras.layers.Dense(size.hidden, activation="gelu", name=f"{name}_up")(y)
+    y = keras.layers.Dense(size.width, name=f"{name}_down")(y)
+    return keras.layers.Add(name=f"{name}_mlp_residual")([x, y])

@@ -1,0 +1,34 @@
+"""Settings for the whole suite: Keras on torch, one thread for each process, and the pools of workers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+os.environ["KERAS_BACKEND"] = "torch"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from tests.workers import WorkerPool  # noqa: E402  # imports Keras, which reads the environment once
+
+Pools = Callable[[int], WorkerPool]
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[Pools]:
+    """Return the pool of a number of processes; it starts on first use and serves the whole session."""
+    started: dict[int, WorkerPool] = {}
+
+    def pool(size: int) -> WorkerPool:
+        return started.setdefault(size, WorkerPool(size))
+
+    yield pool
+    for each in started.values():
+        each.stop()
+
+
+@pytest.fixture(scope="session", params=[2, 4], ids=lambda size: f"{size} processes")
+def workers(request: pytest.FixtureRequest, pools: Pools) -> WorkerPool:
+    """The pool of 2 processes, then that of 4."""
+    return pools(request.param)

@@ -1,0 +1,207 @@
+"""The rows of a plan's tables, as text cells: what a plain and a coloured report both show.
+
+Layers that differ in a number of their names only, as equal blocks do, are one row.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from tp_planner.ir.placement import Replicate, Shard, Shape
+from tp_planner.ir.plan import Boundary, LayerPlan, Plan, Transition, VariablePlan
+from tp_planner.report.names import FoldedName, fold_names, without_numbers_of
+
+VARIABLE_HEADS = ("variable", "shape", "stored", "per rank")
+Key = TypeVar("Key")
+COLLECTIVE_HEADS = ("times", "phase", "collective", "layer", "where", "bytes each")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRow:
+    """One layer, or several equal ones: its style, its variables, and what happens at its ends.
+
+    ``variables`` has the cells under ``VARIABLE_HEADS``, one tuple for each variable.
+    """
+
+    layer: str
+    style: str
+    variables: tuple[tuple[str, ...], ...]
+    boundaries: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """A reason and the names of what it holds for."""
+
+    reason: str
+    names: tuple[str, ...]
+
+
+def heading(plan: Plan) -> list[str]:
+    """Return what the plan is for and how to read it, one sentence a line."""
+    inputs = ", ".join(f"{_shape(shape)} {dtype}" for shape, dtype in plan.inputs)
+    ranks = f"{plan.axis_size} rank{'s' if plan.axis_size > 1 else ''}"
+    return [
+        f"Plan for {plan.model!r} on mesh ({plan.mesh}): layers are split over {plan.axis!r}, {ranks}",
+        f"traced with inputs {inputs}",
+        "R: whole on every rank; S(d): sharded on dim d; P: a summand on every rank",
+    ]
+
+
+def layer_rows(plan: Plan) -> list[LayerRow]:
+    """Return one row for each group of equal layers, in order of execution; every variable is in one of them."""
+    remaining = {variable.key: variable for variable in plan.variables}
+    children: dict[str, list[str]] = {}
+    for key in remaining:
+        children.setdefault(_parent(key), []).append(key)
+    crossed: set[str] = set()
+    rows: list[LayerRow] = []
+    for layer in plan.layers:
+        keys = dict.fromkeys([*children.get(layer.path, ()), *(use.variable for use in layer.uses)])
+        own = [remaining.pop(key) for key in keys if key in remaining]
+        cells = tuple(map(_variable_cells, own))
+        rows.append(LayerRow(layer.layer + _mode(layer), layer.style, cells, _boundary_cells(layer, own, crossed)))
+    rows += [LayerRow(_parent(key), "", (_variable_cells(each),), ()) for key, each in remaining.items()]
+    return [replace(row, layer=str(name)) for row, name in _fold((replace(row, layer=""), row.layer) for row in rows)]
+
+
+def collective_rows(plan: Plan) -> list[tuple[str, ...]]:
+    """Return the cells under ``COLLECTIVE_HEADS`` for each group of equal collectives of a training step."""
+    counts = Counter((c.layer, c.phase, c.kind, _place(c.place), str(c.bytes)) for c in plan.collectives)
+    folded = _fold(
+        ((times, phase, kind, place, size), layer) for (layer, phase, kind, place, size), times in counts.items()
+    )
+    return [
+        (str(times * len(name.members)), phase, kind, str(name), place, size)
+        for (times, phase, kind, place, size), name in folded
+    ]
+
+
+def style_reasons(plan: Plan) -> list[Explanation]:
+    """Return each reason for a style other than replicated, with the layers it holds for."""
+    layers = [layer for layer in plan.layers if layer.style != "replicated"]
+    return _explain((f"{layer.style}: {layer.reason}", layer.layer + _reading(layer)) for layer in layers)
+
+
+def variable_reasons(plan: Plan) -> list[Explanation]:
+    """Return each reason for a placement with the variables that have it."""
+    return _explain((f"{variable.placement}: {variable.reason}", variable.key) for variable in plan.variables)
+
+
+def summary(plan: Plan) -> list[str]:
+    """Return what the ranks store, one sentence a line."""
+    sharded = sum(isinstance(variable.placement, Shard) for variable in plan.variables)
+    whole = sum(_bytes(variable.shape, variable.itemsize) for variable in plan.variables)
+    local = sum(_bytes(variable.local_shape, variable.itemsize) for variable in plan.variables)
+    return [
+        f"variables: {len(plan.variables)}, {sharded} of them sharded",
+        f"bytes of variables: {whole} in the model, {local} on rank 0",
+    ]
+
+
+def collectives_heading(plan: Plan) -> str:
+    """Return how many collectives a training step takes."""
+    kinds = Counter(collective.kind for collective in plan.collectives)
+    counts = ", ".join(f"{kinds[kind]} {kind}" for kind in sorted(kinds))
+    return f"collectives of one training step: {kinds.total()}" + (f" ({counts})" if counts else "")
+
+
+def _fold(pairs: Iterable[tuple[Key, str]]) -> list[tuple[Key, FoldedName]]:
+    """Return the pairs with the names of equal keys folded, in order of first appearance."""
+    names: dict[Key, list[str]] = {}
+    order: dict[tuple[Key, str], int] = {}
+    for key, name in pairs:
+        names.setdefault(key, []).append(name)
+        order.setdefault((key, name), len(order))
+    folded = [(key, name) for key, same in names.items() for name in fold_names(same)]
+    return sorted(folded, key=lambda pair: order[pair[0], pair[1].members[0]])
+
+
+def _explain(pairs: Iterable[tuple[str, str]]) -> list[Explanation]:
+    """Return each reason with its names; reasons that differ in the numbers of their own names are one."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for reason, name in pairs:
+        groups.setdefault(without_numbers_of(name, reason), []).append((reason, name))
+    explanations = []
+    for starred, members in groups.items():
+        reasons = {reason for reason, _ in members}
+        reason = starred if len(reasons) > 1 else members[0][0]
+        explanations.append(Explanation(reason, tuple(str(name) for name in fold_names(name for _, name in members))))
+    return explanations
+
+
+def _parent(key: str) -> str:
+    return key.rpartition("/")[0]
+
+
+def _reading(layer: LayerPlan) -> str:
+    return f" [{layer.mode}]" if layer.mode else ""
+
+
+def _mode(layer: LayerPlan) -> str:
+    return _reading(layer) + (f" ({layer.calls} calls)" if layer.calls > 1 else "")
+
+
+def _variable_cells(variable: VariablePlan) -> tuple[str, ...]:
+    name = variable.key.rpartition("/")[2]
+    return (name, _shape(variable.shape), str(variable.placement), _shape(variable.local_shape))
+
+
+def _boundary_cells(layer: LayerPlan, own: Sequence[VariablePlan], crossed: set[str]) -> tuple[str, ...]:
+    """Return one cell for each tensor that enters or leaves the layer sharded, or changes on the way."""
+    boundaries, sharded = dict(layer.inputs), dict(layer.sharded_inputs)
+    positions = sorted({*boundaries, *sharded})
+    cells = []
+    for position in positions:
+        name = "in" if len(positions) == 1 else f"in {position}"
+        boundary = boundaries.get(position)
+        cells.append(f"{name} {sharded[position]}" if boundary is None else f"{name} {_input(boundary, crossed)}")
+    for use in layer.uses:
+        if not use.boundary.is_identity:
+            cells.append(f"{use.variable.rpartition('/')[2]} {_changes(use.boundary)}")
+    if layer.output is not None:
+        has_bias = any(variable.key.endswith("/bias") for variable in own)
+        bias = ", then bias" if has_bias and layer.epilogue_after_output.startswith("bias") else ""
+        cells.append(f"out {_changes(layer.output)}{bias}")
+    elif layer.output_placement not in (None, Replicate()):
+        cells.append(f"out {layer.output_placement}")
+    return tuple(cells)
+
+
+def _input(boundary: Boundary, crossed: set[str]) -> str:
+    """Return the changes of an input; a boundary that an earlier layer executes for the same tensor is shared."""
+    text = _changes(boundary)
+    crossing = f"{boundary.tensor} {text}"
+    shared = crossing in crossed and not boundary.is_identity
+    crossed.add(crossing)
+    return f"{text} (shared)" if shared else text
+
+
+def _changes(boundary: Boundary) -> str:
+    forward, backward = boundary.forward, boundary.backward
+    if backward is None or not _adds(backward, forward):
+        return str(forward)
+    return f"{forward}, grad {backward}"
+
+
+def _adds(backward: Transition, forward: Transition) -> bool:
+    """Whether the gradient's way says more than its tensor's."""
+    return backward.source != backward.target or (forward.source == forward.target != backward.source)
+
+
+def _place(place: str) -> str:
+    """Return where in the layer a collective stands: its input, its output or a variable, without their paths."""
+    return place.partition(" (")[0].rpartition("/")[2]
+
+
+def _shape(shape: Shape) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _bytes(shape: Shape, itemsize: int) -> int:
+    for length in shape:
+        itemsize *= length
+    return itemsize
