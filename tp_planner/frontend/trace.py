@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from tp_planner.frontend.contractions import DROPOUT_LAYERS, call_mode, contractions_of
 from tp_planner.frontend.layer_tree import named_layers, named_variables, own_variables
+from tp_planner.frontend.quiet import quiet_torch
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.graph import Call, LayerInfo, ModelGraph, Op, TensorInfo, TensorRef, VariableInfo
 
@@ -74,7 +75,7 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
     """Run Keras on fake CPU tensors: no arithmetic, no memory, no random numbers drawn."""
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     no_generator = mock.patch("keras.src.backend.torch.random.torch_seed_generator", lambda seed: None)
-    with keras.device("cpu"), no_generator, torch.enable_grad(), fake_mode:
+    with keras.device("cpu"), no_generator, quiet_torch(), torch.enable_grad(), fake_mode:
         yield fake_mode
 
 

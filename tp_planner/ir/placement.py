@@ -50,7 +50,7 @@ class Partial:
 
 
 Placement = Replicate | Shard | StridedShard | Partial
-CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter"]
 
 
 def parse_placement(text: str) -> Placement:
@@ -92,6 +92,8 @@ def local_shape(shape: Shape, placement: Placement, parts: int, rank: int = 0) -
 def collective_between(source: Placement, target: Placement) -> CollectiveKind | None:
     """Return the collective that turns ``source`` into ``target``; None where no rank needs another.
 
+    One sharded dim becomes another by way of the whole tensor: only small variables ever change so.
+
     Raises ValueError for Shard to Partial, which no layer needs.
     """
     match source, target:
@@ -102,7 +104,7 @@ def collective_between(source: Placement, target: Placement) -> CollectiveKind |
         case Shard(), Replicate():
             return "all_gather"
         case Shard(dim=a), Shard(dim=b) if a != b:
-            return "all_to_all"
+            return "all_gather"
         case Shard(), Partial():
             raise ValueError(f"no collective turns {source} into {target}")
     return None

@@ -6,8 +6,7 @@ on exactly the local tensors it was given: no collective, no slice, no sum left 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from tp_planner.frontend.quiet import quiet_torch
 from tp_planner.ir.graph import Op, TensorInfo, TensorRef
 from tp_planner.ir.placement import Placement, Replicate, Shard, StridedShard, local_shape
 from tp_planner.passes.follow_placements import Followed, Refused
@@ -52,7 +52,7 @@ class DTensorRules:
     def _ask(self, op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement]) -> Followed | Refused:
         function = _resolve(op.name)
         given: dict[int, torch.Size] = {}
-        with self._fake, _quiet():
+        with self._fake, quiet_torch():
 
             def as_dtensor(leaf: Any) -> Any:
                 if not isinstance(leaf, TensorRef):
@@ -73,7 +73,7 @@ class DTensorRules:
             return Refused("needs communication between the shards")
         if watch.shapes != expected:
             return Refused("needs its inputs placed in another way")
-        return _outputs(result, watch.arguments)
+        return _outputs(result, watch.arguments, self._mesh.size())
 
 
 class _LocalCalls(TorchDispatchMode):
@@ -154,7 +154,11 @@ def _local_stride(info: TensorInfo, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def _outputs(result: Any, arguments: tuple[Any, ...]) -> Followed | Refused:
+def _outputs(result: Any, arguments: tuple[Any, ...], parts: int) -> Followed | Refused:
+    """Return the outputs' placements, distrusting DTensor's rules where they contradict themselves.
+
+    Its rule for convolutions, for one, takes a kernel sharded over space and calls the output whole.
+    """
     placements = []
     for leaf in tree_flatten(result)[0]:
         if not isinstance(leaf, torch.Tensor):
@@ -162,6 +166,10 @@ def _outputs(result: Any, arguments: tuple[Any, ...]) -> Followed | Refused:
         placement = _from_torch_placement(leaf.placements[0]) if isinstance(leaf, DTensor) else None
         if placement is None:
             return Refused("leaves a sum over the shards")
+        if placement == Replicate():
+            return Refused("has a sharding rule that cannot be right: shards alone cannot give a whole tensor")
+        if leaf.to_local().shape != local_shape(tuple(leaf.shape), placement, parts):
+            return Refused("has a sharding rule that cannot be right: its shards are of another shape")
         placements.append(placement)
     return Followed(tuple(placements), arguments)
 
@@ -190,17 +198,3 @@ def _follow_cpu_attention(
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:160] if text else ""
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """DTensor logs whole tracebacks for ops that it has no rule for; the answer says so already."""
-    import logging
-
-    logger = logging.getLogger("torch.distributed.tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -11,13 +11,13 @@ whole shape everywhere. Its ``value`` is
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
 import numpy as np
 import torch
-from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 from keras.src.backend.torch.core import get_device, to_torch_dtype
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Partial as TorchPartial
@@ -52,8 +52,12 @@ class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
 
     @property
     def value(self) -> torch.Tensor:
-        if in_stateless_scope() or str(get_device()) == "meta":
-            return self._symbolic_value()
+        if in_stateless_scope():
+            scoped = get_stateless_scope().get_current_value(self)
+            if scoped is not None:
+                return self._maybe_autocast(scoped)
+        if str(get_device()) == "meta":
+            return self._maybe_autocast(torch.empty(self._shape, dtype=to_torch_dtype(self._dtype), device="meta"))
         if self._stored.whole is not None:
             return self._stored.whole
         if running.values == "local":
@@ -65,16 +69,6 @@ class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
         if running.frames:
             return read_whole(self)
         return self._value
-
-    def _symbolic_value(self) -> torch.Tensor:
-        if in_stateless_scope():
-            from keras.src.backend.common.stateless_scope import get_stateless_scope
-
-            value = get_stateless_scope().get_current_value(self)
-            if value is not None:
-                return self._maybe_autocast(value)
-        stub = torch.empty(self._shape, dtype=to_torch_dtype(self._dtype), device="meta")
-        return self._maybe_autocast(stub)
 
     def _read_once(self, cache: dict[tuple[int, Any], torch.Tensor], reader: Reader) -> torch.Tensor:
         scope = keras.src.backend.get_autocast_scope()
@@ -179,6 +173,14 @@ def read_as(boundary: Boundary, axis: Axis) -> Reader:
         return read_shard
     if isinstance(stored, Shard) and used == Replicate():
         return lambda variable: read_whole(variable, gradient_is_partial=partial)
+    if isinstance(stored, Shard):
+        assert isinstance(used, Shard)
+        cut = replace(
+            boundary,
+            forward=Transition(Replicate(), used),
+            backward=boundary.backward and Transition(used, Replicate()),
+        )
+        return lambda variable: cross(read_whole(variable), cut, axis)
     return lambda variable: cross(variable._maybe_autocast(variable._value), boundary, axis)
 
 
@@ -239,6 +241,3 @@ def whole_array(variable: Any) -> np.ndarray:
 def _numpy_for_torch(array: np.ndarray) -> np.ndarray:
     return array.astype("float32") if array.dtype.name == "bfloat16" else array
 
-
-
-SUM_OF_RANKS = Transition(Partial(), Replicate())

@@ -1,0 +1,46 @@
+# `make help` lists the targets. Each of them works on a fresh clone: what is missing is installed into .venv first.
+
+SHELL := /bin/bash
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+export KERAS_BACKEND := torch
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test check demo bench clean
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+setup: $(INSTALLED) ## Install everything into .venv; nothing to do where that is up to date
+
+# torch comes first and alone, so that pip takes the build that is at hand. KerasHub asks for TensorFlow, which
+# nothing here needs, so it comes without its dependencies; those it imports on torch follow.
+$(INSTALLED): pyproject.toml
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check keras==3.15.1
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps keras-hub==0.32.0
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check regex kagglehub tokenizers sentencepiece safetensors
+	touch $@
+
+test: $(INSTALLED) ## Run the tests
+	$(PYTHON) -m pytest -q
+
+check: $(INSTALLED) ## Run the linter, the formatter's check, the type checker and the tests
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -m pytest -q
+
+demo: $(INSTALLED) ## Train a small GPT on two processes and compare it with one
+	$(PYTHON) -m tp_planner.demo
+
+bench: $(INSTALLED) ## Time training steps against hand-written tensor parallelism
+	$(PYTHON) benchmarks/step_time.py
+
+clean: ## Remove what tools have written, except .venv
+	rm -rf dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
