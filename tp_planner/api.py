@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 
 from tp_planner.frontend.fingerprint import fingerprint
+from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.frontend.layout_map import read_layout_map
 from tp_planner.frontend.trace import require_built
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.plan import Plan
 from tp_planner.planner import make_plan
-from tp_planner.runtime.apply import apply_layers, gather_variables, scatter_from_rank_zero
+from tp_planner.runtime.apply import apply_layers, gathered_value, scatter_from_rank_zero
 from tp_planner.runtime.boundaries import Axis
 from tp_planner.runtime.model import applied_to, let_go, take_over
 from tp_planner.runtime.process_group import model_mesh, require_process_group, this_device
@@ -67,6 +68,7 @@ def parallelize(
         _require_plain(model)
         chosen = layout_map_or_plan if isinstance(layout_map_or_plan, Plan) else plan(model, layout_map_or_plan, inputs)
         _require_fit(model, chosen)
+        _require_values(model)
         require_process_group(chosen.mesh.size)
     except PlanError as error:
         problem = str(error)
@@ -80,6 +82,7 @@ def parallelize(
     _share_random_state()
     axis = Axis.of(model_mesh(chosen.axis))
     applied = apply_layers(model, chosen, axis, scatter_from_rank_zero(this_device()))
+    applied.commit()
     take_over(model, applied)
     return model
 
@@ -96,15 +99,7 @@ def restore(model: keras.Model) -> keras.Model:
         raise PlanError(f"model {model.name!r} is not parallelized; there is nothing to restore")
     meet("tp_planner.restore")
     let_go(model)
-    values = gather_variables(applied)
-    applied.remove_hooks()
-    for key, variable in applied.variables.items():
-        if variable._value.is_meta:
-            parameter = torch.nn.Parameter(values[key], requires_grad=variable._value.requires_grad)
-            variable._value = parameter
-        else:
-            with torch.no_grad():
-                variable._value.copy_(values[key])
+    applied.revert(model, gathered_value)
     return model
 
 
@@ -118,6 +113,15 @@ def _require_fit(model: keras.Model, chosen: Plan) -> None:
         raise PlanError(
             f"the plan was made for another model than {model.name!r}: variables or layers differ; "
             f"make it again with tp_planner.plan(model, layout_map)"
+        )
+
+
+def _require_values(model: keras.Model) -> None:
+    empty = [key for key, variable in named_variables(model).items() if variable._value.is_meta]
+    if empty:
+        raise PlanError(
+            f"model {model.name!r} was built on the meta device, so that {empty[0]!r} and {len(empty) - 1} other "
+            f"variables hold no values; build it under keras.device('cpu') to parallelize it"
         )
 
 

@@ -13,7 +13,6 @@ from tp_planner.ir.layout import Layout
 from tp_planner.ir.placement import local_shape
 from tp_planner.ir.plan import Collective, LayerPlan, Plan, VariablePlan
 from tp_planner.passes.choose_styles import choose_styles
-from tp_planner.passes.follow_placements import Closings
 from tp_planner.passes.honor_output_rules import honor_output_rules
 from tp_planner.passes.place_boundaries import close, list_collectives, place_boundaries, write_layer_plans
 from tp_planner.passes.resolve_rules import Resolution, resolve_rules
@@ -43,7 +42,7 @@ def make_plan(model: keras.Model, layout: Layout, inputs: Any = None) -> Plan:
         while True:
             walks, closings = place_boundaries(graphs, stored, styles, closings, rules, parts)
             layers = write_layer_plans(graphs, walks, styles, closings)
-            collectives = list_collectives(graph, walks[0], axis, parts)
+            collectives = list_collectives(graph, walks[0], stored, axis, parts)
             plan = _write_plan(model, layout, graph, resolution, layers, collectives, output_notes)
             conflicts = prove(model, inputs, plan, graphs, walks, model_axis)
             if not conflicts:

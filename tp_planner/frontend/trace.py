@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from tp_planner.frontend.contractions import DROPOUT_LAYERS, call_mode, contractions_of
 from tp_planner.frontend.layer_tree import named_layers, named_variables, own_variables
+from tp_planner.frontend.penalties import penalty_kind
 from tp_planner.frontend.quiet import quiet_torch
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.graph import Call, LayerInfo, ModelGraph, Op, TensorInfo, TensorRef, VariableInfo
@@ -329,4 +330,5 @@ def _variable_info(key: str, variable: Any, owner: str) -> VariableInfo:
         trainable=bool(variable.trainable and tensor.requires_grad),
         owner=owner,
         is_float=tensor.is_floating_point(),
+        penalty=penalty_kind(variable.regularizer),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import networkx as nx
 
@@ -92,6 +92,7 @@ class VariableInfo:
     trainable: bool
     owner: str  # name of the layer that created it
     is_float: bool
+    penalty: Literal["none", "additive", "whole"]  # its regularizer: none, a sum over elements, or any function
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ sharding, so it terminates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import networkx as nx
 
@@ -16,6 +16,7 @@ from tp_planner.ir.placement import Partial, Placement, Replicate, local_shape
 from tp_planner.ir.plan import Boundary, Collective, LayerPlan, Style, Transition, VariableUse
 from tp_planner.passes.choose_styles import StyleChoice
 from tp_planner.passes.follow_placements import (
+    SUMMED,
     CallRecord,
     Closings,
     Conflict,
@@ -187,8 +188,10 @@ def _style_and_reason(
     return "replicated", "no sharded variable and no sharded input"
 
 
-def list_collectives(graph: ModelGraph, walk: Walk, axis: str, parts: int) -> tuple[Collective, ...]:
-    """Return every collective of one training step in the model, in order of the calls that cause them.
+def list_collectives(
+    graph: ModelGraph, walk: Walk, stored: Mapping[str, Placement], axis: str, parts: int
+) -> tuple[Collective, ...]:
+    """Return every collective of the model in one training step: calls in their order, then penalties.
 
     A tensor that enters several layers through equal boundaries is converted once: one collective, at the
     first of them.
@@ -217,7 +220,29 @@ def list_collectives(graph: ModelGraph, walk: Walk, axis: str, parts: int) -> tu
                         reason=_reason(transition),
                     )
                 )
-    return tuple(collectives)
+    return (*collectives, *_penalties(graph, stored, axis, parts))
+
+
+def _penalties(graph: ModelGraph, stored: Mapping[str, Placement], axis: str, parts: int) -> Iterator[Collective]:
+    """Yield the collective of each regularizer of a sharded variable."""
+    for key, variable in graph.variables.items():
+        placement = stored[key]
+        if variable.penalty == "none" or not variable.trainable or placement == Replicate():
+            continue
+        transition = SUMMED if variable.penalty == "additive" else Transition(placement, Replicate())
+        shape = () if variable.penalty == "additive" else variable.shape
+        boundary = Boundary(key, shape, variable.dtype, variable.itemsize, transition, None)
+        assert transition.collective is not None
+        yield Collective(
+            kind=transition.collective,
+            axis=axis,
+            group_size=parts,
+            bytes=_bytes(boundary, transition, parts),
+            layer=variable.owner,
+            place=f"penalty of {key}",
+            phase="forward",
+            reason=_reason(transition),
+        )
 
 
 def _bytes(boundary: Boundary, transition: Transition, parts: int) -> int:

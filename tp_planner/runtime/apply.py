@@ -34,19 +34,57 @@ Scatter = Callable[[Any, Placement, Axis], torch.Tensor]
 
 
 @dataclass
+class PlacedVariable:
+    """What undoing the placement of one variable needs. ``old`` is let go once the whole model is placed."""
+
+    variable: Any
+    device: torch.device
+    parallel: bool
+    regularizer: Any
+    constraint: Any
+    old: torch.nn.Parameter | None
+
+
+@dataclass
 class Applied:
     """A plan applied to a model: what was done, and how to undo it."""
 
     plan: Plan
     axis: Axis
-    variables: dict[str, Any]
+    placed: dict[str, PlacedVariable] = field(default_factory=dict)
     undo: list[Undo] = field(default_factory=list)
-    original_devices: dict[str, torch.device] = field(default_factory=dict)
 
-    def remove_hooks(self) -> None:
-        """Undo everything but the variables' values, last change first."""
+    def commit(self) -> None:
+        """Let go of the whole values; from now on they are spread over the ranks."""
+        for placed in self.placed.values():
+            placed.old = None
+
+    def revert(self, model: keras.Model, values: Callable[[str, PlacedVariable], torch.nn.Parameter]) -> None:
+        """Undo everything, last change first; ``values`` gives each variable its parameter."""
         while self.undo:
             self.undo.pop()()
+        rebind = Rebinding(model)
+        for key in reversed(list(self.placed)):
+            placed = self.placed[key]
+            value, variable = values(key, placed), placed.variable
+            rebind(variable._value, value)
+            if placed.parallel:
+                make_plain(variable, value)
+            variable._value = value
+            variable._regularizer, variable._constraint = placed.regularizer, placed.constraint
+            del self.placed[key]
+
+
+def old_value(key: str, placed: PlacedVariable) -> torch.nn.Parameter:
+    """Return the parameter that the variable had before; only before ``commit``."""
+    assert placed.old is not None
+    return placed.old
+
+
+def gathered_value(key: str, placed: PlacedVariable) -> torch.nn.Parameter:
+    """Return the variable's whole value, gathered from the ranks, on the device it was on before."""
+    value = whole_tensor(placed.variable).to(placed.device)
+    return torch.nn.Parameter(value, requires_grad=placed.variable._value.requires_grad)
 
 
 def apply_layers(model: keras.Model, plan: Plan, axis: Axis, scatter: Scatter) -> Applied:
@@ -60,14 +98,13 @@ def apply_layers(model: keras.Model, plan: Plan, axis: Axis, scatter: Scatter) -
 
     If anything fails, the model is as before.
     """
-    applied = Applied(plan, axis, named_variables(model))
-    rebind = Rebinding(model)
+    applied = Applied(plan, axis)
     layers = named_layers(model)
     by_layer: dict[str, dict[str, LayerPlan]] = {}
     for layer_plan in plan.layers:
         by_layer.setdefault(layer_plan.layer, {})[layer_plan.mode] = layer_plan
     try:
-        placer = _Placer(applied, rebind, scatter)
+        placer = _Placer(model, applied, scatter)
         for name in sorted({plan.scope for plan in plan.layers if plan.scope} | {next(iter(layers))}):
             open_scope(layers[name], id(model), name, applied.undo)
         for name, layer in layers.items():
@@ -76,7 +113,7 @@ def apply_layers(model: keras.Model, plan: Plan, axis: Axis, scatter: Scatter) -
             style = STYLES[next(iter(modes.values())).style if modes else "replicated"]
             parallelize_module(layer, axis.mesh, style(calls, placer.place, applied.undo))
     except BaseException:
-        applied.remove_hooks()
+        applied.revert(model, old_value)
         raise
     return applied
 
@@ -103,11 +140,11 @@ class Rebinding:
 class _Placer:
     """Places the variables of one layer after the other, each once."""
 
-    def __init__(self, applied: Applied, rebind: Rebinding, scatter: Scatter) -> None:
-        self.applied, self.rebind, self.scatter = applied, rebind, scatter
+    def __init__(self, model: keras.Model, applied: Applied, scatter: Scatter) -> None:
+        self.applied, self.rebind, self.scatter = applied, Rebinding(model), scatter
         self.plans = {variable.key: variable for variable in applied.plan.variables}
-        self.keys = {id(variable): key for key, variable in applied.variables.items()}
-        self.placed: set[str] = set()
+        self.variables = named_variables(model)
+        self.keys = {id(variable): key for key, variable in self.variables.items()}
         self.converted = {
             use.variable
             for layer in applied.plan.layers
@@ -117,7 +154,7 @@ class _Placer:
 
     def readers(self, modes: dict[str, LayerPlan]) -> dict[str, dict[int, Reader]]:
         """Return, by mode, how each variable is read in the layer's calls."""
-        variables, axis = self.applied.variables, self.applied.axis
+        variables, axis = self.variables, self.applied.axis
         return {
             mode: {id(variables[use.variable]): read_as(use.boundary, axis) for use in plan.uses}
             for mode, plan in modes.items()
@@ -127,8 +164,7 @@ class _Placer:
         """Give each of the layer's own variables the value that this rank stores."""
         for variable in own_variables(layer):
             key = self.keys[id(variable)]
-            if key not in self.placed:
-                self.placed.add(key)
+            if key not in self.applied.placed:
                 self._place(key, variable)
 
     def _place(self, key: str, variable: Any) -> None:
@@ -139,17 +175,9 @@ class _Placer:
             new = sharded_parameter(local, plan.shape, plan.placement, axis, trainable)
         else:
             new = old if local is old else torch.nn.Parameter(local, requires_grad=trainable)
-        self.applied.original_devices[key] = old.device
         parallel = isinstance(plan.placement, Shard) or key in self.converted
         regularizer, constraint = variable._regularizer, variable._constraint
-
-        def undo() -> None:
-            self.rebind(variable._value, old)
-            if parallel:
-                make_plain(variable, old)
-            variable._value, variable._regularizer, variable._constraint = old, regularizer, constraint
-
-        self.applied.undo.append(undo)
+        self.applied.placed[key] = PlacedVariable(variable, old.device, parallel, regularizer, constraint, old)
         if parallel:
             make_parallel(variable, new, plan.placement, axis)
         else:
@@ -168,7 +196,7 @@ def scatter_from_rank_zero(device: torch.device) -> Scatter:
     """
 
     def scatter(variable: Any, placement: Placement, axis: Axis) -> torch.Tensor:
-        value = materialized(variable) if axis.rank == 0 else variable._value
+        value = variable._value.detach()
         shape = local_shape(tuple(variable.shape), placement, axis.size, axis.rank)
         local = torch.empty(shape, dtype=variable._value.dtype, device=device)
         with torch.no_grad():
@@ -197,20 +225,6 @@ def _scatter_shards(
     return local
 
 
-def materialized(variable: Any) -> torch.Tensor:
-    """Return the variable's value; for a variable on the meta device, a fresh one from its initializer."""
-    return variable._value.detach()
-
-
-def gather_variables(applied: Applied) -> dict[str, torch.Tensor]:
-    """Return every variable's whole value on the device the variable was on before, one after the other."""
-    values = {}
-    for key, variable in applied.variables.items():
-        device = applied.original_devices[key]
-        values[key] = whole_tensor(variable).to("cpu" if device.type == "meta" else device)
-    return values
-
-
 @contextlib.contextmanager
 def applied_for_simulation(model: keras.Model, plan: Plan, axis: Axis) -> Iterator[Applied]:
     """Apply the plan with fake shards, on the same code path as for real, and undo it afterwards."""
@@ -223,4 +237,4 @@ def applied_for_simulation(model: keras.Model, plan: Plan, axis: Axis) -> Iterat
     try:
         yield applied
     finally:
-        applied.remove_hooks()
+        applied.revert(model, old_value)

@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import keras
 import torch
 
+from tp_planner.frontend.penalties import penalty_kind
 from tp_planner.ir.placement import Partial, Replicate
 from tp_planner.ir.plan import Boundary, Transition
 from tp_planner.runtime.boundaries import Axis, cross
 from tp_planner.runtime.variables import own_shard, read_shard, read_whole, whole_tensor
 
-# Regularizers that are sums over the elements of a variable.
-ADDITIVE = (keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)
-
-
 def parallel_regularizer(regularizer: Callable[[Any], Any], axis: Axis) -> Callable[[Any], Any]:
     """Return the regularizer of a sharded variable: ranks' sums added where it is additive, else of the whole."""
-    if type(regularizer) not in ADDITIVE:
+    if penalty_kind(regularizer) != "additive":
         return lambda variable: regularizer(read_whole(variable))
 
     def additive(variable: Any) -> torch.Tensor:

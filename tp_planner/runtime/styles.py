@@ -23,7 +23,7 @@ from tp_planner.ir.placement import Shard
 from tp_planner.ir.plan import Boundary, LayerPlan
 from tp_planner.runtime.boundaries import Axis, cross
 from tp_planner.runtime.calls import Frame, Reader, running
-from tp_planner.runtime.variables import own_shard, read_as
+from tp_planner.runtime.variables import own_shard
 
 Place = Callable[[keras.Layer], None]
 Undo = Callable[[], None]

@@ -24,8 +24,7 @@ from torch.distributed.tensor import Partial as TorchPartial
 from torch.distributed.tensor import Replicate as TorchReplicate
 from torch.distributed.tensor import Shard as TorchShard
 
-from tp_planner.ir.errors import ParallelRuntimeError
-from tp_planner.ir.placement import Partial, Placement, Replicate, Shard, chunk_sizes, local_shape
+from tp_planner.ir.placement import Partial, Placement, Replicate, Shard, chunk_sizes
 from tp_planner.ir.plan import Boundary, Transition
 from tp_planner.runtime.boundaries import Axis, cross
 from tp_planner.runtime.calls import Reader, running
