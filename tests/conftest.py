@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 os.environ["KERAS_BACKEND"] = "torch"
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from tests.workers import WorkerPool  # noqa: E402  # imports Keras, which reads the environment once
-
-Pools = Callable[[int], WorkerPool]
+from tests.workers import Pools, WorkerPool  # imports Keras, which reads the environment once
 
 
 @pytest.fixture(scope="session")

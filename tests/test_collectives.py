@@ -17,12 +17,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tp_planner
 from tests.models import CASES
-from tests.workers import WorkerPool, layout_map
+from tests.workers import Pools, WorkerPool, layout_map
 from tp_planner.ir.plan import LayerPlan, Plan
 
 BATCH_SIZE = 4
@@ -142,7 +143,7 @@ def forward(collectives: Iterable[Ran]) -> list[Ran]:
     return [each for each in collectives if each.phase == "forward"]
 
 
-def test_recorder_sees_collectives_of_every_origin(pools: Any) -> None:
+def test_recorder_sees_collectives_of_every_origin(pools: Pools) -> None:
     """DTensor's own collectives, those of backward, and direct calls of torch.distributed are recorded."""
     ran = pools(2).run(record_known_collectives)[0]
 
@@ -167,7 +168,7 @@ def test_plan_lists_exactly_the_collectives_that_run(workers: WorkerPool, name: 
         assert each.prediction == forward(each.planned)
 
 
-def test_a_transformer_block_has_two_all_reduces_each_way(pools: Any) -> None:
+def test_a_transformer_block_has_two_all_reduces_each_way(pools: Pools) -> None:
     """A third block adds to the step of a GPT what Megatron-LM needs: two all-reduces forward, two backward."""
     pool = pools(2)
     two, three = pool.run(run_one_step, "gpt")[0], pool.run(run_gpt_of_three_blocks)[0]
@@ -188,7 +189,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("name", "layer", "missing"), BROKEN.values(), ids=BROKEN)
-def test_comparison_notices_a_missing_boundary(pools: Any, name: str, layer: str, missing: dict[Ran, int]) -> None:
+def test_comparison_notices_a_missing_boundary(pools: Pools, name: str, layer: str, missing: dict[Ran, int]) -> None:
     """Where a boundary of the plan is not executed, just its collective is missing."""
     for each in pools(2).run(run_one_step, name, layer):
         assert mismatch(each.planned, each.step) == (missing, {})

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import keras
 import numpy as np
@@ -20,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 import tp_planner
 from tests.models import CASES, Batch, Case
-from tests.workers import WorkerPool, layout_map
+from tests.workers import Pools, WorkerPool, layout_map
 from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.ir.plan import LayerPlan, Plan
 from tp_planner.runtime.optimizer import ParallelOptimizer
@@ -40,14 +39,13 @@ ZERO_GRADIENT = re.compile(r".*attention/key/bias")
 class Record:
     """What a model computed, in order; weights and gradients are whole and by the variable's key."""
 
-    output: np.ndarray
-    loss: np.ndarray
+    outputs: Arrays  # "output" and "loss"
     gradients: Arrays
     losses: list[float] = field(default_factory=list)
     weights: Arrays = field(default_factory=dict)  # after the steps
-    trained_output: np.ndarray | None = None  # with these weights
+    trained: Arrays = field(default_factory=dict)  # "prediction" with these weights
     restored_weights: Arrays = field(default_factory=dict)
-    restored_output: np.ndarray | None = None
+    restored: Arrays = field(default_factory=dict)  # "prediction" of the restored model
     weights_after_another_step: Arrays = field(default_factory=dict)
 
 
@@ -127,7 +125,7 @@ def begin(model: keras.Model, case: Case, dtype: str, batch: Batch) -> Record:
     loss.backward()
     gradients = {key: _whole(v.value.grad) for key, v in named_variables(model).items() if v.trainable}
     model.zero_grad()
-    return Record(_whole(output), _whole(loss), gradients)
+    return Record({"output": _whole(output), "loss": _whole(loss)}, gradients)
 
 
 def train(model: keras.Model, case: Case, dtype: str, batches: list[Batch], record: Record) -> None:
@@ -140,13 +138,13 @@ def train(model: keras.Model, case: Case, dtype: str, batches: list[Batch], reco
     model.compile(optimizer, case.make_loss(dtype), jit_compile=False)
     record.losses += [float(model.train_on_batch(x, y)) for x, y in batches]
     record.weights = _weights(model)
-    record.trained_output = model.predict_on_batch(batches[0][0])
+    record.trained = {"prediction": model.predict_on_batch(batches[0][0])}
 
 
 def _train_on(model: keras.Model, batches: list[Batch], record: Record) -> None:
     """Record what the model computes as a plain one, then how it trains."""
     record.restored_weights = _weights(model)
-    record.restored_output = model.predict_on_batch(batches[0][0])
+    record.restored = {"prediction": model.predict_on_batch(batches[0][0])}
     model.train_on_batch(*batches[STEPS])
     record.weights_after_another_step = _weights(model)
 
@@ -231,11 +229,9 @@ def largest(arrays: Arrays) -> float:
     return float(max(np.max(np.abs(array)) for array in arrays.values()))
 
 
-def gradient_differences(trained: Trained, tolerance: float) -> dict[str, float]:
-    """Return the variables whose gradients differ in the two trainings."""
-    assert trained.single is not None
-    expected = trained.single.gradients
-    return differences(trained.sharded.gradients, expected, tolerance, scale=largest(expected))
+def gradient_differences(found: Record, expected: Record, tolerance: float) -> dict[str, float]:
+    """Return the variables whose gradients differ in the two trainings, and by how much."""
+    return differences(found.gradients, expected.gradients, tolerance, scale=largest(expected.gradients))
 
 
 @pytest.fixture(scope="module", params=list(CASES))
@@ -262,19 +258,15 @@ def single(ranks: list[Trained]) -> Record:
 
 def test_every_rank_has_the_output_and_the_loss(ranks: list[Trained], single: Record, dtype: str) -> None:
     """The model's call and the loss function return on every rank what a single device computes."""
-    expected = {"output": single.output, "loss": single.loss}
-
     for each in ranks:
-        found = {"output": each.sharded.output, "loss": each.sharded.loss}
-        assert found["output"].dtype == dtype
-        assert differences(found, expected, TOLERANCE[dtype]) == {}
+        assert {array.dtype.name for array in each.sharded.outputs.values()} == {dtype}
+        assert differences(each.sharded.outputs, single.outputs, TOLERANCE[dtype]) == {}
 
 
-def test_every_gradient(ranks: list[Trained], dtype: str) -> None:
+def test_every_gradient(ranks: list[Trained], single: Record, dtype: str) -> None:
     """Backward gives each trainable variable, sharded or not, the gradient of the single device."""
     for each in ranks:
-        single = ranks[0].single
-        assert gradient_differences(replace(each, single=single), TOLERANCE[dtype]) == {}
+        assert gradient_differences(each.sharded, single, TOLERANCE[dtype]) == {}
 
 
 def test_training_steps(ranks: list[Trained], single: Record, dtype: str) -> None:
@@ -300,8 +292,7 @@ def test_restore_gives_every_rank_the_whole_model(ranks: list[Trained], dtype: s
         sharded, restored = each.sharded.weights, each.sharded.restored_weights
         assert sharded.keys() == restored.keys()
         assert [key for key, array in restored.items() if not np.array_equal(array, sharded[key])] == []
-        found, expected = {"output": each.sharded.restored_output}, {"output": each.sharded.trained_output}
-        assert differences(found, expected, TOLERANCE[dtype]) == {}
+        assert differences(each.sharded.restored, each.sharded.trained, TOLERANCE[dtype]) == {}
 
 
 def test_restored_model_trains_on(ranks: list[Trained], single: Record, dtype: str) -> None:
@@ -327,15 +318,13 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("case", "layer", "side", "forward"), BROKEN.values(), ids=BROKEN)
-def test_comparison_notices_a_missing_boundary(
-    pools: Any, case: str, layer: str, side: str, forward: bool
-) -> None:
+def test_comparison_notices_a_missing_boundary(pools: Pools, case: str, layer: str, side: str, forward: bool) -> None:
     """A plan with one boundary less gives other gradients, and other outputs if it was one of the way forward."""
     ranks = pools(2).run(train_by_broken_plan, case, layer, side)
 
     single, sharded = ranks[0].single, ranks[0].sharded
-    assert len(gradient_differences(ranks[0], 1e-3)) > 0
-    assert bool(differences({"output": sharded.output}, {"output": single.output}, 1e-3)) == forward
-    assert len(differences(sharded.weights, single.weights, 1e-3)) > 0
+    assert bool(differences(sharded.outputs, single.outputs, 1e-3)) == forward
+    assert gradient_differences(sharded, single, 1e-3) != {}
+    assert differences(sharded.weights, single.weights, 1e-3) != {}
     if not forward:
         assert ranks[0].replicas != ranks[1].replicas

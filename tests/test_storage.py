@@ -10,7 +10,6 @@ import math
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 import numpy as np
@@ -21,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 import tp_planner
 from tests.models import CASES, Batch
-from tests.workers import WorkerPool, layout_map
+from tests.workers import Pools, WorkerPool, layout_map
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.ir.placement import Shard
 
@@ -175,7 +174,7 @@ def test_share_is_one_nth_where_the_dim_divides(workers: WorkerPool) -> None:
         assert sum(stored.bytes for stored in sharded) * workers.size == whole
 
 
-def test_nobody_keeps_the_whole_value_of_a_sharded_variable(pools: Any) -> None:
+def test_nobody_keeps_the_whole_value_of_a_sharded_variable(pools: Pools) -> None:
     """After parallelize no reference to the whole parameters is left, on rank 0 or elsewhere."""
     assert pools(2).run(whole_tensors_kept, "mlp") == [[], []]
 
@@ -207,7 +206,7 @@ def test_verification_counts_and_prints_once(workers: WorkerPool, name: str, sha
         assert len(verification.ranks) == size
 
 
-def test_verification_lists_slots_with_their_bytes(pools: Any) -> None:
+def test_verification_lists_slots_with_their_bytes(pools: Pools) -> None:
     """``ranks`` holds variables and optimizer slots, as they are in memory."""
     verification, _ = pools(2).run(verify, "mlp", True)[1]
 
@@ -220,7 +219,7 @@ def test_verification_lists_slots_with_their_bytes(pools: Any) -> None:
         assert not stored["optimizer/adam_w/iteration"].sharded
 
 
-def test_verification_of_a_plain_model_says_what_to_do(pools: Any) -> None:
+def test_verification_of_a_plain_model_says_what_to_do(pools: Pools) -> None:
     """Without a plan applied, nothing is active, even if the processes are there."""
     ranks = pools(2).run(verify, "mlp", False)
 
@@ -253,7 +252,7 @@ def lines_of_the_mlp(rank: int) -> list[str]:
     return lines
 
 
-def test_log_of_parallelize(pools: Any) -> None:
+def test_log_of_parallelize(pools: Pools) -> None:
     """Every rank logs where each variable went, once; rank 0 also which tensors were cut and how."""
     ranks = pools(2).run(log, "mlp", logging.INFO, "parallelize")
 
@@ -261,6 +260,6 @@ def test_log_of_parallelize(pools: Any) -> None:
 
 
 @pytest.mark.parametrize(("level", "call"), [(logging.WARNING, "parallelize"), (logging.INFO, "plan")])
-def test_nothing_else_is_logged(pools: Any, level: int, call: str) -> None:
+def test_nothing_else_is_logged(pools: Pools, level: int, call: str) -> None:
     """At the default level sharding is silent; a plan places nothing, so it has nothing to log."""
     assert pools(2).run(log, "mlp", level, call) == [[], []]

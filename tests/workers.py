@@ -125,9 +125,7 @@ class WorkerPool:
             here, there = spawn.Pipe()
             dump = Path(self._folder.name) / f"rank_{number}.txt"
             dump.touch()
-            process = spawn.Process(
-                target=_work, args=(number, self.size, self._store.port, there, dump), daemon=True
-            )
+            process = spawn.Process(target=_work, args=(number, self.size, self._store.port, there, dump), daemon=True)
             with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):  # gloo ranks compute on the CPU
                 process.start()
             there.close()
@@ -187,6 +185,9 @@ def _receive(rank: Rank) -> Answer:
         rank.process.join(STOP_S)
         text = f"the process of rank {rank.number} ended with exit code {rank.process.exitcode}"
         return Answer(error=ChildProcessError(text), text=text)
+
+
+Pools = Callable[[int], WorkerPool]  # the pool of a number of processes
 
 
 # In the worker process

@@ -66,7 +66,7 @@ def plan_command(
         str, typer.Option(metavar="FILE_OR_PRESET", help="A layout file, or a preset: encoder, gpt, llama, mlp, vit.")
     ],
     mesh: Annotated[str, typer.Option(metavar="AXIS=SIZE[,...]", help="The device mesh, e.g. model=8.")],
-    input: Annotated[  # noqa: A002 - the option's name
+    input: Annotated[
         list[str] | None,
         typer.Option(
             metavar="[NAME=]SHAPE[:DTYPE]",
@@ -80,8 +80,8 @@ def plan_command(
 
     Needs no devices, starts no processes and allocates no weights.
     """
-    os.environ.setdefault("KERAS_BACKEND", "torch")
     with _mistakes_reported():
+        _choose_backend()
         with contextlib.redirect_stdout(sys.stderr):  # a factory may print; the plan has stdout to itself
             plan = _make_plan(model, layout, mesh, input or [])
         if output is not None:
@@ -90,6 +90,12 @@ def plan_command(
         typer.echo(plan.to_json(), nl=False)
     else:
         _print_report(plan)
+
+
+def _choose_backend() -> None:
+    backend = os.environ.setdefault("KERAS_BACKEND", "torch")
+    if backend != "torch":
+        raise _mistake(f"KERAS_BACKEND is {backend!r}, plans are for PyTorch; unset it or set it to 'torch'")
 
 
 def _make_plan(model: str, layout: str, mesh: str, inputs: Sequence[str]) -> Plan:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from tp_planner.ir.placement import Replicate, Shard, Shape
+from tp_planner.ir.placement import Replicate, Shape, Shard
 from tp_planner.ir.plan import Boundary, LayerPlan, Plan, Transition, VariablePlan
 from tp_planner.report.names import FoldedName, fold_names, without_numbers_of
 

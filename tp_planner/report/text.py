@@ -26,7 +26,7 @@ WIDTH = 118  # of wrapped sentences; tables are as wide as their cells
 
 def plan_to_text(plan: Plan) -> str:
     """Return the plan as plain text: layers with variables and boundaries, collectives, reasons, notes."""
-    layers = [("layer", "style", *VARIABLE_HEADS, "boundaries")]
+    layers: list[tuple[str, ...]] = [("layer", "style", *VARIABLE_HEADS, "boundaries")]
     for row in layer_rows(plan):
         layers += _lines_of(row)
     sections = [heading(plan), _table(layers), summary(plan)]

@@ -112,7 +112,7 @@ class ParallelOptimizer:
 
     def _clip_each(self, grads: Sequence[torch.Tensor], limit: float) -> Sequence[torch.Tensor]:
         norms = self._squared_norms(grads).sqrt()
-        return [grad * limit / keras.ops.maximum(norm, limit) for grad, norm in zip(grads, norms, strict=True)]
+        return [keras.ops.multiply(grad, limit) / keras.ops.maximum(norm, limit) for grad, norm in zip(grads, norms, strict=True)]
 
     def _clip_together(self, grads: Sequence[torch.Tensor], limit: float) -> Sequence[torch.Tensor]:
         norm = self._squared_norms(grads).sum().sqrt()

@@ -108,7 +108,7 @@ class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
         with torch.no_grad():
             target.copy_(value)
 
-    def __array__(self, dtype: Any = None) -> np.ndarray:
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         gathering = self._stored.gathering
         array = gathering(self) if gathering is not None else whole_array(self)
         return array.astype(dtype) if dtype else array

@@ -1,0 +1,116 @@
+"""The imports of the package run one way, as ARCHITECTURE.md says, and only its edges print."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1] / "tp_planner"
+MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+
+# What each part of the package may import: parts of the package, then other packages.
+MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
+    "ir": ({"ir"}, {"networkx"}),
+    "passes": ({"ir", "passes"}, {"networkx"}),
+    "report": ({"ir", "report"}, {"rich"}),
+    "frontend": ({"ir", "frontend"}, {"keras", "torch"}),
+    "runtime": ({"ir", "frontend", "passes", "runtime"}, {"keras", "networkx", "numpy", "torch"}),
+    "planner": ({"ir", "passes", "frontend", "runtime"}, {"keras"}),
+    "api": ({"ir", "frontend", "runtime", "planner"}, {"keras", "numpy", "torch"}),
+    "__init__": ({"api", "ir", "runtime"}, set()),
+    "cli": ({"__init__", "ir", "frontend", "planner", "report"}, {"keras", "rich", "typer"}),
+    "demo": ({"__init__"}, {"keras", "numpy", "torch"}),
+}
+EXCEPTIONS = {("ir/plan.py", "tp_planner.report.text")}  # print(plan) shows the report; imported when it is called
+PRINTERS = {"cli.py", "demo.py", "runtime/verify.py"}
+
+
+def part(module: str) -> str:
+    """Return the folder that a file of the package lies in, or the name of a file that lies in none."""
+    return module.partition("/")[0].removesuffix(".py")
+
+
+def tree(module: str) -> ast.Module:
+    return ast.parse((ROOT / module).read_text(encoding="utf-8"))
+
+
+def imports(code: ast.Module) -> Iterator[str]:
+    """Yield the dotted name of every import, wherever it stands; a dot for a relative one."""
+    for node in ast.walk(code):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+
+
+def imported_part(name: str) -> str:
+    """Return the part of the package that ``tp_planner...`` names."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def refusals(module: str, code: ast.Module) -> list[str]:
+    """Return the imports of a module that its part of the package may not have."""
+    parts, packages = MAY_IMPORT[part(module)]
+    refused = []
+    for name in imports(code):
+        top = name.partition(".")[0]
+        if top == "tp_planner":
+            allowed = imported_part(name) in parts or (module, name) in EXCEPTIONS
+        else:
+            allowed = top in packages or top in sys.stdlib_module_names
+        if not allowed:
+            refused.append(name)
+    return refused
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_one_way(module: str) -> None:
+    """A module imports what its part of the package may import, and nothing else."""
+    assert refusals(module, tree(module)) == []
+
+
+WRONG = {
+    "ir/mesh.py": "import torch.distributed",
+    "passes/choose_styles.py": "from tp_planner.runtime.apply import apply_layers",
+    "report/text.py": "def f():\n    import keras",
+    "frontend/trace.py": "from tp_planner import plan",
+    "runtime/apply.py": "from . import styles",
+}
+
+
+@pytest.mark.parametrize(("module", "source"), WRONG.items(), ids=WRONG)
+def test_wrong_imports_are_seen(module: str, source: str) -> None:
+    """The check itself notices other packages, other parts, imports inside functions, and relative ones."""
+    assert len(refusals(module, ast.parse(source))) == 1
+
+
+def test_parts_are_in_one_order() -> None:
+    """The table above has no cycle: every part comes after all it imports in some order."""
+    remaining = {name: parts - {name} for name, (parts, _) in MAY_IMPORT.items()}
+    while remaining:
+        ready = [name for name, parts in remaining.items() if not parts & set(remaining)]
+        assert ready, f"these import each other: {sorted(remaining)}"
+        for name in ready:
+            del remaining[name]
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - PRINTERS))
+def test_only_edges_print(module: str) -> None:
+    """Printing is for the command line, the demonstration, and the verification that users ask for."""
+    nodes = list(ast.walk(tree(module)))
+    calls = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    attributes = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+    assert "print" not in calls
+    assert not attributes & {"sys.stdout", "sys.stderr"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_say_what_they_know(module: str) -> None:
+    """Every module that has code begins with a docstring."""
+    body = tree(module)
+    assert not body.body or ast.get_docstring(body)
