@@ -57,7 +57,8 @@ class RowLinear(nn.Linear):
         self.leave = leave
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.leave(F.linear(x, self.weight)) + self.bias
+        y: Tensor = self.leave(F.linear(x, self.weight)) + self.bias
+        return y
 
 
 class Block(nn.Module):
@@ -67,7 +68,9 @@ class Block(nn.Module):
         super().__init__()
         width, inner = size.width, size.heads * size.head_size
         self.head_size = size.head_size
-        self.enter, leave = (_Enter.apply, _Leave.apply) if shards == "communicating" else (_same, _same)
+        communicating = shards == "communicating"
+        self.enter: Callable[[Tensor], Tensor] = _Enter.apply if communicating else _same
+        leave: Callable[[Tensor], Tensor] = _Leave.apply if communicating else _same
 
         def row(inputs: int) -> nn.Linear:
             return nn.Linear(inputs, width) if shards == "whole" else RowLinear(inputs, width, leave)
@@ -81,8 +84,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attend(self.enter(self.attention_norm(x)))
-        hidden = F.gelu(self.up(self.enter(self.mlp_norm(x))))
-        return x + self.down(hidden)
+        y: Tensor = x + self.down(F.gelu(self.up(self.enter(self.mlp_norm(x)))))
+        return y
 
     def attend(self, x: Tensor) -> Tensor:
         query, key, value = (
@@ -142,39 +145,26 @@ def _keras_path(name: str) -> str:
     if "embedding" in name:
         return f"{modules[0] if modules else last}/embeddings"
     is_norm = modules[0].endswith("norm")
-    return f"{modules[0]}/{ {'weight': 'gamma' if is_norm else 'kernel', 'bias': 'beta' if is_norm else 'bias'}[last] }"
+    kind = {"weight": "gamma", "bias": "beta"}[last] if is_norm else {"weight": "kernel", "bias": "bias"}[last]
+    return f"{modules[0]}/{kind}"
 
 
 def parallelize_with_stock_styles(model: Gpt, mesh: DeviceMesh) -> Gpt:
     """Shard a whole GPT with torch's own styles, one per layer, and return it."""
-    styles = {
-        "query": ColwiseParallel,
-        "key": ColwiseParallel,
-        "value": ColwiseParallel,
-        "attention_output": RowwiseParallel,
-        "up": ColwiseParallel,
-        "down": RowwiseParallel,
-    }
-    plan = {f"blocks.*.{name}": style() for name, style in styles.items()}
-    parallelize_module(model, mesh, plan)
+    columns = {f"blocks.*.{name}": ColwiseParallel() for name in ("query", "key", "value", "up")}
+    rows = {f"blocks.*.{name}": RowwiseParallel() for name in ("attention_output", "down")}
+    parallelize_module(model, mesh, {**columns, **rows})
     return model
 
 
 class AdamW:
     """Keras's AdamW, its formula and its defaults, on plain local tensors with torch's foreach ops."""
 
-    def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        learning_rate: float = 0.001,
-        weight_decay: float = 0.004,
-        beta_1: float = 0.9,
-        beta_2: float = 0.999,
-        epsilon: float = 1e-7,
-    ) -> None:
+    learning_rate, weight_decay = 0.001, 0.004
+    beta_1, beta_2, epsilon = 0.9, 0.999, 1e-7
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
-        self.learning_rate, self.weight_decay, self.epsilon = learning_rate, weight_decay, epsilon
-        self.beta_1, self.beta_2 = beta_1, beta_2
         self.steps = 0
         self.values = [_local(parameter.detach()) for parameter in self.parameters]
         self.momentums = [torch.zeros_like(value) for value in self.values]

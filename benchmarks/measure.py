@@ -149,7 +149,8 @@ def count_collectives(version: Version) -> Counter[str]:
     """Return how many collectives of each kind this rank runs in one step."""
     with CollectiveCounter() as counter:
         version.step()
-    return counter.counts
+        counts: Counter[str] = counter.counts
+    return counts
 
 
 def measure(candidates: Sequence[Version], repeat: int) -> list[list[float]]:

@@ -7,7 +7,7 @@ of the plan, DTensor, or Keras.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,12 @@ from tests.models import CASES
 from tests.workers import Pools, WorkerPool, layout_map
 from tp_planner.ir.plan import LayerPlan, Plan
 
+# Case and sizes: the zoo as it is, and what is gathered at use or read by more than one rank.
+MODELS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    **{name: (name, {}) for name in CASES},
+    "gpt with uneven dims": ("gpt", {"vocabulary": 65, "hidden": 63}),
+    "llama with tied embeddings and one head for keys": ("llama", {"tied": True, "kv_heads": 1}),
+}
 BATCH_SIZE = 4
 KINDS = {
     "all_reduce": "all_reduce",
@@ -89,7 +95,7 @@ def _phase(before: str) -> str:
 # On the ranks
 
 
-def run_one_step(name: str, broken_layer: str | None = None, **sizes: int) -> Step:
+def run_one_step(name: str, sizes: Mapping[str, Any], broken_layer: str | None = None) -> Step:
     """Plan, parallelize and train the case; ``broken_layer`` loses its boundaries after the plan was made."""
     case = CASES[name]
     x, y = case.batch(np.random.default_rng(2), BATCH_SIZE)
@@ -155,10 +161,10 @@ def test_recorder_sees_collectives_of_every_origin(pools: Pools) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_plan_lists_exactly_the_collectives_that_run(workers: WorkerPool, name: str) -> None:
+@pytest.mark.parametrize("model", MODELS)
+def test_plan_lists_exactly_the_collectives_that_run(workers: WorkerPool, model: str) -> None:
     """One training step by Keras runs what is planned and no more, on every rank; a prediction its forward part."""
-    ranks = workers.run(run_one_step, name)
+    ranks = workers.run(run_one_step, *MODELS[model])
 
     assert forward(ranks[0].planned)
     for each in ranks:
@@ -171,15 +177,11 @@ def test_plan_lists_exactly_the_collectives_that_run(workers: WorkerPool, name: 
 def test_a_transformer_block_has_two_all_reduces_each_way(pools: Pools) -> None:
     """A third block adds to the step of a GPT what Megatron-LM needs: two all-reduces forward, two backward."""
     pool = pools(2)
-    two, three = pool.run(run_one_step, "gpt")[0], pool.run(run_gpt_of_three_blocks)[0]
+    two, three = (pool.run(run_one_step, "gpt", {"blocks": blocks})[0] for blocks in (2, 3))
 
     activation = BATCH_SIZE * 16 * 32 * 4
     added = {Ran("all_reduce", activation, 2, "forward"): 2, Ran("all_reduce", activation, 2, "backward"): 2}
     assert mismatch(two.step, three.step) == ({}, added)
-
-
-def run_gpt_of_three_blocks() -> Step:
-    return run_one_step("gpt", blocks=3)
 
 
 BROKEN = {
@@ -191,5 +193,5 @@ BROKEN = {
 @pytest.mark.parametrize(("name", "layer", "missing"), BROKEN.values(), ids=BROKEN)
 def test_comparison_notices_a_missing_boundary(pools: Pools, name: str, layer: str, missing: dict[Ran, int]) -> None:
     """Where a boundary of the plan is not executed, just its collective is missing."""
-    for each in pools(2).run(run_one_step, name, layer):
+    for each in pools(2).run(run_one_step, name, {}, layer):
         assert mismatch(each.planned, each.step) == (missing, {})

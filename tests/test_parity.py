@@ -1,6 +1,6 @@
 """A sharded model is the same function as on a single device: outputs, gradients, training, and restored.
 
-Every case of the zoo is trained twice from the same weights on the same batches: by plain Keras on rank 0, and
+Every model is trained twice from the same weights on the same batches: by plain Keras on rank 0, and
 sharded over all ranks. The tests compare what the two trainings recorded.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import keras
 import numpy as np
@@ -27,6 +28,15 @@ from tp_planner.runtime.variables import ParallelVariable
 
 Arrays = Mapping[str, np.ndarray]
 
+Sizes = Mapping[str, Any]
+
+# Case and sizes: the zoo as it is, and what tensor parallelism gets wrong easily.
+MODELS: dict[str, tuple[str, Sizes]] = {
+    **{name: (name, {}) for name in CASES},
+    "gpt with dropout": ("gpt", {"dropout": 0.2}),
+    "gpt with uneven dims": ("gpt", {"vocabulary": 65, "hidden": 63}),
+    "llama with tied embeddings and one head for keys": ("llama", {"tied": True, "kv_heads": 1}),
+}
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
 BATCH_SIZE = 4
 STEPS = 5  # while sharded; one more follows after restore
@@ -62,12 +72,12 @@ class Trained:
 # On the ranks
 
 
-def train_both(name: str, dtype: str) -> Trained:
+def train_both(name: str, sizes: Sizes, dtype: str) -> Trained:
     """Train the case alone on rank 0, then sharded, and restore it."""
     case = CASES[name]
     batches = make_batches(case)
-    single = _train_alone(case, dtype, batches) if dist.get_rank() == 0 else None
-    model = case.build(dtype, seed=dist.get_rank())  # rank 0's weights are the truth
+    single = _train_alone(case, sizes, dtype, batches) if dist.get_rank() == 0 else None
+    model = case.build(dtype, seed=dist.get_rank(), **sizes)  # rank 0's weights are the truth
     tp_planner.parallelize(model, layout_map(case.rules), inputs=batches[0][0])
     record = begin(model, case, dtype, batches[0])
     train(model, case, dtype, batches[:STEPS], record)
@@ -82,7 +92,7 @@ def train_by_broken_plan(name: str, layer: str, side: str) -> Trained:
     """Train as ``train_both`` does, one boundary missing from the plan, and go no further than the steps."""
     case, dtype = CASES[name], "float64"
     batches = make_batches(case)
-    single = _train_alone(case, dtype, batches) if dist.get_rank() == 0 else None
+    single = _train_alone(case, {}, dtype, batches) if dist.get_rank() == 0 else None
     model = case.build(dtype)
     plan = tp_planner.plan(model, layout_map(case.rules), inputs=batches[0][0])
     tp_planner.parallelize(model, without_boundary(plan, layer, side))
@@ -109,8 +119,8 @@ def make_batches(case: Case) -> list[Batch]:
     return [case.batch(rng, BATCH_SIZE) for _ in range(STEPS + 1)]
 
 
-def _train_alone(case: Case, dtype: str, batches: list[Batch]) -> Record:
-    model = case.build(dtype)
+def _train_alone(case: Case, sizes: Sizes, dtype: str, batches: list[Batch]) -> Record:
+    model = case.build(dtype, **sizes)
     record = begin(model, case, dtype, batches[0])
     train(model, case, dtype, batches[:STEPS], record)
     _train_on(model, batches, record)
@@ -234,8 +244,8 @@ def gradient_differences(found: Record, expected: Record, tolerance: float) -> d
     return differences(found.gradients, expected.gradients, tolerance, scale=largest(expected.gradients))
 
 
-@pytest.fixture(scope="module", params=list(CASES))
-def name(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(scope="module", params=list(MODELS))
+def model(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
@@ -245,9 +255,9 @@ def dtype(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def ranks(workers: WorkerPool, name: str, dtype: str) -> list[Trained]:
-    """Both trainings of one case in one dtype, by rank; trained once for all tests."""
-    return workers.run(train_both, name, dtype)
+def ranks(workers: WorkerPool, model: str, dtype: str) -> list[Trained]:
+    """Both trainings of one model in one dtype, by rank; trained once for all tests."""
+    return workers.run(train_both, *MODELS[model], dtype)
 
 
 @pytest.fixture

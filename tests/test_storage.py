@@ -8,8 +8,9 @@ import io
 import logging
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import keras
 import numpy as np
@@ -50,14 +51,14 @@ class Stored:
 # On the ranks
 
 
-def store(name: str, slots: str) -> dict[str, Stored]:
+def store(name: str, slots: str, sizes: Mapping[str, Any]) -> dict[str, Stored]:
     """Return how the case's variables, gradients and AdamW slots are stored after a step.
 
     ``slots`` says when Keras made the slots: "before" or "after" parallelize.
     """
     case = CASES[name]
     x, y = batch = case.batch(np.random.default_rng(3), BATCH_SIZE)
-    model = case.build()
+    model = case.build(**sizes)
     plan = tp_planner.plan(model, layout_map(case.rules), inputs=x)
     if slots == "before":
         train(model, name, batch)
@@ -156,7 +157,7 @@ def _logged(level: int) -> Iterator[list[str]]:
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_store_their_share(workers: WorkerPool, name: str, slots: str) -> None:
     """A rank stores one of N chunks of each sharded variable, of its gradient and of its AdamW slots."""
-    ranks = workers.run(store, name, slots)
+    ranks = workers.run(store, name, slots, {})
 
     sharded = [key for key, stored in ranks[0].items() if stored.dim is not None]
     assert any(key.endswith("kernel") for key in sharded)
@@ -166,9 +167,21 @@ def test_ranks_store_their_share(workers: WorkerPool, name: str, slots: str) -> 
         assert {key: stored.bytes for key, stored in tensors.items()} == expected
 
 
+def test_uneven_shares_add_up(workers: WorkerPool) -> None:
+    """Where the dim does not divide, the ranks' chunks differ, and together they are the whole."""
+    ranks = workers.run(store, "gpt", "after", {"vocabulary": 65, "hidden": 63})
+
+    for key, stored in ranks[0].items():
+        if stored.dim is not None:
+            held = [tensors[key].bytes for tensors in ranks]
+            assert held == [tensors[key].expected_bytes(rank, workers.size) for rank, tensors in enumerate(ranks)]
+            assert sum(held) == math.prod(stored.shape) * stored.itemsize
+    assert len({tensors["token_embedding/embeddings momentum"].bytes for tensors in ranks}) > 1
+
+
 def test_share_is_one_nth_where_the_dim_divides(workers: WorkerPool) -> None:
     """In the GPT, whose dims all divide, the sum over the sharded tensors is exactly 1/N of the whole."""
-    for tensors in workers.run(store, "gpt", "after"):
+    for tensors in workers.run(store, "gpt", "after", {}):
         sharded = [stored for stored in tensors.values() if stored.dim is not None]
         whole = sum(math.prod(stored.shape) * stored.itemsize for stored in sharded)
         assert sum(stored.bytes for stored in sharded) * workers.size == whole

@@ -42,18 +42,19 @@ def trace(model: keras.Model, inputs: Any = None, *, training: bool = False) -> 
         PlanError: if the model is not built, its inputs are unknown, or it cannot run on fake tensors.
     """
     require_built(model)
-    with fake_tensors() as fake_mode:
-        arguments = fake_inputs(model, inputs, fake_mode)
-        recorder = Recorder(model)
+    with fake_tensors():
+        arguments = fake_inputs(model, inputs)
         try:
-            outputs = run_recorded(model, arguments, recorder, training)
+            with fake_variables(model):
+                recorder = Recorder(model)
+                outputs = run_recorded(model, arguments, recorder, training)
+                return build_graph(model, recorder, training, outputs)
         except Exception as error:
             raise PlanError(
                 f"model {model.name!r} cannot be traced with inputs {describe_inputs(arguments)}: "
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else error}; "
                 f"pass plan(..., inputs=) with inputs that model(inputs) accepts"
             ) from error
-    return build_graph(model, recorder, training, outputs)
 
 
 def require_built(model: Any) -> None:
@@ -72,15 +73,29 @@ def require_built(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def fake_tensors() -> Iterator[FakeTensorMode]:
+def fake_tensors() -> Iterator[None]:
     """Run Keras on fake CPU tensors: no arithmetic, no memory, no random numbers drawn."""
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     no_generator = mock.patch("keras.src.backend.torch.random.torch_seed_generator", lambda seed: None)
     with keras.device("cpu"), no_generator, quiet_torch(), torch.enable_grad(), fake_mode:
-        yield fake_mode
+        yield
 
 
-def fake_inputs(model: keras.Model, inputs: Any, fake_mode: FakeTensorMode) -> Any:
+@contextlib.contextmanager
+def fake_variables(model: keras.Model) -> Iterator[None]:
+    """Give every variable a fake CPU value, so that a model on any device gives the same trace; inside fake_tensors."""
+    values = {key: variable._value for key, variable in named_variables(model).items()}
+    try:
+        for key, variable in named_variables(model).items():
+            fake = torch.empty(tuple(variable.shape), dtype=values[key].dtype, device="cpu")
+            variable._value = torch.nn.Parameter(fake, requires_grad=values[key].requires_grad)
+        yield
+    finally:
+        for key, variable in named_variables(model).items():
+            variable._value = values[key]
+
+
+def fake_inputs(model: keras.Model, inputs: Any) -> Any:
     """Return fake tensors nested as the model takes its inputs."""
     if inputs is None:
         inputs = _declared_inputs(model)
@@ -304,7 +319,7 @@ def build_graph(model: keras.Model, recorder: Recorder, training: bool, outputs:
         )
         for key, variable in zip(own, own_variables(layer), strict=True):
             if key not in variables:
-                variables[key] = _variable_info(key, variable, name)
+                variables[key] = _variable_info(key, variable, name, layer)
     return ModelGraph(
         model_name=model.name,
         training=training,
@@ -318,7 +333,15 @@ def build_graph(model: keras.Model, recorder: Recorder, training: bool, outputs:
     )
 
 
-def _variable_info(key: str, variable: Any, owner: str) -> VariableInfo:
+def _why_kept_whole(variable: Any, layer: keras.Layer) -> str:
+    if not variable._value.is_floating_point():
+        return f"{keras.backend.standardize_dtype(variable._dtype)} state is kept whole on every rank"
+    if isinstance(layer, keras.layers.TorchModuleWrapper):
+        return "parameters of a torch module are kept whole on every rank: the module reads them itself"
+    return ""
+
+
+def _variable_info(key: str, variable: Any, owner: str, layer: keras.Layer) -> VariableInfo:
     tensor = variable._value
     return VariableInfo(
         key=key,
@@ -329,6 +352,6 @@ def _variable_info(key: str, variable: Any, owner: str) -> VariableInfo:
         itemsize=tensor.element_size(),
         trainable=bool(variable.trainable and tensor.requires_grad),
         owner=owner,
-        is_float=tensor.is_floating_point(),
+        kept_whole=_why_kept_whole(variable, layer),
         penalty=penalty_kind(variable.regularizer),
     )

@@ -91,7 +91,7 @@ class VariableInfo:
     itemsize: int
     trainable: bool
     owner: str  # name of the layer that created it
-    is_float: bool
+    kept_whole: str  # why no rule can shard it; empty for most variables
     penalty: Literal["none", "additive", "whole"]  # its regularizer: none, a sum over elements, or any function
 
 

@@ -75,8 +75,14 @@ def resolve_rules(layout: Layout, variables: Mapping[str, VariableInfo], layer_p
         raise PlanError(problems)
     parts = layout.mesh.axis_size(axis)
     resolved = {key: _resolve(variable, owner[key], axis, parts) for key, variable in variables.items()}
+    ignored = [
+        f"variable {variables[key].path!r} is named by layout rule {each.rule!r} but stays whole: {each.reason}"
+        for key, each in resolved.items()
+        if each.rule is not None and each.reason == variables[key].kept_whole
+    ]
     unmatched = [report.rule for report in reports if not report.variables and not report.outputs]
-    return Resolution(resolved, outputs, reports, tuple(_unmatched(rule, variables.values()) for rule in unmatched))
+    notes = [_unmatched(rule, variables.values()) for rule in unmatched] + ignored
+    return Resolution(resolved, outputs, reports, tuple(notes))
 
 
 def _malformed(rule: LayoutRule, layout: Layout) -> Iterable[str]:
@@ -148,8 +154,8 @@ def _resolve(variable: VariableInfo, rule: LayoutRule | None, axis: str, parts: 
         return Resolved(Replicate(), rule.pattern, f"rule {rule} does not shard it over {axis!r}")
     if parts == 1:
         return Resolved(Replicate(), rule.pattern, f"mesh axis {axis!r} has size 1")
-    if not variable.is_float:
-        return Resolved(Replicate(), rule.pattern, f"{variable.dtype} state is kept whole on every rank")
+    if variable.kept_whole:
+        return Resolved(Replicate(), rule.pattern, variable.kept_whole)
     if variable.shape[dim] % parts:
         sizes = chunk_sizes(variable.shape[dim], parts)
         uneven = f"; {variable.shape[dim]} does not divide by {parts}, so ranks hold {', '.join(map(str, sizes))}"

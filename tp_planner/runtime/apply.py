@@ -10,6 +10,8 @@ from typing import Any
 import keras
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from tp_planner.frontend.layer_tree import named_layers, named_variables, own_variables
@@ -35,7 +37,11 @@ Scatter = Callable[[Any, Placement, Axis], torch.Tensor]
 
 @dataclass
 class PlacedVariable:
-    """What undoing the placement of one variable needs. ``old`` is let go once the whole model is placed."""
+    """What undoing the placement of one variable needs.
+
+    ``old`` is the parameter it had, ``data`` the values of a parameter that it kept; both are let go once the
+    whole model is placed.
+    """
 
     variable: Any
     device: torch.device
@@ -43,6 +49,7 @@ class PlacedVariable:
     regularizer: Any
     constraint: Any
     old: torch.nn.Parameter | None
+    data: torch.Tensor | None
 
 
 @dataclass
@@ -57,7 +64,7 @@ class Applied:
     def commit(self) -> None:
         """Let go of the whole values; from now on they are spread over the ranks."""
         for placed in self.placed.values():
-            placed.old = None
+            placed.old = placed.data = None
 
     def revert(self, model: keras.Model, values: Callable[[str, PlacedVariable], torch.nn.Parameter]) -> None:
         """Undo everything, last change first; ``values`` gives each variable its parameter."""
@@ -78,13 +85,18 @@ class Applied:
 def old_value(key: str, placed: PlacedVariable) -> torch.nn.Parameter:
     """Return the parameter that the variable had before; only before ``commit``."""
     assert placed.old is not None
+    if placed.data is not None:
+        placed.old.data = placed.data
     return placed.old
 
 
 def gathered_value(key: str, placed: PlacedVariable) -> torch.nn.Parameter:
     """Return the variable's whole value, gathered from the ranks, on the device it was on before."""
-    value = whole_tensor(placed.variable).to(placed.device)
-    return torch.nn.Parameter(value, requires_grad=placed.variable._value.requires_grad)
+    value, parameter = whole_tensor(placed.variable).to(placed.device), placed.variable._value
+    if isinstance(parameter, DTensor):
+        return torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
+    parameter.data = value
+    return parameter
 
 
 def apply_layers(model: keras.Model, plan: Plan, axis: Axis, scatter: Scatter) -> Applied:
@@ -173,11 +185,17 @@ class _Placer:
         trainable = old.requires_grad and old.is_floating_point()
         if isinstance(plan.placement, Shard):
             new = sharded_parameter(local, plan.shape, plan.placement, axis, trainable)
+        elif isinstance(local, FakeTensor):
+            new = torch.nn.Parameter(local, requires_grad=trainable)
         else:
-            new = old if local is old else torch.nn.Parameter(local, requires_grad=trainable)
+            new = old  # the same object: a torch module inside the model may hold it too
         parallel = isinstance(plan.placement, Shard) or key in self.converted
         regularizer, constraint = variable._regularizer, variable._constraint
-        self.applied.placed[key] = PlacedVariable(variable, old.device, parallel, regularizer, constraint, old)
+        self.applied.placed[key] = PlacedVariable(
+            variable, old.device, parallel, regularizer, constraint, old, old.data if new is old else None
+        )
+        if new is old:
+            old.data = local
         if parallel:
             make_parallel(variable, new, plan.placement, axis)
         else:

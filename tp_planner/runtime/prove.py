@@ -47,8 +47,8 @@ def prove(
         axis: a mesh of the planned size, fake or real.
     """
     conflicts: list[Conflict] = []
-    with fake_tensors() as fake_mode:
-        arguments = fake_inputs(model, inputs, fake_mode)
+    with fake_tensors():
+        arguments = fake_inputs(model, inputs)
         for graph, walk in zip(graphs, walks, strict=True):
             with applied_for_simulation(model, plan, axis):
                 conflicts += _compare_run(model, arguments, graph, walk, axis.size)

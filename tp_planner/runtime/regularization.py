@@ -13,6 +13,7 @@ from tp_planner.ir.plan import Boundary, Transition
 from tp_planner.runtime.boundaries import Axis, cross
 from tp_planner.runtime.variables import own_shard, read_shard, read_whole, whole_tensor
 
+
 def parallel_regularizer(regularizer: Callable[[Any], Any], axis: Axis) -> Callable[[Any], Any]:
     """Return the regularizer of a sharded variable: ranks' sums added where it is additive, else of the whole."""
     if penalty_kind(regularizer) != "additive":
