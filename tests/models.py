@@ -156,9 +156,7 @@ class PreNormBlock(keras.layers.Layer):
     def build(self, input_shape: Shape) -> None:
         width, policy = input_shape[-1], {"dtype": self.dtype_policy}
         self.attention_norm = keras.layers.LayerNormalization(name="attention_norm", **policy)
-        self.attention = keras.layers.MultiHeadAttention(
-            self.heads, width // self.heads, name="attention", **policy
-        )
+        self.attention = keras.layers.MultiHeadAttention(self.heads, width // self.heads, name="attention", **policy)
         self.mlp_norm = keras.layers.LayerNormalization(name="mlp_norm", **policy)
         self.up = keras.layers.Dense(self.hidden, activation="gelu", name="up", **policy)
         self.down = keras.layers.Dense(width, name="down", **policy)
@@ -244,9 +242,7 @@ class GatedModel(keras.Model):
 # Models
 
 
-def mlp(
-    dtype: str = "float32", *, inputs: int = 16, width: int = 32, outputs: int = 8, seed: int = 0
-) -> keras.Model:
+def mlp(dtype: str = "float32", *, inputs: int = 16, width: int = 32, outputs: int = 8, seed: int = 0) -> keras.Model:
     """Three Dense layers: up (relu), down (gelu) and head."""
     with _building(dtype):
         features = keras.Input((inputs,), name="features")
@@ -291,9 +287,7 @@ def _gpt_block(x: Any, name: str, heads: int, hidden: int, dropout: float) -> An
         heads, width // heads, dropout=dropout, seed=1, name=f"{name}_attention"
     )
     y = attention(y, y, use_causal_mask=True)
-    x = keras.layers.Add(name=f"{name}_attention_residual")(
-        [x, _dropped(y, dropout, f"{name}_attention_dropout")]
-    )
+    x = keras.layers.Add(name=f"{name}_attention_residual")([x, _dropped(y, dropout, f"{name}_attention_dropout")])
     y = keras.layers.LayerNormalization(name=f"{name}_mlp_norm")(x)
     y = keras.layers.Dense(hidden, activation="gelu", name=f"{name}_up")(y)
     y = keras.layers.Dense(width, name=f"{name}_down")(y)
@@ -327,26 +321,20 @@ def encoder(
         if mask == "input":
             inputs["padding_mask"] = keras.Input((length,), dtype="bool", name="padding_mask")
             attention_mask = keras.layers.Reshape((1, length), name="mask")(inputs["padding_mask"])
-        embedding = keras.layers.Embedding(
-            vocabulary, width, mask_zero=mask == "zero", name="token_embedding"
-        )
+        embedding = keras.layers.Embedding(vocabulary, width, mask_zero=mask == "zero", name="token_embedding")
         x = AddPositions(name="position_embedding")(embedding(inputs["tokens"]))
         x = keras.layers.LayerNormalization(name="embedding_norm")(x)
         for index in range(blocks):
             x = _encoder_block(x, f"block_{index}", heads, attention_mask)
         x = FirstToken(name="first_token")(x)
         x = keras.layers.Dense(width, activation="tanh", name="pooler")(x)
-        return randomize(
-            keras.Model(inputs, keras.layers.Dense(classes, name="head")(x), name="encoder"), seed
-        )
+        return randomize(keras.Model(inputs, keras.layers.Dense(classes, name="head")(x), name="encoder"), seed)
 
 
 def _encoder_block(x: Any, name: str, heads: int, attention_mask: Any) -> Any:
     width = x.shape[-1]
     attention = keras.layers.MultiHeadAttention(heads, width // heads, name=f"{name}_attention")
-    x = keras.layers.Add(name=f"{name}_attention_residual")(
-        [x, attention(x, x, attention_mask=attention_mask)]
-    )
+    x = keras.layers.Add(name=f"{name}_attention_residual")([x, attention(x, x, attention_mask=attention_mask)])
     x = keras.layers.LayerNormalization(name=f"{name}_attention_norm")(x)
     y = keras.layers.Dense(4 * width, activation="gelu", name=f"{name}_up")(x)
     y = keras.layers.Dense(width, name=f"{name}_down")(y)

@@ -164,10 +164,7 @@ ONE_PROBLEM = {
     ),
     "not TOML": (
         "name = 'x'\nrules",
-        (
-            "not valid TOML: Expected '=' after a key in a key/value pair (at end of document); "
-            "correct the syntax there"
-        ),
+        ("not valid TOML: Expected '=' after a key in a key/value pair (at end of document); correct the syntax there"),
     ),
     "a key twice": (
         "name = 'x'\nname = 'y'\n",
@@ -230,9 +227,7 @@ def test_other_encoding_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "latin.toml"
     path.write_bytes('name = "Gr\xfcn"'.encode("latin-1"))
 
-    assert refusal(lambda: read_layout_file(path)) == (
-        f"{path}: not UTF-8 text at byte 10; save the file as UTF-8"
-    )
+    assert refusal(lambda: read_layout_file(path)) == (f"{path}: not UTF-8 text at byte 10; save the file as UTF-8")
 
 
 def test_presets_are_those_of_the_folder() -> None:
@@ -257,9 +252,7 @@ def test_file_goes_before_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert find_layout_file(tmp_path / "gpt") == tmp_path / "gpt"
 
 
-def test_packaged_presets_go_before_those_beside_the_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packaged_presets_go_before_those_beside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wheel has its own presets; a folder that is missing is passed over."""
     packaged, beside = tmp_path / "presets", tmp_path / "plans"
     for folder, names in ((packaged, ("b",)), (beside, ("b", "a"))):
@@ -272,9 +265,7 @@ def test_packaged_presets_go_before_those_beside_the_package(
 
 
 UNKNOWN_NAMES = {
-    "gtp": (
-        "'gtp' is neither a file nor a preset; closest preset: 'gpt'; presets: encoder, gpt, llama, mlp, vit"
-    ),
+    "gtp": ("'gtp' is neither a file nor a preset; closest preset: 'gpt'; presets: encoder, gpt, llama, mlp, vit"),
     "layouts/lama.toml": (
         "'layouts/lama.toml' is neither a file nor a preset; closest preset: 'llama'; "
         "presets: encoder, gpt, llama, mlp, vit"
@@ -367,9 +358,7 @@ def test_preset_fits_the_backbones_of_keras_hub(name: str, preset: str, sizes: d
     model = getattr(keras_hub.models, name)(**sizes)
 
     assert_fits(rules, model)
-    row_parallel = [
-        v.path for v in model.variables if hits(rules, v.path) and v.path.endswith("output/kernel")
-    ]
+    row_parallel = [v.path for v in model.variables if hits(rules, v.path) and v.path.endswith("output/kernel")]
     assert len(row_parallel) == 2
 
 

@@ -72,7 +72,7 @@ def resume(folder: str, sharded: bool) -> list[float]:
 
 def load_into_sharded(folder: str) -> Arrays:
     """Load a file into a sharded model with other weights and return its variables."""
-    model, x, y = trained()
+    model, _, _ = trained()
     model.set_weights([np.zeros_like(weight) for weight in model.get_weights()])
     tp_planner.parallelize(model, layout_map(CASES["gpt"].rules))
     model.load_weights(f"{folder}/single.weights.h5")

@@ -77,13 +77,14 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "inputs not known": (
         lambda: tp_planner.plan(called_unknown(), on_mesh({"unknown/dense/kernel": COLUMN})),
-        "model 'unknown' cannot be traced with inputs (2, 4) float32: TypeError: missing a required argument: 'second'; "
-        "pass plan(..., inputs=) with inputs that model(inputs) accepts",
+        "model 'unknown' cannot be traced with inputs (2, 4) float32: TypeError: missing a required argument: "
+        "'second'; pass plan(..., inputs=) with inputs that model(inputs) accepts",
     ),
     "inputs do not fit": (
         lambda: tp_planner.plan(small(), on_mesh({"up/kernel": COLUMN}), inputs=np.zeros((2, 5), "float32")),
         "model 'small' cannot be traced with inputs (2, 5) float32: ValueError: Input 0 with name 'inputs' of layer "
-        "'small' is incompatible with the layer: expected shape=(None, 4), found shape=(2, 5); pass plan(..., inputs=) with inputs that model(inputs) accepts",
+        "'small' is incompatible with the layer: expected shape=(None, 4), found shape=(2, 5); "
+        "pass plan(..., inputs=) with inputs that model(inputs) accepts",
     ),
     "not a layout map": (
         lambda: tp_planner.plan(small(), {"up/kernel": COLUMN}),
@@ -258,7 +259,9 @@ def refused(attempt: str) -> tuple[str, bool]:
     if attempt == "one bad rank" and dist.get_rank() == 1:
         rules = {"upp/kernel": COLUMN}
     if attempt == "mesh too small":
-        return _message(lambda: tp_planner.parallelize(model, on_mesh(rules, shape=(1,)))), _plain(model, tp_planner_state)
+        return _message(lambda: tp_planner.parallelize(model, on_mesh(rules, shape=(1,)))), _plain(
+            model, tp_planner_state
+        )
     return _message(lambda: tp_planner.parallelize(model, layout_map(rules))), _plain(model, tp_planner_state)
 
 
@@ -335,12 +338,15 @@ def test_a_problem_on_one_rank(pools: Callable[[int], WorkerPool]) -> None:
     (zero, plain_zero), (one, plain_one) = pools(2).run(refused, "one bad rank")
     assert one == "layout rule 'upp/kernel' matches no variable; closest: 'up/kernel'"
     assert zero == f"rank 1 cannot parallelize the model: {one}"
-    assert plain_zero and plain_one
+    assert plain_zero
+    assert plain_one
 
 
 def test_a_mesh_smaller_than_the_job(pools: Callable[[int], WorkerPool]) -> None:
     for message, plain in pools(2).run(refused, "mesh too small"):
-        assert message == "this process belongs to a job of 2 ranks and cannot plan for 1; plan in a process without a process group"
+        assert message == (
+            "this process belongs to a job of 2 ranks and cannot plan for 1; plan in a process without a process group"
+        )
         assert plain
 
 
@@ -356,4 +362,5 @@ def test_a_failure_while_applying_is_undone(pools: Callable[[int], WorkerPool]) 
     """Whatever breaks off an apply, the model is plain again and computes the same."""
     for message, plain, same in pools(2).run(failure_while_applying):
         assert message == "no room for block_1_down"
-        assert plain and same
+        assert plain
+        assert same

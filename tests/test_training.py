@@ -108,11 +108,20 @@ def fit_all(weighted: bool) -> Both:
     results = []
     for model in models:
         keras.utils.set_random_seed(3)  # fit shuffles
-        model.compile(OPTIMIZERS["adamw"](), case.make_loss("float64"), metrics=["accuracy"], weighted_metrics=["accuracy"])
+        model.compile(
+            OPTIMIZERS["adamw"](), case.make_loss("float64"), metrics=["accuracy"], weighted_metrics=["accuracy"]
+        )
         stop = keras.callbacks.EarlyStopping("loss", patience=5)
         plateau = keras.callbacks.ReduceLROnPlateau("loss", patience=1)
         history = model.fit(
-            x, y, batch_size=8, epochs=3, verbose=0, sample_weight=weights, validation_data=(x, y), callbacks=[stop, plateau]
+            x,
+            y,
+            batch_size=8,
+            epochs=3,
+            verbose=0,
+            sample_weight=weights,
+            validation_data=(x, y),
+            callbacks=[stop, plateau],
         )
         results.append(
             {name: np.array(values) for name, values in history.history.items()}

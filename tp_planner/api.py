@@ -127,7 +127,9 @@ def _require_values(model: keras.Model) -> None:
 
 def _agree(chosen: Plan | None, problem: str, own_error: PlanError | None) -> None:
     """Go on only if all ranks made the same plan; else raise the same refusal everywhere."""
-    answers = exchange("tp_planner.parallelize", problem and f"problem {problem}" or f"plan {chosen.hash if chosen else ''}")
+    answers = exchange(
+        "tp_planner.parallelize", (problem and f"problem {problem}") or f"plan {chosen.hash if chosen else ''}"
+    )
     if own_error is not None:
         raise own_error
     for rank, answer in enumerate(answers):
@@ -135,7 +137,9 @@ def _agree(chosen: Plan | None, problem: str, own_error: PlanError | None) -> No
             raise PlanError(f"rank {rank} cannot parallelize the model: {answer.removeprefix('problem ')}")
     if len(set(answers)) > 1:
         hashes = ", ".join(f"rank {rank}: {answer.removeprefix('plan ')[:12]}" for rank, answer in enumerate(answers))
-        raise PlanError(f"ranks made different plans ({hashes}); build the same model with the same layout on all of them")
+        raise PlanError(
+            f"ranks made different plans ({hashes}); build the same model with the same layout on all of them"
+        )
 
 
 def _share_random_state() -> None:

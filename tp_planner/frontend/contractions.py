@@ -33,7 +33,7 @@ def contractions_of(layer: keras.Layer, keys: Mapping[int, str]) -> tuple[tuple[
     if not layer.built or getattr(layer, "quantization_mode", None):
         return ()
     for layer_class, reader in _READERS:
-        if isinstance(layer, layer_class) and type(layer).call is layer_class.call:
+        if isinstance(layer, layer_class) and getattr(type(layer), "call", None) is getattr(layer_class, "call", None):
             return reader(layer, keys)
     return ()
 
@@ -50,9 +50,7 @@ def _bias(layer: Any, keys: Mapping[int, str]) -> str | None:
 def _dense(layer: Any, keys: Mapping[int, str]) -> tuple[tuple[str, Contraction], ...]:
     labels = {"_kernel": "io", "bias": "o", "lora_kernel_a": "ir", "lora_kernel_b": "ro"}
     activation = layer.activation is not None
-    return (
-        ("", Contraction("...i", "...o", _weights(layer, keys, labels), _bias(layer, keys), activation)),
-    )
+    return (("", Contraction("...i", "...o", _weights(layer, keys, labels), _bias(layer, keys), activation)),)
 
 
 def _einsum_dense(layer: Any, keys: Mapping[int, str]) -> tuple[tuple[str, Contraction], ...]:

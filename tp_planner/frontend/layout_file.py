@@ -69,9 +69,7 @@ def find_layout_file(name_or_path: str | Path) -> Path:
     presets = list_presets()
     preset = presets.get(str(name_or_path))
     if preset is None:
-        raise PlanError(
-            f"{str(name_or_path)!r} is neither a file nor a preset; {_closest_preset(path.stem, presets)}"
-        )
+        raise PlanError(f"{str(name_or_path)!r} is neither a file nor a preset; {_closest_preset(path.stem, presets)}")
     return preset
 
 
@@ -199,9 +197,7 @@ def _read_axis_name(value: object, place: str, problems: list[str]) -> str:
     return ""
 
 
-def _check_keys(
-    table: Mapping[str, object], known: tuple[str, ...], prefix: str, problems: list[str]
-) -> None:
+def _check_keys(table: Mapping[str, object], known: tuple[str, ...], prefix: str, problems: list[str]) -> None:
     for key in table:
         if key not in known:
             close = get_close_matches(key, known, n=1)

@@ -17,10 +17,14 @@ def read_layout_map(layout_map: Any) -> Layout:
     Raises PlanError for anything else, and for a map without a device mesh.
     """
     if not isinstance(layout_map, keras.distribution.LayoutMap):
-        raise PlanError(f"expected a keras.distribution.LayoutMap or a tp_planner.Plan, got {type(layout_map).__name__}")
+        raise PlanError(
+            f"expected a keras.distribution.LayoutMap or a tp_planner.Plan, got {type(layout_map).__name__}"
+        )
     mesh = layout_map.device_mesh
     if mesh is None:
-        raise PlanError("the LayoutMap has no device mesh; make it with LayoutMap(DeviceMesh(shape, axis_names, devices))")
+        raise PlanError(
+            "the LayoutMap has no device mesh; make it with LayoutMap(DeviceMesh(shape, axis_names, devices))"
+        )
     rules = tuple(LayoutRule(pattern, tuple(layout_map._layout_map[pattern].axes)) for pattern in layout_map)
     return Layout(read_device_mesh(mesh), rules)
 

@@ -132,6 +132,7 @@ def _declared_inputs(model: keras.Model) -> Any:
 
 
 def describe_inputs(arguments: Any) -> str:
+    """Return shapes and dtypes of the inputs, for errors."""
     tensors = keras.tree.flatten(arguments)
     return ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
 

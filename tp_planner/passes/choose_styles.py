@@ -71,7 +71,9 @@ def _choose(
 def _style_of_label(contraction: Contraction, label: str) -> StyleChoice:
     comes_in, comes_out = label in contraction.input, label in contraction.output
     if contraction.lookup and not comes_out:
-        return StyleChoice("vocabulary", "the looked-up dim is sharded: each rank looks up its rows", contraction, label)
+        return StyleChoice(
+            "vocabulary", "the looked-up dim is sharded: each rank looks up its rows", contraction, label
+        )
     if comes_out and not comes_in:
         return StyleChoice("column", "an output dim of the weight is sharded", contraction, label)
     if comes_in and comes_out:

@@ -265,7 +265,8 @@ class _Walker:
         placement: Shard,
         sharded_inputs: tuple[tuple[int, Placement], ...],
     ) -> None:
-        output, origin = call.outputs[0], ("layer", (call.layer, call.mode))
+        output = call.outputs[0]
+        origin: Origin = ("layer", (call.layer, call.mode))
         whole = Transition(placement, WHOLE), Transition(WHOLE, placement)
         closing = self.closings.layers.get((call.layer, call.mode))
         final, refusal = self._activation(call, core, placement)

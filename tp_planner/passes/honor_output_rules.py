@@ -25,5 +25,7 @@ def honor_output_rules(
             for key in modes:
                 closings = closings.closing(("layer", key), f"rule {rule} keeps its output whole")
         elif not modes:
-            notes.append(f"layout rule {rule} asks to shard an output of {layer!r}; it is placed by the ops that make it")
+            notes.append(
+                f"layout rule {rule} asks to shard an output of {layer!r}; it is placed by the ops that make it"
+            )
     return closings, tuple(notes)

@@ -81,7 +81,9 @@ def write_layer_plans(
             key = (call.layer, call.mode)
             boundaries, record = by_call.get(call.id, []), walk.records.get(call.id)
             if key not in plans and (boundaries or record or graph.layers[call.layer].variables):
-                plans[key] = _layer_plan(graph, call, boundaries, record, styles.get(key), closings, scopes.get(key, ""), counts[key])
+                plans[key] = _layer_plan(
+                    graph, call, boundaries, record, styles.get(key), closings, scopes.get(key, ""), counts[key]
+                )
     return tuple(plans.values())
 
 
@@ -159,7 +161,7 @@ def _scope_of_layers(graph: ModelGraph, scopes: Mapping[int, str]) -> dict[Layer
 
 
 def _common_scope(graph: ModelGraph, calls: set[int]) -> str:
-    """Return the layer of the innermost call that encloses all of ``calls``; a call with calls inside encloses itself."""
+    """Return the layer of the innermost call around all of ``calls``; a call with calls inside is around itself."""
     parents = {call.parent for call in graph.calls.values()}
     starts = [call if call in parents else graph.calls[call].parent for call in sorted(calls)]
     chains = [[outer.id for outer in graph.enclosing(start)] for start in starts]

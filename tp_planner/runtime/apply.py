@@ -92,7 +92,8 @@ def old_value(key: str, placed: PlacedVariable) -> torch.nn.Parameter:
 
 def gathered_value(key: str, placed: PlacedVariable) -> torch.nn.Parameter:
     """Return the variable's whole value, gathered from the ranks, on the device it was on before."""
-    value, parameter = whole_tensor(placed.variable).to(placed.device), placed.variable._value
+    parameter: torch.nn.Parameter = placed.variable._value
+    value = whole_tensor(placed.variable).to(placed.device)
     if isinstance(parameter, DTensor):
         return torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
     parameter.data = value

@@ -46,11 +46,11 @@ def change(tensor: torch.Tensor, transition: Transition, axis: Axis) -> torch.Te
     """
     match transition.source, transition.target:
         case Partial(), Replicate():
-            return funcol.wait_tensor(funcol.all_reduce(tensor.contiguous(), "sum", axis.mesh))
+            return _done(funcol.all_reduce(tensor.contiguous(), "sum", axis.mesh))
         case Shard(dim), Replicate():
-            return funcol.wait_tensor(_all_gather(tensor.contiguous(), dim, axis.mesh))
+            return _done(_all_gather(tensor.contiguous(), dim, axis.mesh))
         case Partial(), Shard(dim):
-            return funcol.wait_tensor(_reduce_scatter(tensor.contiguous(), "sum", dim, axis.mesh))
+            return _done(_reduce_scatter(tensor.contiguous(), "sum", dim, axis.mesh))
         case Replicate(), Shard(dim):
             length = tensor.shape[dim] // axis.size
             return tensor.narrow(dim, axis.rank * length, length).contiguous()
@@ -59,9 +59,14 @@ def change(tensor: torch.Tensor, transition: Transition, axis: Axis) -> torch.Te
     raise AssertionError(f"no boundary changes {transition}")
 
 
+def _done(pending: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = funcol.wait_tensor(pending)
+    return result
+
+
 class _Boundary(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: torch.autograd.function.FunctionCtx,
         tensor: torch.Tensor,
         forward: Transition,
@@ -73,7 +78,7 @@ class _Boundary(torch.autograd.Function):
         return tensor.view_as(tensor) if changed is tensor else changed
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
     ) -> tuple[torch.Tensor, None, None, None]:
         return change(gradient, ctx.backward_transition, ctx.axis), None, None, None  # type: ignore[attr-defined]
@@ -84,7 +89,5 @@ def cross(tensor: torch.Tensor, boundary: Boundary, axis: Axis) -> torch.Tensor:
     with running.converting():
         if boundary.backward is None or not (tensor.requires_grad and torch.is_grad_enabled()):
             return change(tensor, boundary.forward, axis)
-        result: torch.Tensor = _Boundary.apply(  # type: ignore[no-untyped-call]
-            tensor, boundary.forward, boundary.backward, axis
-        )
+        result: torch.Tensor = _Boundary.apply(tensor, boundary.forward, boundary.backward, axis)
         return result

@@ -44,7 +44,9 @@ class ParallelOptimizer:
     _updated: Sequence[Any]  # the variables of the update that is running
     _axis: Axis
 
-    def add_variable_from_reference(self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros") -> Any:
+    def add_variable_from_reference(
+        self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
+    ) -> Any:
         """Add a slot; the slot of a sharded variable is created as this rank's shard only."""
         create = functools.partial(
             super().add_variable_from_reference,  # type: ignore[misc]
@@ -72,7 +74,9 @@ class ParallelOptimizer:
         self.__dict__["_updated"] = trainable_variables  # past Keras's tracking, which would make them slots
         super()._backend_apply_gradients(grads, trainable_variables)  # type: ignore[misc]
 
-    def _backend_update_step(self, grads: Sequence[torch.Tensor], trainable_variables: Sequence[Any], learning_rate: Any) -> None:
+    def _backend_update_step(
+        self, grads: Sequence[torch.Tensor], trainable_variables: Sequence[Any], learning_rate: Any
+    ) -> None:
         update = functools.partial(super()._backend_update_step, learning_rate=learning_rate)  # type: ignore[misc]
         if type(self).__mro__[2] in _elementwise_classes():
             update(grads, trainable_variables)
@@ -84,7 +88,9 @@ class ParallelOptimizer:
     @contextlib.contextmanager
     def _whole_values(self, variable: Any) -> Iterator[None]:
         """Inside, a sharded variable and its slots are whole; afterwards every rank keeps its shards."""
-        sharded = [variable, *(slot for owner, slot in self._slots if owner is variable)] if is_sharded(variable) else []
+        sharded = (
+            [variable, *(slot for owner, slot in self._slots if owner is variable)] if is_sharded(variable) else []
+        )
         for each in sharded:
             each._stored.whole = whole_tensor(each)
         try:
@@ -112,7 +118,10 @@ class ParallelOptimizer:
 
     def _clip_each(self, grads: Sequence[torch.Tensor], limit: float) -> Sequence[torch.Tensor]:
         norms = self._squared_norms(grads).sqrt()
-        return [keras.ops.multiply(grad, limit) / keras.ops.maximum(norm, limit) for grad, norm in zip(grads, norms, strict=True)]
+        return [
+            keras.ops.multiply(grad, limit) / keras.ops.maximum(norm, limit)
+            for grad, norm in zip(grads, norms, strict=True)
+        ]
 
     def _clip_together(self, grads: Sequence[torch.Tensor], limit: float) -> Sequence[torch.Tensor]:
         norm = self._squared_norms(grads).sum().sqrt()
@@ -131,14 +140,17 @@ def _elementwise_classes() -> frozenset[type]:
     """Keras's own elementwise optimizers, with the torch versions that Keras puts in their place."""
     classes: set[type] = set()
     for base in ELEMENTWISE:
-        classes.update({base, *(sub for sub in base.__subclasses__() if sub.__module__.startswith("keras.src.backend"))})
+        classes.update(
+            {base, *(sub for sub in base.__subclasses__() if sub.__module__.startswith("keras.src.backend"))}
+        )
     return frozenset(classes)
 
 
 @functools.cache
 def _parallel_class(plain: type) -> type:
     """Return ``plain`` with ParallelOptimizer mixed in; its name stays, for what Keras writes to files."""
-    return type(plain.__name__, (ParallelOptimizer, plain), {"__module__": plain.__module__, "__qualname__": plain.__qualname__})
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    return type(plain.__name__, (ParallelOptimizer, plain), names)
 
 
 def adopt_optimizer(optimizer: Any, axis: Axis) -> None:
@@ -149,7 +161,8 @@ def adopt_optimizer(optimizer: Any, axis: Axis) -> None:
     if inner is not None:
         adopt_optimizer(inner, axis)
     optimizer.__dict__["_slots"], optimizer.__dict__["_axis"] = [], axis
-    optimizer.__class__ = _parallel_class(type(optimizer))
+    plain: type = type(optimizer)
+    optimizer.__class__ = _parallel_class(plain)
     if optimizer.built and inner is None:
         for variable, slot in existing_slots(optimizer):
             local = own_shard(slot._value.detach(), variable._stored.placement, axis).clone()

@@ -59,7 +59,9 @@ def _start_from_environment() -> None:
 
 def _start_alone() -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    from torch._C._distributed_c10d import HashStore
+
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
 def device_type() -> str:

@@ -69,9 +69,7 @@ def _compare_run(model: keras.Model, arguments: Any, graph: ModelGraph, walk: Wa
     ran = [op for op in between if (recorder.calls[op.call].layer, recorder.calls[op.call].mode) not in skipped]
     for position, op in enumerate(assumed):
         difference = (
-            _failure(failure)
-            if position >= len(ran)
-            else _difference(op, ran[position], graph, recorder, walk, parts)
+            _failure(failure) if position >= len(ran) else _difference(op, ran[position], graph, recorder, walk, parts)
         )
         if difference:
             layer = graph.calls[op.call].layer
@@ -145,5 +143,3 @@ def _culprits(graph: ModelGraph, walk: Walk, op: Op) -> frozenset[Origin]:
         if found:
             return found
     return frozenset().union(*walk.origins.values())
-
-

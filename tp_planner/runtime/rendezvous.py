@@ -28,7 +28,7 @@ def meet(what: str) -> None:
     key = f"tp_planner/meeting/{next(_meetings)}/{what}"
     arrived = store.add(key, 1)
     if arrived == world:
-        store.set(f"{key}/all", b"1")
+        store.set(f"{key}/all", "1")
     deadline = time.monotonic() + PATIENCE_S
     try:
         store.wait([f"{key}/all"], timedelta(seconds=PATIENCE_S))

@@ -128,7 +128,7 @@ def to_torch_placement(placement: Placement) -> Any:
 
 def _from_torch_placement(placement: Any) -> Placement | None:
     if isinstance(placement, _StridedShard):
-        return StridedShard(placement.dim, placement.split_factor)
+        return StridedShard(placement.dim, int(placement.split_factor))
     if placement.is_replicate():
         return Replicate()
     if placement.is_shard():
@@ -168,6 +168,7 @@ def _outputs(result: Any, arguments: tuple[Any, ...], parts: int) -> Followed | 
             return Refused("leaves a sum over the shards")
         if placement == Replicate():
             return Refused("has a sharding rule that cannot be right: shards alone cannot give a whole tensor")
+        assert isinstance(leaf, DTensor)
         if leaf.to_local().shape != local_shape(tuple(leaf.shape), placement, parts):
             return Refused("has a sharding rule that cannot be right: its shards are of another shape")
         placements.append(placement)

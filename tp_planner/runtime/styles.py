@@ -29,7 +29,7 @@ Place = Callable[[keras.Layer], None]
 Undo = Callable[[], None]
 
 
-class _PlannedStyle(ParallelStyle):  # type: ignore[misc]
+class _PlannedStyle(ParallelStyle):
     """Places the variables of a Keras layer and hooks its calls as its LayerPlans say."""
 
     def __init__(self, layer_calls: LayerCalls, place: Place, undo: list[Undo]) -> None:
@@ -42,11 +42,11 @@ class _PlannedStyle(ParallelStyle):  # type: ignore[misc]
         return module
 
 
-class KerasColwiseParallel(_PlannedStyle, ColwiseParallel):  # type: ignore[misc]
+class KerasColwiseParallel(_PlannedStyle, ColwiseParallel):
     """Column-parallel Keras layer of any kernel rank: an output dim of its weight is sharded."""
 
 
-class KerasRowwiseParallel(_PlannedStyle, RowwiseParallel):  # type: ignore[misc]
+class KerasRowwiseParallel(_PlannedStyle, RowwiseParallel):
     """Row-parallel Keras layer of any kernel rank: a contracted dim of its weight is sharded."""
 
 
@@ -149,7 +149,7 @@ class LayerCalls:
         if plan.epilogue_after_output and layer.activation is not None:
             result = layer.activation(result)
         if result is not output and hasattr(output, "_keras_mask"):
-            result._keras_mask = output._keras_mask
+            keras.src.backend.set_keras_mask(result, output._keras_mask)
         return result
 
     def _convert(self, args: Any, kwargs: Any, position: int, boundary: Boundary) -> tuple[Any, Any]:
@@ -201,6 +201,7 @@ def withhold(layer: keras.Layer, epilogue: str) -> dict[str, Any]:
 
 
 def give_back(layer: keras.Layer, kept: dict[str, Any]) -> None:
+    """Undo ``withhold``."""
     layer.__dict__.update(kept)
 
 

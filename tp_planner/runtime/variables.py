@@ -50,7 +50,8 @@ class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
     _stored: Stored
 
     @property
-    def value(self) -> torch.Tensor:
+    def value(self) -> Any:
+        """The tensor that a variable of this kind stands for at this moment; see the module's text."""
         if in_stateless_scope():
             scoped = get_stateless_scope().get_current_value(self)
             if scoped is not None:
@@ -187,12 +188,12 @@ class _LocalShard(torch.autograd.Function):
     """The shard of a DTensor parameter; its gradient is a DTensor again."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: DTensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, parameter: DTensor) -> torch.Tensor:
         ctx.spec = parameter._spec
         return parameter._local_tensor.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> DTensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> DTensor:
         spec = ctx.spec
         return DTensor.from_local(
             gradient, spec.mesh, spec.placements, run_check=False, shape=spec.shape, stride=spec.stride
@@ -202,7 +203,7 @@ class _LocalShard(torch.autograd.Function):
 def read_shard(variable: Any) -> torch.Tensor:
     """Return this rank's shard, gradients flowing back to the parameter."""
     with running.converting():
-        local: torch.Tensor = _LocalShard.apply(variable._value)  # type: ignore[no-untyped-call]
+        local: torch.Tensor = _LocalShard.apply(variable._value)
     cast: torch.Tensor = variable._maybe_autocast(local)
     return cast
 
@@ -214,7 +215,9 @@ def read_whole(variable: Any, gradient_is_partial: bool = False) -> torch.Tensor
         if not isinstance(value, DTensor):
             return value
         whole = value.redistribute(placements=[TorchReplicate()])
-        local: torch.Tensor = whole.to_local(grad_placements=[TorchPartial() if gradient_is_partial else TorchReplicate()])
+        local: torch.Tensor = whole.to_local(
+            grad_placements=[TorchPartial() if gradient_is_partial else TorchReplicate()]
+        )
         return local
 
 
@@ -239,4 +242,3 @@ def whole_array(variable: Any) -> np.ndarray:
 
 def _numpy_for_torch(array: np.ndarray) -> np.ndarray:
     return array.astype("float32") if array.dtype.name == "bfloat16" else array
-
