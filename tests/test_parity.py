@@ -101,6 +101,22 @@ def train_by_broken_plan(name: str, layer: str, side: str) -> Trained:
     return Trained(single, record, _replicas(model), [])
 
 
+def train_in_and_out(name: str) -> tuple[Arrays, Arrays]:
+    """Return weights after the steps: of a plain model, and of one that becomes parallel, plain and parallel again."""
+    case, dtype = CASES[name], "float64"
+    batches = make_batches(case)
+    single = _train_alone(case, {}, dtype, batches)
+    model = case.build(dtype)
+    train(model, case, dtype, batches[:1], begin(model, case, dtype, batches[0]))
+    for change, batch in zip(("in", "", "out", "in"), batches[1:STEPS], strict=True):
+        if change == "in":
+            tp_planner.parallelize(model, layout_map(case.rules), inputs=batch[0])
+        elif change == "out":
+            tp_planner.restore(model)
+        model.train_on_batch(*batch)
+    return single.weights, _weights(model)
+
+
 def without_boundary(plan: Plan, layer: str, side: str) -> Plan:
     """Return the plan without what happens at the inputs, or at the output, of one layer."""
     assert any(each.layer == layer for each in plan.layers)
@@ -318,6 +334,13 @@ def test_restore_leaves_nothing_behind(ranks: list[Trained]) -> None:
     """No parallel variable, DTensor, hook, optimizer class or override of the plan is left."""
     for each in ranks:
         assert each.left_over == []
+
+
+@pytest.mark.parametrize("name", ["gpt", "subclassed"])
+def test_training_goes_on_across_changes(pools: Pools, name: str) -> None:
+    """A model that is trained plain, sharded, restored and sharded again ends with the weights of a plain one."""
+    for expected, found in pools(2).run(train_in_and_out, name):
+        assert differences(found, expected, TOLERANCE["float64"]) == {}
 
 
 BROKEN = {

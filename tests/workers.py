@@ -10,6 +10,7 @@ left the ranks at different points, so it costs the pool its processes.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import multiprocessing
@@ -106,7 +107,8 @@ class WorkerPool:
             self._start()
         task = pickle.dumps((function, args))
         for rank in self._ranks:
-            rank.pipe.send_bytes(task)
+            with contextlib.suppress(ConnectionError):  # of a process that is dead; its answer says so
+                rank.pipe.send_bytes(task)
         return self._values(function.__name__, self.timeout_s)
 
     def stop(self) -> None:
@@ -181,7 +183,7 @@ def _receive(rank: Rank) -> Answer:
     try:
         answer: Answer = pickle.loads(rank.pipe.recv_bytes())
         return answer
-    except EOFError:
+    except (EOFError, ConnectionError):
         rank.process.join(STOP_S)
         text = f"the process of rank {rank.number} ended with exit code {rank.process.exitcode}"
         return Answer(error=ChildProcessError(text), text=text)

@@ -1,9 +1,15 @@
 """tp_planner: plan and apply tensor parallelism for Keras models on PyTorch."""
 
-from tp_planner.api import parallelize, plan, restore
-from tp_planner.ir.errors import ParallelRuntimeError, PlanError, TpPlannerError
-from tp_planner.ir.plan import Plan
-from tp_planner.runtime.verify import Verification, verify_model_parallel
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tp_planner.api import parallelize, plan, restore
+    from tp_planner.ir.errors import ParallelRuntimeError, PlanError, TpPlannerError
+    from tp_planner.ir.plan import Plan
+    from tp_planner.runtime.verify import Verification, verify_model_parallel
 
 __version__ = "0.1.0"
 
@@ -18,3 +24,27 @@ __all__ = [
     "restore",
     "verify_model_parallel",
 ]
+
+_HOMES = {
+    "ParallelRuntimeError": "tp_planner.ir.errors",
+    "Plan": "tp_planner.ir.plan",
+    "PlanError": "tp_planner.ir.errors",
+    "TpPlannerError": "tp_planner.ir.errors",
+    "Verification": "tp_planner.runtime.verify",
+    "parallelize": "tp_planner.api",
+    "plan": "tp_planner.api",
+    "restore": "tp_planner.api",
+    "verify_model_parallel": "tp_planner.runtime.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Keras and torch are imported at first use: `tp-planner --help` is quick, plans can be read without either,
+    # and the command line can still choose Keras's backend.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -19,6 +19,7 @@ from tp_planner.ir.plan import Plan
 from tp_planner.planner import make_plan
 from tp_planner.runtime.apply import apply_layers, gathered_value, scatter_from_rank_zero
 from tp_planner.runtime.boundaries import Axis
+from tp_planner.runtime.log import log_sharding
 from tp_planner.runtime.model import applied_to, let_go, take_over
 from tp_planner.runtime.process_group import model_mesh, require_process_group, this_device
 from tp_planner.runtime.rendezvous import exchange, meet
@@ -83,6 +84,8 @@ def parallelize(
     axis = Axis.of(model_mesh(chosen.axis))
     applied = apply_layers(model, chosen, axis, scatter_from_rank_zero(this_device()))
     applied.commit()
+    for variable in chosen.variables:
+        log_sharding(variable, applied.placed[variable.key].variable, axis)
     take_over(model, applied)
     return model
 

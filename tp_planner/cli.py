@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tp_planner.ir.errors import in_one_line
+
 if TYPE_CHECKING:
     import keras
 
@@ -256,13 +258,12 @@ def _factory(module: Any, name: str) -> Any:
 
 def _said(error: BaseException) -> str:
     """Return the error in one line, with the last place in the user's own files where there is one."""
-    message = re.sub(r"\x1b\[\d*m", "", str(error)).partition("\n\nArguments received")[0]
     places = [
         f" ({Path(frame.filename).relative_to(Path.cwd())}, line {frame.lineno})"
         for frame in traceback.extract_tb(error.__traceback__)
         if _is_users_own(Path(frame.filename))
     ]
-    return f"{type(error).__name__}: {' '.join(message.split())}{places[-1] if places else ''}"
+    return f"{in_one_line(error)}{places[-1] if places else ''}"
 
 
 def _is_users_own(path: Path) -> bool:

@@ -22,7 +22,7 @@ from tp_planner.frontend.contractions import DROPOUT_LAYERS, call_mode, contract
 from tp_planner.frontend.layer_tree import named_layers, named_variables, own_variables
 from tp_planner.frontend.penalties import penalty_kind
 from tp_planner.frontend.quiet import quiet_torch
-from tp_planner.ir.errors import PlanError
+from tp_planner.ir.errors import PlanError, in_one_line
 from tp_planner.ir.graph import Call, LayerInfo, ModelGraph, Op, TensorInfo, TensorRef, VariableInfo
 
 BATCH_SIZE = 2  # size given to an open batch dim
@@ -52,7 +52,7 @@ def trace(model: keras.Model, inputs: Any = None, *, training: bool = False) -> 
         except Exception as error:
             raise PlanError(
                 f"model {model.name!r} cannot be traced with inputs {describe_inputs(arguments)}: "
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else error}; "
+                f"{in_one_line(error)}; "
                 f"pass plan(..., inputs=) with inputs that model(inputs) accepts"
             ) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 
@@ -26,3 +27,10 @@ class PlanError(TpPlannerError, ValueError):
 
 class ParallelRuntimeError(TpPlannerError, RuntimeError):
     """The ranks of a job disagree, or a parallelized model is used in a way that cannot be right."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return an error of somebody else's code as "Type: message", without Keras's wrapping, colours and arguments."""
+    text = re.sub(r"\x1b\[\d*m", "", str(error)).partition("\n\nArguments received")[0]
+    text = re.sub(r"^Exception encountered when calling .*\(\)\.", "", text)
+    return f"{type(error).__name__}: {' '.join(text.split())}"

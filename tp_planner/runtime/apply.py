@@ -19,7 +19,6 @@ from tp_planner.ir.placement import Placement, Replicate, Shard, local_shape
 from tp_planner.ir.plan import LayerPlan, Plan
 from tp_planner.runtime.boundaries import Axis
 from tp_planner.runtime.calls import Reader
-from tp_planner.runtime.log import log_sharding
 from tp_planner.runtime.regularization import parallel_constraint, parallel_regularizer
 from tp_planner.runtime.styles import STYLES, LayerCalls, Undo, open_scope
 from tp_planner.runtime.variables import (
@@ -205,7 +204,6 @@ class _Placer:
         if isinstance(plan.placement, Shard):
             variable._regularizer = regularizer and parallel_regularizer(regularizer, axis)
             variable._constraint = constraint and parallel_constraint(constraint)
-        log_sharding(plan, variable, axis)
 
 
 def scatter_from_rank_zero(device: torch.device) -> Scatter:

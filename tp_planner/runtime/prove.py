@@ -17,6 +17,7 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from tp_planner.frontend.trace import Recorder, fake_inputs, fake_tensors, run_recorded
+from tp_planner.ir.errors import in_one_line
 from tp_planner.ir.graph import ModelGraph, Op, TensorRef
 from tp_planner.ir.placement import Replicate, Shape, local_shape
 from tp_planner.ir.plan import Plan
@@ -88,8 +89,7 @@ def _spans(graph: ModelGraph, walk: Walk) -> set[tuple[str, str]]:
 def _failure(error: Exception | None) -> str:
     if error is None:
         return "does not run on local shards"
-    text = str(error).strip().splitlines()
-    return f"fails on local shards ({type(error).__name__}: {text[0][:120] if text else ''})"
+    return f"fails on local shards ({in_one_line(error)[:160]})"
 
 
 def _difference(op: Op, ran: Op, graph: ModelGraph, recorder: Recorder, walk: Walk, parts: int) -> str | None:

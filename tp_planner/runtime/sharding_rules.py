@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from tp_planner.frontend.quiet import quiet_torch
+from tp_planner.ir.errors import in_one_line
 from tp_planner.ir.graph import Op, TensorInfo, TensorRef
 from tp_planner.ir.placement import Placement, Replicate, Shard, StridedShard, local_shape
 from tp_planner.passes.follow_placements import Followed, Refused
@@ -67,7 +68,7 @@ class DTensorRules:
                 with watch:
                     result = function(*args, **kwargs)
             except Exception as error:  # DTensor raises many kinds for "cannot shard this"
-                return Refused(f"has no sharding rule for it ({type(error).__name__}: {_first_line(error)})")
+                return Refused(f"has no sharding rule for it ({in_one_line(error)[:160]})")
         expected = [given[leaf.id] for leaf in tree_flatten(op.arguments)[0] if isinstance(leaf, TensorRef)]
         if watch.communicated:
             return Refused("needs communication between the shards")
@@ -194,8 +195,3 @@ def _follow_cpu_attention(
         if inputs[mask] != (Replicate() if broadcast else placement):
             return Refused("takes a mask that is not sharded like the query")
     return Followed((placement, placement), tuple(leaf for leaf in leaves if not isinstance(leaf, TensorRef)))
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:160] if text else ""
