@@ -7,7 +7,9 @@ mode below autograd sees every ATen op, and module hooks see every layer call. T
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -16,8 +18,9 @@ import keras
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from tp_planner.frontend.blocks import layer_signature
 from tp_planner.frontend.contractions import DROPOUT_LAYERS, call_mode, contractions_of
 from tp_planner.frontend.layer_tree import named_layers, named_variables, own_variables
 from tp_planner.frontend.penalties import penalty_kind
@@ -159,11 +162,34 @@ class _OpenCall:
     core_output: int | None = None
 
 
-class Recorder(TorchDispatchMode):
-    """Sees every ATen op and every layer call of a model and writes them down."""
+@dataclass(frozen=True)
+class _Block:
+    """A recorded run of a layer with inner layers: which ops, calls and tensors it made, for running it again."""
 
-    def __init__(self, model: keras.Model) -> None:
+    layers: tuple[str, ...]
+    variables: tuple[str, ...]
+    first_op: int
+    first_call: int
+    first_tensor: int
+    end: tuple[int, int, int]  # of ops, calls and tensors
+    call: int
+    inputs: tuple[int, ...]
+    outputs: tuple[tuple[bool, Any], ...]  # leaves: (True, id of a tensor) or (False, any other value)
+    structure: Any
+
+
+class Recorder(TorchDispatchMode):
+    """Sees every ATen op and every layer call of a model and writes them down.
+
+    A layer equal to one that has run already, on inputs of the same shapes, is not run: what its twin did is
+    written down for it. ``distinguish`` returns what else has to be equal, by the layer's name.
+    """
+
+    def __init__(self, model: keras.Model, distinguish: Callable[[str], Hashable] = lambda name: None) -> None:
         super().__init__()
+        self._distinguish = distinguish
+        self._signatures: dict[int, Hashable] = {}
+        self._blocks: dict[Hashable, _Block] = {}
         self._layers = named_layers(model)
         self._names = {id(layer): name for name, layer in self._layers.items()}
         variables = named_variables(model)
@@ -175,6 +201,8 @@ class Recorder(TorchDispatchMode):
         self._with_grad: set[int] = set()
         self._stack: list[_OpenCall] = []
         self._paused = 0
+        self._variables = variables
+        self._keys = {id(variable): key for key, variable in variables.items()}
         self._variable_of = {id(variable._value): key for key, variable in variables.items()}
 
     # --- tensors ---------------------------------------------------------------------------------------
@@ -219,7 +247,7 @@ class Recorder(TorchDispatchMode):
             if not isinstance(leaf, torch.Tensor):
                 return leaf
             inputs.append(self.tensor_id(leaf))
-            return TensorRef(inputs[-1])
+            return TensorRef(len(inputs) - 1)
 
         arguments = tree_map(reference, (args, kwargs))
         result = func(*args, **kwargs)
@@ -246,16 +274,12 @@ class Recorder(TorchDispatchMode):
         finally:
             self._paused -= 1
 
-    def same(self, source: torch.Tensor, copy: torch.Tensor) -> None:
-        """Record that ``copy`` stands for ``source``'s id from now on."""
-        self._alive.append(copy)
-        self._ids[id(copy)] = self.tensor_id(source)
-
     # --- layer calls -----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def watching_layers(self) -> Iterator[None]:
         """Hook every layer of the model; the hooks are gone afterwards, whatever happens."""
+        repeated = self._repeated_layers()  # compares attributes, so before any is replaced
         with contextlib.ExitStack() as stack:
             for layer in self._layers.values():
                 handles = (
@@ -266,7 +290,133 @@ class Recorder(TorchDispatchMode):
                     stack.callback(handle.remove)
                 if callable(getattr(layer, "activation", None)):
                     stack.enter_context(self._watching_activation(layer))
+            for layer in repeated:
+                layer.__dict__["forward"] = functools.partial(self._forward, layer, layer.forward)
+                stack.callback(layer.__dict__.pop, "forward")
             yield
+
+    # --- equal blocks ----------------------------------------------------------------------------------
+
+    def _repeated_layers(self) -> list[keras.Layer]:
+        """Return the layers with inner layers that have an equal somewhere in the model."""
+        composite = [layer for layer in list(self._layers.values())[1:] if layer._layers]
+        counts = Counter(layer_signature(layer, self._signatures) for layer in composite)
+        return [layer for layer in composite if counts[self._signatures[id(layer)]] > 1]
+
+    def _forward(self, layer: keras.Layer, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the layer, or write down what an equal one did."""
+        leaves, structure = tree_flatten((args, kwargs))
+        if self._paused or any(hasattr(leaf, "_keras_mask") for leaf in leaves):
+            return forward(*args, **kwargs)
+        names = self._names_below(layer)
+        key = (
+            self._signatures[id(layer)],
+            tuple(self._distinguish(name) for name in names),
+            str(structure),
+            self._inputs_signature(leaves),
+        )
+        variables = tuple(self._keys[id(v)] for name in names for v in own_variables(self._layers[name]))
+        inputs = tuple(self.tensor_id(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor))
+        if key in self._blocks:
+            return self._again(self._blocks[key], names, variables, inputs)
+        start = (len(self.ops), len(self.calls), len(self.tensors))
+        outputs = forward(*args, **kwargs)
+        given, output_structure = tree_flatten(outputs)
+        if not any(hasattr(leaf, "_keras_mask") for leaf in given):
+            self._blocks[key] = _Block(
+                layers=names,
+                variables=variables,
+                first_op=start[0],
+                first_call=start[1],
+                first_tensor=start[2],
+                end=(len(self.ops), len(self.calls), len(self.tensors)),
+                call=self._stack[-1].id,
+                inputs=inputs,
+                outputs=tuple((True, self.tensor_id(x)) if isinstance(x, torch.Tensor) else (False, x) for x in given),
+                structure=output_structure,
+            )
+        return outputs
+
+    def _names_below(self, layer: keras.Layer) -> tuple[str, ...]:
+        names, seen = [], set()
+
+        def walk(each: keras.Layer) -> None:
+            if id(each) not in seen:
+                seen.add(id(each))
+                names.append(self._names[id(each)])
+                for child in each._layers:
+                    walk(child)
+
+        walk(layer)
+        return tuple(names)
+
+    def _inputs_signature(self, leaves: list[Any]) -> Hashable:
+        scope = keras.src.backend.get_autocast_scope()
+        ids = [self.tensor_id(leaf) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
+        return (
+            None if scope is None else scope.dtype,
+            tuple(
+                (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.requires_grad, ids.index(number))
+                if isinstance(leaf, torch.Tensor)
+                else repr(leaf)
+                for leaf, number in zip(leaves, ids, strict=True)
+            ),
+        )
+
+    def _again(self, block: _Block, names: tuple[str, ...], variables: tuple[str, ...], inputs: tuple[int, ...]) -> Any:
+        """Write down a block's ops and calls once more, for other layers, and return outputs of the same shapes."""
+        layer_of = dict(zip(block.layers, names, strict=True))
+        variable_of = dict(zip(block.variables, variables, strict=True))
+        tensors = dict(zip(block.inputs, inputs, strict=True))
+        for number in range(block.first_tensor, block.end[2]):
+            info = self.tensors[number]
+            if info.variable in variable_of:
+                tensors[number] = self.tensor_id(self._variables[variable_of[info.variable]]._value)
+            else:
+                tensors[number] = len(self.tensors)
+                self.tensors[tensors[number]] = replace(info, id=tensors[number])
+            if number in self._with_grad:
+                self._with_grad.add(tensors[number])
+        op_shift, call_shift = len(self.ops) - block.first_op, len(self.calls) - block.first_call
+        calls = {block.call: self._stack[-1].id}
+        calls |= {number: number + call_shift for number in range(block.first_call, block.end[1])}
+        for op in self.ops[block.first_op : block.end[0]]:
+            self.ops.append(
+                Op(
+                    op.id + op_shift,
+                    op.name,
+                    calls[op.call],
+                    op.arguments,
+                    tuple(tensors.get(tensor, tensor) for tensor in op.inputs),
+                    tuple(tensors[tensor] for tensor in op.outputs),
+                    op.random,
+                )
+            )
+        for number in range(block.first_call, block.end[1]):
+            call = self.calls[number]
+            self.calls[calls[number]] = Call(
+                id=calls[number],
+                layer=layer_of[call.layer],
+                parent=None if call.parent is None else calls[call.parent],
+                mode=call.mode,
+                inputs=tuple((position, tensors.get(tensor, tensor)) for position, tensor in call.inputs),
+                outputs=tuple(tensors.get(tensor, tensor) for tensor in call.outputs),
+                ops=(call.ops[0] + op_shift, call.ops[1] + op_shift),
+                core_output=None if call.core_output is None else tensors[call.core_output],
+            )
+        leaves = [self._stand_in(tensors.get(leaf, leaf)) if is_tensor else leaf for is_tensor, leaf in block.outputs]
+        return tree_unflatten(leaves, block.structure)
+
+    def _stand_in(self, number: int) -> torch.Tensor:
+        """Return a fake tensor for a tensor that was only written down."""
+        info = self.tensors[number]
+        with self.paused():
+            tensor = torch.empty_strided(info.shape, info.stride, dtype=getattr(torch, info.dtype), device="cpu")
+            if number in self._with_grad:
+                tensor = tensor.requires_grad_().view_as(tensor)
+        self._alive.append(tensor)
+        self._ids[id(tensor)] = number
+        return tensor
 
     def _enter(self, layer: keras.Layer, args: Any, kwargs: Any) -> None:
         leaves = tree_flatten((args, kwargs))[0]

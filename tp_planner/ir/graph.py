@@ -7,7 +7,8 @@ nodes are ops and whose edges are tensors; layer calls nest as the model does.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import networkx as nx
@@ -18,9 +19,9 @@ from tp_planner.ir.placement import Shape
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """Stands for tensor ``id`` inside the arguments of an op."""
+    """Stands for a tensor inside the arguments of an op: the ``position``-th of the op's inputs."""
 
-    id: int
+    position: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,10 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One ATen op. ``arguments`` is (args, kwargs) with TensorRef for tensors; opaque to the passes."""
+    """One ATen op. ``arguments`` is (args, kwargs) with TensorRef for tensors; opaque to the passes.
+
+    Equal blocks share their ``arguments`` objects.
+    """
 
     id: int
     name: str
@@ -108,9 +112,10 @@ class ModelGraph:
     ops: tuple[Op, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    flow: nx.MultiDiGraph = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def flow(self) -> nx.MultiDiGraph:
+        """The ops as a graph: an edge for each tensor from the op that made it to each op that reads it."""
         flow: nx.MultiDiGraph = nx.MultiDiGraph()
         producer: dict[int, int] = {}
         for op in self.ops:
@@ -119,7 +124,7 @@ class ModelGraph:
                 if tensor in producer:
                     flow.add_edge(producer[tensor], op.id, tensor=self.tensors[tensor])
             producer.update(dict.fromkeys(op.outputs, op.id))
-        object.__setattr__(self, "flow", flow)
+        return flow
 
     def enclosing(self, call: int | None) -> Iterator[Call]:
         """Yield the call and the calls it runs inside, innermost first."""

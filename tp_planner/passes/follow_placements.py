@@ -145,6 +145,7 @@ class _Walker:
         # (call, tensor) -> origins of the sharded ops that read it; and the (call, tensor) read by other ops
         self.read_sharded: dict[tuple[int, int], frozenset[Origin]] = {}
         self.read_whole: set[tuple[int, int]] = set()
+        self.used: set[tuple[int, str]] = set()  # (call, variable) whose boundary is placed
 
     def walk(self) -> Walk:
         with_ops = [call for call in self.graph.calls.values() if call.ops[0] < call.ops[1]]
@@ -398,8 +399,8 @@ class _Walker:
         stored, info = self.stored[variable], self.graph.variables[variable]
         if stored == used == WHOLE and not (isinstance(gradient, Partial) and info.trainable):
             return
-        known = any(p.call == call and p.variable == variable for p in self.found.boundaries)
-        if not known:
+        if (call, variable) not in self.used:
+            self.used.add((call, variable))
             boundary = Boundary(
                 tensor=variable,
                 shape=info.shape,

@@ -142,11 +142,16 @@ def region_scopes(graph: ModelGraph, walk: Walk) -> dict[int, str]:
         for _, tensor in call.inputs:
             if tensor in touched and call.id in walk.records:
                 touched[tensor].add(call.id)
+    region_of = {
+        origin: number for number, component in enumerate(nx.connected_components(regions)) for origin in component
+    }
+    calls_of: dict[int, set[int]] = {}
+    for tensor, calls in touched.items():
+        calls_of.setdefault(region_of[next(iter(walk.origins[tensor]))], set()).update(calls)
+    parents = {call.parent for call in graph.calls.values()}
     scopes: dict[int, str] = {}
-    for component in nx.connected_components(regions):
-        calls = {call for tensor, calls in touched.items() if walk.origins[tensor] & component for call in calls}
-        scope = _common_scope(graph, calls)
-        scopes.update(dict.fromkeys(calls, scope))
+    for calls in calls_of.values():
+        scopes.update(dict.fromkeys(calls, _common_scope(graph, calls, parents)))
     return scopes
 
 
@@ -160,9 +165,8 @@ def _scope_of_layers(graph: ModelGraph, scopes: Mapping[int, str]) -> dict[Layer
     return of_layer
 
 
-def _common_scope(graph: ModelGraph, calls: set[int]) -> str:
+def _common_scope(graph: ModelGraph, calls: set[int], parents: set[int | None]) -> str:
     """Return the layer of the innermost call around all of ``calls``; a call with calls inside is around itself."""
-    parents = {call.parent for call in graph.calls.values()}
     starts = [call if call in parents else graph.calls[call].parent for call in sorted(calls)]
     chains = [[outer.id for outer in graph.enclosing(start)] for start in starts]
     common = set(chains[0]).intersection(*chains[1:])

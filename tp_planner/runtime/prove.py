@@ -8,7 +8,7 @@ constants (those DTensor would use), outputs of the shape the placement says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -52,12 +52,14 @@ def prove(
         arguments = fake_inputs(model, inputs)
         for graph, walk in zip(graphs, walks, strict=True):
             with applied_for_simulation(model, plan, axis):
-                conflicts += _compare_run(model, arguments, graph, walk, axis.size)
+                conflicts += _compare_run(model, arguments, plan, graph, walk, axis.size)
     return conflicts
 
 
-def _compare_run(model: keras.Model, arguments: Any, graph: ModelGraph, walk: Walk, parts: int) -> list[Conflict]:
-    recorder = Recorder(model)
+def _compare_run(
+    model: keras.Model, arguments: Any, plan: Plan, graph: ModelGraph, walk: Walk, parts: int
+) -> list[Conflict]:
+    recorder = Recorder(model, _computation(plan))
     failure: Exception | None = None
     try:
         with mock.patch.object(running, "converting", recorder.paused):
@@ -78,6 +80,27 @@ def _compare_run(model: keras.Model, arguments: Any, graph: ModelGraph, walk: Wa
     if failure is not None:
         raise failure
     return []
+
+
+def _computation(plan: Plan) -> Callable[[str], Hashable]:
+    """Return what the plan says of a layer's computation, by the layer's name and without any names."""
+    stored = {variable.key: variable.placement for variable in plan.variables}
+    of_layer: dict[str, list[Hashable]] = {}
+    for layer in plan.layers:
+        boundaries = [(place.partition(" ")[0], b.forward, b.backward) for place, b in layer.boundaries]
+        of_layer.setdefault(layer.layer, []).append(
+            (
+                layer.mode,
+                layer.style,
+                tuple(boundaries),
+                tuple(stored[use.variable] for use in layer.uses),
+                layer.output_placement,
+                layer.epilogue_after_output,
+                layer.sharded_inputs,
+                layer.is_dropout,
+            )
+        )
+    return lambda name: tuple(of_layer.get(name, ()))
 
 
 def _spans(graph: ModelGraph, walk: Walk) -> set[tuple[str, str]]:

@@ -37,18 +37,33 @@ class DTensorRules:
         self._mesh = mesh
         self._fake = FakeTensorMode()
         self._answers: dict[Any, Followed | Refused] = {}
+        self._questions: dict[Any, int] = {}
+        self._numbers: dict[int, int] = {}
+        self._kept: list[Any] = []
 
     def follow(self, op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement]) -> Followed | Refused:
         """Return what ``op`` makes of inputs placed so; see ``ShardingRules``."""
         if op.random and op.name not in ATTENTION_DROPOUT:
             return Refused("draws random numbers for a sharded tensor")
-        key = _question(op, tensors, inputs)
+        key = (self._question(op, tensors), tuple(inputs[tensor] for tensor in op.inputs))
         if key not in self._answers:
             if op.name == CPU_ATTENTION:
                 self._answers[key] = _follow_cpu_attention(op, tensors, inputs, self._mesh.size())
             else:
                 self._answers[key] = self._ask(op, tensors, inputs)
         return self._answers[key]
+
+    def _question(self, op: Op, tensors: Mapping[int, TensorInfo]) -> int:
+        """Return a number that is the same for equal ops on tensors of equal shapes; equal blocks share arguments."""
+        known = self._numbers.get(id(op.arguments))
+        if known is None:
+            leaves, structure = tree_flatten(op.arguments)
+            constants = tuple((type(leaf).__name__, leaf) for leaf in leaves if not isinstance(leaf, TensorRef))
+            infos = tuple((i.shape, i.stride, i.dtype) for i in (tensors[tensor] for tensor in op.inputs))
+            known = self._questions.setdefault((op.name, str(structure), constants, infos), len(self._questions))
+            self._numbers[id(op.arguments)] = known
+            self._kept.append(op.arguments)  # keeps its id from being used again
+        return known
 
     def _ask(self, op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement]) -> Followed | Refused:
         function = _resolve(op.name)
@@ -58,8 +73,9 @@ class DTensorRules:
             def as_dtensor(leaf: Any) -> Any:
                 if not isinstance(leaf, TensorRef):
                     return leaf
-                tensor = _fake_dtensor(tensors[leaf.id], inputs[leaf.id], self._mesh)
-                given[leaf.id] = tensor.to_local().shape
+                number = op.inputs[leaf.position]
+                tensor = _fake_dtensor(tensors[number], inputs[number], self._mesh)
+                given[leaf.position] = tensor.to_local().shape
                 return tensor
 
             args, kwargs = tree_map(as_dtensor, op.arguments)
@@ -69,7 +85,7 @@ class DTensorRules:
                     result = function(*args, **kwargs)
             except Exception as error:  # DTensor raises many kinds for "cannot shard this"
                 return Refused(f"has no sharding rule for it ({in_one_line(error)[:160]})")
-        expected = [given[leaf.id] for leaf in tree_flatten(op.arguments)[0] if isinstance(leaf, TensorRef)]
+        expected = [given[leaf.position] for leaf in tree_flatten(op.arguments)[0] if isinstance(leaf, TensorRef)]
         if watch.communicated:
             return Refused("needs communication between the shards")
         if watch.shapes != expected:
@@ -97,17 +113,6 @@ class _LocalCalls(TorchDispatchMode):
             self.shapes = [leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)]
             self.arguments = tuple(leaf for leaf in leaves if not isinstance(leaf, torch.Tensor))
         return func(*args, **(kwargs or {}))
-
-
-def _question(op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement]) -> Any:
-    def known(leaf: Any) -> Any:
-        if not isinstance(leaf, TensorRef):
-            return (type(leaf).__name__, leaf)
-        info = tensors[leaf.id]
-        return (info.shape, info.stride, info.dtype, inputs[leaf.id])
-
-    leaves, structure = tree_flatten(op.arguments)
-    return op.name, str(structure), tuple(known(leaf) for leaf in leaves)
 
 
 def _resolve(name: str) -> Any:
@@ -184,7 +189,7 @@ def _follow_cpu_attention(
     query (B, H, T, D), key (B, H, S, D), value (B, H, S, V), attn_mask broadcastable to (B, H, T, S).
     """
     leaves, _ = tree_flatten(op.arguments)
-    query, key, value, *masks = [leaf.id for leaf in leaves if isinstance(leaf, TensorRef)]
+    query, key, value, *masks = [op.inputs[leaf.position] for leaf in leaves if isinstance(leaf, TensorRef)]
     placement = inputs[query]
     same = inputs[key] == placement and inputs[value] == placement
     if not (same and isinstance(placement, Shard) and placement.dim in (0, 1)):
