@@ -156,6 +156,22 @@ def fifty_steps_with_dropout(seeded: bool) -> tuple[Both, dict[str, bytes]]:
     return Both(*results), replicas
 
 
+def llama_with_dropout(seeded: bool) -> Both:
+    """Run a Llama whose attention scores do not lie in memory as their dims are ordered."""
+    case = CASES["llama"]
+    models = [case.build("float64", dropout=0.3) for _ in range(2)]
+    x, _ = case.batch(np.random.default_rng(0), 3)
+    tp_planner.parallelize(models[1], layout_map(case.rules))
+    results = []
+    for model in models:
+        for layer in model._flatten_layers():
+            if isinstance(layer, keras.layers.Dropout) and not seeded:
+                layer.seed_generator._initial_seed = None
+        torch.manual_seed(5)
+        results.append({"output": model(x, training=True).detach().numpy()})
+    return Both(*results)
+
+
 def dropout_continues_from_rank_zero() -> list[float]:
     """Train with unseeded dropout on ranks that were seeded differently."""
     keras.utils.set_random_seed(dist.get_rank())
@@ -309,6 +325,12 @@ def test_dropout(pools: Callable[[int], WorkerPool], seeded: bool) -> None:
     for both, replicas in results:
         check_equal(both, 1e-9)
         assert replicas == results[0][1]
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+def test_dropout_in_any_memory_order(workers: WorkerPool, seeded: bool) -> None:
+    """A mask is drawn in the order in which the single device draws it."""
+    check_equal(workers.run(llama_with_dropout, seeded)[0], 1e-12)
 
 
 def test_random_state_is_rank_zeros(workers: WorkerPool) -> None:

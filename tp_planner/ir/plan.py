@@ -93,7 +93,9 @@ class LayerPlan:
     ``inputs`` maps positions among the flattened call arguments to boundaries; ``output`` is the boundary
     after the layer; ``epilogue_after_output`` says that bias and activation run after that boundary.
     ``sharded_inputs`` are the placements of the arguments that arrive sharded. Where the layer takes or
-    returns sharded tensors, ``scope`` is the layer inside whose call the whole region lies.
+    returns sharded tensors, ``scope`` is the layer inside whose call the whole region lies. For dropout on a
+    sharded tensor ``dropout_order`` is the order in memory, outermost first, of the dims of the whole tensor, in
+    which a single device draws the mask.
     """
 
     layer: str
@@ -109,7 +111,7 @@ class LayerPlan:
     epilogue_after_output: Literal["", "activation", "bias+activation"] = ""
     sharded_inputs: tuple[tuple[int, Placement], ...] = ()
     scope: str = ""
-    is_dropout: bool = False
+    dropout_order: tuple[int, ...] = ()
     calls: int = 1
 
     @property
@@ -292,7 +294,7 @@ def _encode_layer(layer: LayerPlan) -> dict[str, Any]:
         "epilogue_after_output": layer.epilogue_after_output,
         "sharded_inputs": [[position, str(placement)] for position, placement in layer.sharded_inputs],
         "scope": layer.scope,
-        "is_dropout": layer.is_dropout,
+        "dropout_order": list(layer.dropout_order),
         "calls": layer.calls,
     }
 
@@ -313,7 +315,7 @@ def _decode_layer(data: Mapping[str, Any]) -> LayerPlan:
         epilogue_after_output=data["epilogue_after_output"],
         sharded_inputs=tuple((position, parse_placement(text)) for position, text in data["sharded_inputs"]),
         scope=data["scope"],
-        is_dropout=data["is_dropout"],
+        dropout_order=tuple(data["dropout_order"]),
         calls=data["calls"],
     )
 

@@ -90,6 +90,7 @@ class CallRecord:
     output_placement: Placement | None = None
     epilogue: Literal["", "activation", "bias+activation"] = ""
     reason: str = ""
+    dropout_order: tuple[int, ...] = ()  # dims of a dropout's whole input, outermost in memory first
 
 
 @dataclass
@@ -144,7 +145,7 @@ class _Walker:
         self.parents = {call.parent for call in graph.calls.values()}
         # (call, tensor) -> origins of the sharded ops that read it; and the (call, tensor) read by other ops
         self.read_sharded: dict[tuple[int, int], frozenset[Origin]] = {}
-        self.read_whole: set[tuple[int, int]] = set()
+        self.read_whole: dict[tuple[int, int], None] = {}  # in order of the reads
         self.used: set[tuple[int, str]] = set()  # (call, variable) whose boundary is placed
 
     def walk(self) -> Walk:
@@ -214,10 +215,17 @@ class _Walker:
         placement = self.placement(tensor, call.id)
         if placement == WHOLE:
             return
+        if not isinstance(placement, Shard):
+            self._conflict(self._origins(tensor, call.id), f"dropout {call.layer!r} cannot cut its mask as {placement}")
+            return
         self.found.placements[output] = placement
         self.found.origins[output] = self._origins(tensor, call.id)
         self.found.records[call.id] = CallRecord(
-            call.id, ((position, placement),), placement, reason="the mask is drawn whole on every rank and cut"
+            call.id,
+            ((position, placement),),
+            placement,
+            reason="the mask is drawn whole on every rank and cut",
+            dropout_order=_memory_order(self.graph.tensors[tensor]),
         )
 
     def _contraction(self, call: Call, choice: StyleChoice) -> None:
@@ -305,7 +313,7 @@ class _Walker:
         inputs = {tensor: self.placement(tensor, call) for tensor in op.inputs}
         origins = frozenset().union(*(self._origins(tensor, call) for tensor in op.inputs))
         if all(placement == WHOLE for placement in inputs.values()):
-            self.read_whole.update((call, tensor) for tensor in op.inputs)
+            self.read_whole.update(((call, tensor), None) for tensor in op.inputs)
             return
         followed = self.rules.follow(op, self.graph.tensors, inputs)
         if isinstance(followed, Refused):
@@ -437,3 +445,8 @@ class _Walker:
         if tensor in self.producers:
             return f"{self.graph.calls[self.producers[tensor]].layer} output"
         return "constant"
+
+
+def _memory_order(info: TensorInfo) -> tuple[int, ...]:
+    """Return the dims of a tensor from the outermost in memory to the innermost."""
+    return tuple(sorted(range(len(info.shape)), key=lambda dim: (-info.stride[dim], dim)))

@@ -114,7 +114,7 @@ def _layer_plan(
         epilogue_after_output=record.epilogue if record else "",
         sharded_inputs=record.sharded_inputs if record else (),
         scope=scope if record and (record.sharded_inputs or record.output_placement not in (None, Replicate())) else "",
-        is_dropout=info.is_dropout and bool(record and record.sharded_inputs),
+        dropout_order=record.dropout_order if record else (),
         calls=calls,
     )
 

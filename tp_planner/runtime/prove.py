@@ -97,7 +97,7 @@ def _computation(plan: Plan) -> Callable[[str], Hashable]:
                 layer.output_placement,
                 layer.epilogue_after_output,
                 layer.sharded_inputs,
-                layer.is_dropout,
+                layer.dropout_order,
             )
         )
     return lambda name: tuple(of_layer.get(name, ()))

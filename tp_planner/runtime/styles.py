@@ -115,7 +115,7 @@ class LayerCalls:
         frame = Frame(self.readers[plan.mode])
         if plan.style == "vocabulary":
             args, frame.kept = self._own_rows(layer, args)
-        elif plan.is_dropout:
+        elif plan.dropout_order:
             args, frame.kept = self._whole_mask(plan, args, kwargs)
         elif plan.epilogue_after_output:
             frame.kept = withhold(layer, plan.epilogue_after_output)
@@ -139,7 +139,7 @@ class LayerCalls:
         result = output
         if plan.style == "vocabulary":
             result = result.masked_fill(frame.kept.unsqueeze(-1), 0)
-        elif plan.is_dropout and frame.kept is not None:
+        elif plan.dropout_order and frame.kept is not None:
             placement = plan.sharded_inputs[0][1]
             result = frame.kept * own_shard(result, placement, self.axis)
         if plan.output is not None:
@@ -182,14 +182,16 @@ class LayerCalls:
         return (local.masked_fill(elsewhere, 0), *args[1:]), elsewhere
 
     def _whole_mask(self, plan: LayerPlan, args: Any, kwargs: Any) -> tuple[Any, torch.Tensor | None]:
-        """Let dropout run on ones of the whole shape, so that the mask is the one a single device draws."""
+        """Let dropout run on ones of the whole shape and memory order: the mask is the one a single device draws."""
         if not kwargs.get("training"):
             return args, None
         shard, placement = args[0], plan.sharded_inputs[0][1]
         assert isinstance(placement, Shard)
         shape = list(shard.shape)
         shape[placement.dim] *= self.axis.size
-        return (torch.ones(shape, dtype=shard.dtype, device=shard.device), *args[1:]), shard
+        order = plan.dropout_order
+        ones = torch.ones([shape[dim] for dim in order], dtype=shard.dtype, device=shard.device)
+        return (ones.permute([order.index(dim) for dim in range(len(order))]), *args[1:]), shard
 
 
 def withhold(layer: keras.Layer, epilogue: str) -> dict[str, Any]:
