@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import tp_planner
 from tests.models import CASES
@@ -63,6 +64,14 @@ def damaged(change: Callable[[dict[str, Any]], Any]) -> str:
     data = json.loads(plan_small({"up/kernel": COLUMN}).to_json())
     change(data)
     return json.dumps(data)
+
+
+def _in_a_job_of_three(attempt: Callable[[], Any]) -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=3)
+    try:
+        attempt()
+    finally:
+        dist.destroy_process_group()
 
 
 REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
@@ -192,10 +201,9 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Plan.from_json(damaged(lambda data: data["variables"][0].update(placement="X"))),
         "plan is damaged (ValueError: 'X' is no placement; expected 'R', 'P' or 'S(dim)'); plan the model again",
     ),
-    "plan for another model": (
-        lambda: tp_planner.parallelize(CASES["mlp"].build(), plan_small({"up/kernel": COLUMN})),
-        "the plan was made for another model than 'mlp': variables or layers differ; "
-        "make it again with tp_planner.plan(model, layout_map)",
+    "plan in a job of another size": (
+        lambda: _in_a_job_of_three(lambda: plan_small({"up/kernel": COLUMN})),
+        "this process belongs to a job of 3 ranks and cannot plan for 2; plan in a process without a process group",
     ),
     "no process group": (
         lambda: tp_planner.parallelize(small(), on_mesh({"up/kernel": COLUMN})),
@@ -230,19 +238,6 @@ def test_world_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_model_without_values() -> None:
-    """A model built on the meta device can be planned but not sharded."""
-    with keras.device("meta"):
-        model = small()
-    plan = tp_planner.plan(model, on_mesh({"up/kernel": COLUMN}))
-    with pytest.raises(tp_planner.PlanError) as refusal:
-        tp_planner.parallelize(model, plan)
-    assert str(refusal.value) == (
-        "model 'small' was built on the meta device, so that 'up/kernel' and 3 other variables hold no values; "
-        "build it under keras.device('cpu') to parallelize it"
-    )
-
-
 # On the ranks
 
 
@@ -258,6 +253,13 @@ def refused(attempt: str) -> tuple[str, bool]:
         rules = {"up/kernel": COLUMN} if dist.get_rank() == 0 else {"down/kernel": COLUMN}
     if attempt == "one bad rank" and dist.get_rank() == 1:
         rules = {"upp/kernel": COLUMN}
+    if attempt == "plan of another model":
+        other = tp_planner.plan(CASES["mlp"].build(), layout_map({"up/kernel": COLUMN}))
+        return _message(lambda: tp_planner.parallelize(model, other)), _plain(model, tp_planner_state)
+    if attempt == "model without values":
+        with keras.device("meta"):
+            model = small()
+        return _message(lambda: tp_planner.parallelize(model, layout_map(rules))), applied_to(model) is None
     if attempt == "mesh too small":
         return _message(lambda: tp_planner.parallelize(model, on_mesh(rules, shape=(1,)))), _plain(
             model, tp_planner_state
@@ -317,12 +319,6 @@ def _plain(model: keras.Model, before: dict[str, np.ndarray]) -> bool:
 # In the parent
 
 
-def test_parallelizing_twice(pools: Callable[[int], WorkerPool]) -> None:
-    for message, still_parallel in pools(2).run(refused, "twice"):
-        assert message == "model 'small' is parallelized already; call tp_planner.restore(model) first"
-        assert still_parallel
-
-
 def test_ranks_with_different_plans(pools: Callable[[int], WorkerPool]) -> None:
     """All ranks refuse together, with the same words."""
     results = pools(2).run(refused, "different plans")
@@ -342,12 +338,29 @@ def test_a_problem_on_one_rank(pools: Callable[[int], WorkerPool]) -> None:
     assert plain_one
 
 
-def test_a_mesh_smaller_than_the_job(pools: Callable[[int], WorkerPool]) -> None:
-    for message, plain in pools(2).run(refused, "mesh too small"):
-        assert message == (
-            "this process belongs to a job of 2 ranks and cannot plan for 1; plan in a process without a process group"
-        )
-        assert plain
+REFUSALS_IN_A_JOB = {
+    "twice": "model 'small' is parallelized already; call tp_planner.restore(model) first",
+    "plan of another model": (
+        "the plan was made for another model than 'small': variables or layers differ; "
+        "make it again with tp_planner.plan(model, layout_map)"
+    ),
+    "model without values": (
+        "model 'small' was built on the meta device, so that 'up/kernel' and 3 other variables hold no values; "
+        "build it under keras.device('cpu') to parallelize it"
+    ),
+    "mesh too small": (
+        "the mesh has 1 devices, the job has 2 processes; "
+        "start torchrun with --nproc-per-node=1 or make a mesh of 2 devices"
+    ),
+}
+
+
+@pytest.mark.parametrize("attempt", REFUSALS_IN_A_JOB)
+def test_refusal_in_a_job(pools: Callable[[int], WorkerPool], attempt: str) -> None:
+    """All ranks refuse with the same words, and the model is as it was."""
+    for message, as_before in pools(2).run(refused, attempt):
+        assert message == REFUSALS_IN_A_JOB[attempt]
+        assert as_before
 
 
 def test_calling_a_layer_of_a_region_alone(pools: Callable[[int], WorkerPool]) -> None:

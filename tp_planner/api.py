@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -62,24 +63,9 @@ def parallelize(
         PlanError: if the layout cannot be planned, the plan does not fit the model, the number of processes is
             not the size of the mesh, or ranks made different plans. The model is then as before on all ranks.
     """
-    chosen: Plan | None = None
-    problem = ""
-    try:
-        require_built(model)
-        _require_plain(model)
-        chosen = layout_map_or_plan if isinstance(layout_map_or_plan, Plan) else plan(model, layout_map_or_plan, inputs)
-        _require_fit(model, chosen)
-        _require_values(model)
-        require_process_group(chosen.mesh.size)
-    except PlanError as error:
-        problem = str(error)
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            raise
-        own_error: PlanError | None = error
-    else:
-        own_error = None
-    _agree(chosen, problem, own_error)
-    assert chosen is not None
+    mesh = layout_map_or_plan.mesh if isinstance(layout_map_or_plan, Plan) else read_layout_map(layout_map_or_plan).mesh
+    require_process_group(mesh.size)
+    chosen = _agree(lambda: _choose(model, layout_map_or_plan, inputs))
     _share_random_state()
     axis = Axis.of(model_mesh(chosen.axis))
     applied = apply_layers(model, chosen, axis, scatter_from_rank_zero(this_device()))
@@ -128,13 +114,24 @@ def _require_values(model: keras.Model) -> None:
         )
 
 
-def _agree(chosen: Plan | None, problem: str, own_error: PlanError | None) -> None:
-    """Go on only if all ranks made the same plan; else raise the same refusal everywhere."""
-    answers = exchange(
-        "tp_planner.parallelize", (problem and f"problem {problem}") or f"plan {chosen.hash if chosen else ''}"
-    )
-    if own_error is not None:
-        raise own_error
+def _choose(model: keras.Model, layout_map_or_plan: keras.distribution.LayoutMap | Plan, inputs: Any) -> Plan:
+    """Return the plan to apply, once everything that can be wrong with it was looked at."""
+    require_built(model)
+    _require_plain(model)
+    chosen = layout_map_or_plan if isinstance(layout_map_or_plan, Plan) else plan(model, layout_map_or_plan, inputs)
+    _require_fit(model, chosen)
+    _require_values(model)
+    return chosen
+
+
+def _agree(choose: Callable[[], Plan]) -> Plan:
+    """Return the plan that all ranks chose; if one could not, or they differ, all raise PlanError."""
+    try:
+        chosen = choose()
+    except PlanError as refusal:
+        exchange("tp_planner.parallelize", f"problem {refusal}")
+        raise
+    answers = exchange("tp_planner.parallelize", f"plan {chosen.hash}")
     for rank, answer in enumerate(answers):
         if answer.startswith("problem "):
             raise PlanError(f"rank {rank} cannot parallelize the model: {answer.removeprefix('problem ')}")
@@ -143,6 +140,7 @@ def _agree(chosen: Plan | None, problem: str, own_error: PlanError | None) -> No
         raise PlanError(
             f"ranks made different plans ({hashes}); build the same model with the same layout on all of them"
         )
+    return chosen
 
 
 def _share_random_state() -> None:

@@ -50,8 +50,8 @@ def prove(
     conflicts: list[Conflict] = []
     with fake_tensors():
         arguments = fake_inputs(model, inputs)
-        for graph, walk in zip(graphs, walks, strict=True):
-            with applied_for_simulation(model, plan, axis):
+        with applied_for_simulation(model, plan, axis):
+            for graph, walk in zip(graphs, walks, strict=True):
                 conflicts += _compare_run(model, arguments, plan, graph, walk, axis.size)
     return conflicts
 

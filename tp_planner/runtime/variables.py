@@ -10,6 +10,7 @@ whole shape everywhere. Its ``value`` is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -148,7 +149,7 @@ def sharded_parameter(
     local: torch.Tensor, shape: tuple[int, ...], placement: Shard, axis: Axis, requires_grad: bool
 ) -> torch.nn.Parameter:
     """Return a parameter of the whole ``shape`` of which this rank stores ``local``."""
-    stride = torch.empty(shape, device="meta").stride()
+    stride = tuple(math.prod(max(size, 1) for size in shape[dim + 1 :]) for dim in range(len(shape)))
     whole = DTensor.from_local(
         local, axis.mesh, [TorchShard(placement.dim)], run_check=False, shape=torch.Size(shape), stride=stride
     )
