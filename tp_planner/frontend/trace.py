@@ -274,6 +274,11 @@ class Recorder(TorchDispatchMode):
         finally:
             self._paused -= 1
 
+    @property
+    def running_layer(self) -> str:
+        """The layer whose call is running, or was when the model failed."""
+        return self._stack[-1].layer
+
     # --- layer calls -----------------------------------------------------------------------------------
 
     @contextlib.contextmanager

@@ -78,7 +78,25 @@ def _compare_run(
             layer = graph.calls[op.call].layer
             return [Conflict(_culprits(graph, walk, op), f"{op.name} in {layer!r} {difference}")]
     if failure is not None:
-        raise failure
+        stuck = next(call for call in graph.calls.values() if call.layer == recorder.running_layer)
+        return [Conflict(_sharded_inside(graph, walk, stuck.id), f"layer {stuck.layer!r} {_failure(failure)}")]
+    return _compare_calls(graph, recorder, walk, parts)
+
+
+def _compare_calls(graph: ModelGraph, recorder: Recorder, walk: Walk, parts: int) -> list[Conflict]:
+    """Compare what every call took and returned; this sees reshapes that no other op follows."""
+    if len(graph.calls) != len(recorder.calls):
+        everything = frozenset().union(*walk.origins.values())
+        return [Conflict(everything, "the model calls other layers on local shards")]
+    for call, ran in zip(graph.calls.values(), recorder.calls.values(), strict=True):
+        whole = (*(tensor for _, tensor in call.inputs), *call.outputs)
+        local = (*(tensor for _, tensor in ran.inputs), *ran.outputs)
+        for number, found in zip(whole, local, strict=True):
+            shape = recorder.tensors[found].shape
+            expected = _expected_shape(graph, walk, number, call.id, parts)
+            if shape != expected:
+                reason = f"layer {call.layer!r} takes or returns shape {shape} on local shards, not {expected}"
+                return [Conflict(_sharded_inside(graph, walk, call.id), reason)]
     return []
 
 
@@ -159,9 +177,15 @@ def _culprits(graph: ModelGraph, walk: Walk, op: Op) -> frozenset[Origin]:
     found = frozenset().union(*(walk.origins.get(tensor, frozenset()) for tensor in op.inputs))
     if found:
         return found
-    for call in graph.enclosing(op.call):
-        inside = [other for other in graph.ops if call.ops[0] <= other.id < call.ops[1]]
+    return _sharded_inside(graph, walk, op.call)
+
+
+def _sharded_inside(graph: ModelGraph, walk: Walk, start: int) -> frozenset[Origin]:
+    """Return the origins of all shards in the innermost call around ``start`` that has any."""
+    for call in graph.enclosing(start):
+        inside = graph.ops[call.ops[0] : call.ops[1]]
         tensors = [tensor for other in inside for tensor in (*other.inputs, *other.outputs)]
+        tensors += [tensor for _, tensor in call.inputs]
         found = frozenset().union(*(walk.origins.get(tensor, frozenset()) for tensor in tensors))
         if found:
             return found

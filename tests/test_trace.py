@@ -1,0 +1,117 @@
+"""The trace sees every layer call, op and tensor of a model, and leaves the model as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import networkx as nx
+import numpy as np
+import pytest
+import torch
+
+from tests.models import CASES
+from tp_planner.frontend.layer_tree import named_layers, named_variables
+from tp_planner.frontend.trace import trace
+from tp_planner.ir.graph import ModelGraph
+
+
+def calls_of(graph: ModelGraph, layer: str) -> list[Any]:
+    return [call for call in graph.calls.values() if call.layer == layer]
+
+
+def test_ops_form_one_graph_in_order() -> None:
+    """Every op comes after those whose tensors it reads, and the output depends on every input."""
+    graph = trace(CASES["gpt"].build())
+    assert nx.is_directed_acyclic_graph(graph.flow)
+    assert all(source < target for source, target in graph.flow.edges())
+    producer = {tensor: op.id for op in graph.ops for tensor in op.outputs}
+    before = nx.ancestors(graph.flow, producer[graph.outputs[0]])
+    readers = {op.id for op in graph.ops if graph.inputs[0] in op.inputs}
+    assert readers & before
+
+
+def test_calls_nest_as_the_model_does() -> None:
+    """Query, key and value run inside attention, which runs inside the model."""
+    graph = trace(CASES["gpt"].build())
+    attention = calls_of(graph, "block_0_attention")[0]
+    for name in ("query", "key", "value", "attention_output"):
+        (call,) = calls_of(graph, f"block_0_attention/{name}")
+        assert call.parent == attention.id
+        assert attention.ops[0] <= call.ops[0] < call.ops[1] <= attention.ops[1]
+    assert graph.calls[attention.parent].layer == "gpt"
+
+
+def test_a_layer_called_twice_has_two_calls() -> None:
+    graph = trace(CASES["tied"].build())
+    assert len(calls_of(graph, "up")) == 2
+    assert [call.mode for call in calls_of(graph, "token_embedding")] == ["", "reverse"]
+    assert sum(info.variable == "token_embedding/embeddings" for info in graph.tensors.values()) == 1
+
+
+def test_gradients_are_known() -> None:
+    """Tensors behind trainable variables need gradients; ids and what comes of frozen layers do not."""
+    model = CASES["gpt"].build()
+    graph = trace(model)
+    assert not graph.tensors[graph.inputs[0]].requires_grad
+    assert graph.tensors[graph.outputs[0]].requires_grad
+    model.trainable = False
+    assert not any(info.requires_grad for info in trace(model).tensors.values())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_any_device_gives_the_same_graph(name: str) -> None:
+    """A model on the meta device traces like one with values."""
+    with keras.device("meta"):
+        meta = CASES[name].build()
+    graphs = [trace(model, training=True) for model in (CASES[name].build(), meta)]
+    assert graphs[0].tensors == graphs[1].tensors
+    assert [(op.name, op.inputs, op.outputs) for op in graphs[0].ops] == [
+        (op.name, op.inputs, op.outputs) for op in graphs[1].ops
+    ]
+    assert all(variable._value.is_meta for variable in named_variables(meta).values())
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    """Values, batch statistics, seeds, losses, hooks and attributes are those from before."""
+    inputs = keras.Input((8,))
+    hidden = keras.layers.Dense(8, "relu", name="dense", kernel_regularizer="l2")(inputs)
+    hidden = keras.layers.BatchNormalization(name="norm")(hidden)
+    hidden = keras.layers.Dropout(0.5, seed=3, name="dropout")(hidden)
+    model = keras.Model(inputs, keras.layers.ActivityRegularization(0.1, name="activity")(hidden))
+    values = {key: variable._value for key, variable in named_variables(model).items()}
+    arrays = {key: variable.numpy() for key, variable in named_variables(model).items()}
+    activations = {name: getattr(layer, "activation", None) for name, layer in named_layers(model).items()}
+    state = torch.get_rng_state()
+    trace(model, training=True)
+    for key, variable in named_variables(model).items():
+        assert variable._value is values[key]
+        np.testing.assert_array_equal(variable.numpy(), arrays[key])
+    for name, layer in named_layers(model).items():
+        assert getattr(layer, "activation", None) is activations[name]
+        assert not layer._forward_hooks
+        assert not layer._forward_pre_hooks
+        assert "forward" not in layer.__dict__
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(not isinstance(loss, torch._subclasses.FakeTensor) for loss in model.losses)
+
+
+def test_inputs_and_outputs_of_any_structure() -> None:
+    """Several inputs by name and several outputs are all seen."""
+    left, right = keras.Input((4,), name="left"), keras.Input((6,), name="right")
+    both = keras.layers.Concatenate(name="both")([left, right])
+    outputs = {"sum": keras.layers.Dense(3, name="sum")(both), "pair": [both, keras.layers.Dense(2, name="p")(both)]}
+    graph = trace(keras.Model({"left": left, "right": right}, outputs))
+    assert sorted(graph.tensors[tensor].shape for tensor in graph.inputs) == [(2, 4), (2, 6)]
+    assert sorted(graph.tensors[tensor].shape for tensor in graph.outputs) == [(2, 2), (2, 3), (2, 10)]
+
+
+@pytest.mark.parametrize(
+    "inputs", [np.zeros((3, 5, 4), "float32"), keras.InputSpec(shape=(3, 5, 4)), torch.zeros(3, 5, 4)]
+)
+def test_example_inputs_give_the_shapes(inputs: Any) -> None:
+    dense = keras.layers.Dense(2, name="dense")
+    model = keras.Sequential([dense], name="open")
+    model.build((None, None, 4))
+    graph = trace(model, inputs)
+    assert graph.tensors[graph.outputs[0]].shape == (3, 5, 2)
