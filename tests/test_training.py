@@ -296,6 +296,29 @@ def released_optimizer() -> tuple[str, str, list[bool]]:
     return name, type(model.optimizer).__name__, [adopted, not isinstance(model.optimizer, ParallelOptimizer), *shapes]
 
 
+def loop_of_ones_own() -> Both:
+    """Train without compile, with an optimizer that the model does not know, through restore and on."""
+    case, results = CASES["mlp"], []
+    x, y = case.batch(np.random.default_rng(0), 8)
+    for sharded in (False, True):
+        model, losses = case.build("float64"), []
+        optimizer, loss_of = OPTIMIZERS["adamw"](), case.make_loss("float64")
+        if sharded:
+            tp_planner.parallelize(model, layout_map(case.rules))
+        for step in range(2 * STEPS):
+            if sharded and step == STEPS:
+                tp_planner.restore(model)
+            model.zero_grad()
+            loss = loss_of(y, model(x, training=True))
+            loss.backward()
+            with torch.no_grad():
+                optimizer.apply([v.value.grad for v in model.trainable_variables], model.trainable_variables)
+            losses.append(loss.item())
+        slots = {f"slot {number}": variable.numpy() for number, variable in enumerate(optimizer.variables)}
+        results.append({"losses": np.array(losses)} | slots)
+    return Both(*results)
+
+
 # In the parent
 
 
@@ -309,6 +332,11 @@ def test_optimizer(pools: Callable[[int], WorkerPool], optimizer: str) -> None:
 def test_optimizer_built_before(pools: Callable[[int], WorkerPool], optimizer: str) -> None:
     """An optimizer that has trained the plain model goes on with the same slots, sharded."""
     check_equal(pools(4).run(train_with, optimizer, True)[0], 1e-12)
+
+
+def test_loop_of_ones_own(workers: WorkerPool) -> None:
+    """An optimizer outside the model shards its slots at the first step, and has them back after restore."""
+    check_equal(workers.run(loop_of_ones_own)[0], 1e-12)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -10,7 +10,12 @@ import keras
 
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.runtime.apply import Applied
-from tp_planner.runtime.optimizer import adopt_optimizer, release_optimizer
+from tp_planner.runtime.optimizer import (
+    adopt_at_first_use,
+    adopt_optimizer,
+    release_optimizer,
+    release_optimizers_of,
+)
 from tp_planner.runtime.persistence import save_together
 
 ATTRIBUTE = "_tp_planner"
@@ -30,14 +35,16 @@ def take_over(model: keras.Model, applied: Applied) -> None:
     for name in ("save", "save_weights"):
         _override(model, name, _saving(model, name), applied)
     _override(model, "compile", _compiling(model, applied), applied)
+    adopt_at_first_use()
     if getattr(model, "optimizer", None) is not None:
         adopt_optimizer(model.optimizer, applied.axis)
 
 
 def let_go(model: keras.Model) -> None:
-    """Release the optimizer; the rest is undone with the plan."""
+    """Release the optimizers; the rest is undone with the plan."""
     if getattr(model, "optimizer", None) is not None:
         release_optimizer(model.optimizer)
+    release_optimizers_of(list(named_variables(model).values()))
     _forget_compiled_functions(model)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -35,6 +36,9 @@ ELEMENTWISE = tuple(
     getattr(keras.optimizers, name)
     for name in ("SGD", "RMSprop", "Adam", "AdamW", "Adadelta", "Adagrad", "Adamax", "Nadam", "Ftrl", "Lion")
 )
+
+
+_adopted: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class ParallelOptimizer:
@@ -163,10 +167,44 @@ def adopt_optimizer(optimizer: Any, axis: Axis) -> None:
     optimizer.__dict__["_slots"], optimizer.__dict__["_axis"] = [], axis
     plain: type = type(optimizer)
     optimizer.__class__ = _parallel_class(plain)
+    _adopted.add(optimizer)
     if optimizer.built and inner is None:
         for variable, slot in existing_slots(optimizer):
             local = own_shard(slot._value.detach(), variable._stored.placement, axis).clone()
             bind_slot(optimizer, variable, slot, local.to(local_tensor(variable).device))
+
+
+def adopt_at_first_use() -> None:
+    """Let any Keras optimizer adopt itself when it is given sharded variables, as in a training loop of one's own.
+
+    Wraps ``apply`` of Keras's optimizers, once; with plain variables they do what they did.
+    """
+    for base in (keras.src.optimizers.base_optimizer.BaseOptimizer, keras.optimizers.LossScaleOptimizer):
+        if not hasattr(base.apply, "adopts"):
+            base.apply = _adopting(base.apply)
+
+
+def _adopting(plain: Any) -> Any:
+    @functools.wraps(plain)
+    def apply(self: Any, grads: Sequence[Any], trainable_variables: Any = None) -> Any:
+        variables = None if trainable_variables is None else list(trainable_variables)
+        known = variables or (self._trainable_variables if self.built else [])
+        sharded = next((variable for variable in known if is_sharded(variable)), None)
+        if sharded is None or isinstance(self, ParallelOptimizer):
+            return plain(self, grads, variables)
+        adopt_optimizer(self, sharded._stored.axis)
+        return self.apply(grads, variables)
+
+    apply.adopts = True  # type: ignore[attr-defined]
+    return apply
+
+
+def release_optimizers_of(variables: Sequence[Any]) -> None:
+    """Release every optimizer that has slots of one of these variables."""
+    ids = {id(variable) for variable in variables}
+    for optimizer in list(_adopted):
+        if isinstance(optimizer, ParallelOptimizer) and any(id(owner) in ids for owner, _ in optimizer._slots):
+            release_optimizer(optimizer)
 
 
 def release_optimizer(optimizer: Any) -> None:
