@@ -21,7 +21,7 @@ from tp_planner.planner import make_plan
 from tp_planner.runtime.apply import apply_layers, gathered_value, scatter_from_rank_zero
 from tp_planner.runtime.boundaries import Axis
 from tp_planner.runtime.log import log_sharding
-from tp_planner.runtime.model import applied_to, let_go, take_over
+from tp_planner.runtime.model import applied_to, let_go, refuse_jit, take_over
 from tp_planner.runtime.process_group import model_mesh, require_process_group, this_device
 from tp_planner.runtime.rendezvous import exchange, meet
 
@@ -121,6 +121,7 @@ def _choose(model: keras.Model, layout_map_or_plan: keras.distribution.LayoutMap
     chosen = layout_map_or_plan if isinstance(layout_map_or_plan, Plan) else plan(model, layout_map_or_plan, inputs)
     _require_fit(model, chosen)
     _require_values(model)
+    refuse_jit(model)
     return chosen
 
 

@@ -43,7 +43,8 @@ def make_plan(model: keras.Model, layout: Layout, inputs: Any = None) -> Plan:
             walks, closings = place_boundaries(graphs, stored, styles, closings, rules, parts)
             layers = write_layer_plans(graphs, walks, styles, closings)
             collectives = list_collectives(graph, walks[0], stored, axis, parts)
-            plan = _write_plan(model, layout, graph, resolution, layers, collectives, output_notes)
+            input_gradients = all(walk.input_gradients for walk in walks)
+            plan = _write_plan(model, layout, graph, resolution, layers, collectives, input_gradients, output_notes)
             conflicts = prove(model, inputs, plan, graphs, walks, model_axis)
             if not conflicts:
                 return plan
@@ -57,6 +58,7 @@ def _write_plan(
     resolution: Resolution,
     layers: tuple[LayerPlan, ...],
     collectives: tuple[Collective, ...],
+    input_gradients: bool,
     output_notes: tuple[str, ...],
 ) -> Plan:
     axis = layout.mesh.model_axis
@@ -70,6 +72,7 @@ def _write_plan(
         variables=_variable_plans(graph, resolution, layout.mesh.axis_size(axis)),
         layers=layers,
         collectives=collectives,
+        input_gradients=input_gradients,
         notes=resolution.notes + output_notes,
     )
 

@@ -13,8 +13,10 @@ import keras
 
 from tp_planner.ir.contraction import UNLABELLED, Contraction
 
-# Layers whose output is their input times a random mask of the input's shape.
-DROPOUT_LAYERS = (keras.layers.Dropout,)
+
+def is_dropout(layer: keras.Layer) -> bool:
+    """Whether the layer's output is its input times a random mask of the input's shape."""
+    return isinstance(layer, keras.layers.Dropout) and type(layer).call is keras.layers.Dropout.call
 
 
 def call_mode(layer: keras.Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:

@@ -16,12 +16,13 @@ from unittest import mock
 
 import keras
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from tp_planner.frontend.blocks import layer_signature
-from tp_planner.frontend.contractions import DROPOUT_LAYERS, call_mode, contractions_of
+from tp_planner.frontend.contractions import call_mode, contractions_of, is_dropout
 from tp_planner.frontend.layer_tree import named_layers, named_variables, own_variables
 from tp_planner.frontend.penalties import penalty_kind
 from tp_planner.frontend.quiet import quiet_torch
@@ -29,6 +30,7 @@ from tp_planner.ir.errors import PlanError, in_one_line
 from tp_planner.ir.graph import Call, LayerInfo, ModelGraph, Op, TensorInfo, TensorRef, VariableInfo
 
 BATCH_SIZE = 2  # size given to an open batch dim
+CONSTANT_SIZE = 64  # how many values of a constant tensor are compared
 OPEN_DIM = 16  # size given to any other open dim
 
 
@@ -48,16 +50,20 @@ def trace(model: keras.Model, inputs: Any = None, *, training: bool = False) -> 
     with fake_tensors():
         arguments = fake_inputs(model, inputs)
         try:
+            originals = {id(variable._value): key for key, variable in named_variables(model).items()}
             with fake_variables(model):
                 recorder = Recorder(model)
+                recorder.also_known_as(originals)
                 outputs = run_recorded(model, arguments, recorder, training)
-                return build_graph(model, recorder, training, outputs)
+        except CapturedVariable as error:
+            raise PlanError(f"model {model.name!r} cannot be planned: {error}") from error
         except Exception as error:
             raise PlanError(
                 f"model {model.name!r} cannot be traced with inputs {describe_inputs(arguments)}: "
                 f"{in_one_line(error)}; "
                 f"pass plan(..., inputs=) with inputs that model(inputs) accepts"
             ) from error
+    return build_graph(model, recorder, training, outputs)
 
 
 def require_built(model: Any) -> None:
@@ -86,12 +92,16 @@ def fake_tensors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def fake_variables(model: keras.Model) -> Iterator[None]:
-    """Give every variable a fake CPU value, so that a model on any device gives the same trace; inside fake_tensors."""
+    """Give every variable a fake CPU value; inside fake_tensors.
+
+    So a model on any device gives the same trace. Gradients flow to all variables, because a frozen layer can be
+    trained later under the same plan.
+    """
     values = {key: variable._value for key, variable in named_variables(model).items()}
     try:
         for key, variable in named_variables(model).items():
             fake = torch.empty(tuple(variable.shape), dtype=values[key].dtype, device="cpu")
-            variable._value = torch.nn.Parameter(fake, requires_grad=values[key].requires_grad)
+            variable._value = torch.nn.Parameter(fake, requires_grad=fake.is_floating_point())
         yield
     finally:
         for key, variable in named_variables(model).items():
@@ -141,12 +151,13 @@ def describe_inputs(arguments: Any) -> str:
 
 
 def run_recorded(model: keras.Model, arguments: Any, recorder: Recorder, training: bool) -> list[torch.Tensor]:
-    """Call the model under the recorder and return its flattened outputs."""
+    """Call the model under the recorder and return its flattened outputs, and the losses that layers added."""
     options = {"training": training} if model._call_has_training_arg else {}
     with recorder.watching_layers(), recorder:
         outputs = model(arguments, **options)
+    losses = [loss for layer in model._flatten_layers() for loss in layer._losses]
     model._clear_losses()
-    return [leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in tree_flatten((outputs, losses))[0] if isinstance(leaf, torch.Tensor)]
 
 
 @dataclass
@@ -160,6 +171,10 @@ class _OpenCall:
     inputs: tuple[tuple[int, int], ...]
     first_op: int
     core_output: int | None = None
+
+
+class CapturedVariable(Exception):
+    """The model uses a tensor that was computed from a variable before the call."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +213,8 @@ class Recorder(TorchDispatchMode):
         self.tensors: dict[int, TensorInfo] = {}
         self._alive: list[torch.Tensor] = []
         self._ids: dict[int, int] = {}
-        self._with_grad: set[int] = set()
+        self.with_grad: set[int] = set()
+        self._constants: dict[int, Any] = {}
         self._stack: list[_OpenCall] = []
         self._paused = 0
         self._variables = variables
@@ -207,18 +223,30 @@ class Recorder(TorchDispatchMode):
 
     # --- tensors ---------------------------------------------------------------------------------------
 
-    def info(self, number: int) -> TensorInfo:
-        """Return what is known of a tensor by now."""
-        return replace(self.tensors[number], requires_grad=number in self._with_grad)
+    def also_known_as(self, keys: dict[int, str]) -> None:
+        """Know the variables by other tensors too, given by ``id``: a torch module reads its own parameters."""
+        self._variable_of = keys | self._variable_of
 
     def tensor_id(self, tensor: torch.Tensor) -> int:
         """Return the id of a tensor, a new one where it was not met before."""
         known = self._ids.get(id(tensor))
         if known is None:
             known = self._add(tensor, self._variable_of.get(id(tensor)))
+            if not isinstance(tensor, FakeTensor) and self.tensors[known].variable is None:
+                self._constants[known] = self._constant(tensor)
         if tensor.requires_grad:
-            self._with_grad.add(known)
+            self.with_grad.add(known)
         return known
+
+    def _constant(self, tensor: torch.Tensor) -> Any:
+        """Return the value of a real tensor that the model's code made or kept."""
+        if tensor.requires_grad:
+            raise CapturedVariable(
+                f"layer {self.running_layer!r} uses a tensor of shape {tuple(tensor.shape)} that was computed from a "
+                f"variable when the model was built and does not follow it; compute it in a layer's call instead"
+            )
+        with no_dispatch():
+            return tuple(tensor.reshape(-1)[:CONSTANT_SIZE].tolist())
 
     def _add(self, tensor: torch.Tensor, variable: str | None = None) -> int:
         number = len(self.tensors)
@@ -231,6 +259,7 @@ class Recorder(TorchDispatchMode):
             dtype=str(tensor.dtype).removeprefix("torch."),
             itemsize=tensor.element_size(),
             requires_grad=False,
+            has_gradient=False,
             variable=variable,
         )
         return number
@@ -261,6 +290,7 @@ class Recorder(TorchDispatchMode):
                 inputs=tuple(inputs),
                 outputs=tuple(outputs),
                 random=torch.Tag.nondeterministic_seeded in func.tags,
+                constants=tuple(self._constants[number] for number in inputs if number in self._constants),
             )
         )
         return result
@@ -380,8 +410,8 @@ class Recorder(TorchDispatchMode):
             else:
                 tensors[number] = len(self.tensors)
                 self.tensors[tensors[number]] = replace(info, id=tensors[number])
-            if number in self._with_grad:
-                self._with_grad.add(tensors[number])
+            if number in self.with_grad:
+                self.with_grad.add(tensors[number])
         op_shift, call_shift = len(self.ops) - block.first_op, len(self.calls) - block.first_call
         calls = {block.call: self._stack[-1].id}
         calls |= {number: number + call_shift for number in range(block.first_call, block.end[1])}
@@ -395,6 +425,7 @@ class Recorder(TorchDispatchMode):
                     tuple(tensors.get(tensor, tensor) for tensor in op.inputs),
                     tuple(tensors[tensor] for tensor in op.outputs),
                     op.random,
+                    op.constants,
                 )
             )
         for number in range(block.first_call, block.end[1]):
@@ -417,14 +448,14 @@ class Recorder(TorchDispatchMode):
         info = self.tensors[number]
         with self.paused():
             tensor = torch.empty_strided(info.shape, info.stride, dtype=getattr(torch, info.dtype), device="cpu")
-            if number in self._with_grad:
+            if number in self.with_grad:
                 tensor = tensor.requires_grad_().view_as(tensor)
         self._alive.append(tensor)
         self._ids[id(tensor)] = number
         return tensor
 
     def _enter(self, layer: keras.Layer, args: Any, kwargs: Any) -> None:
-        leaves = tree_flatten((args, kwargs))[0]
+        leaves = keras.tree.flatten((args, kwargs))
         inputs = tuple(
             (position, self.tensor_id(leaf)) for position, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)
         )
@@ -471,7 +502,7 @@ def build_graph(model: keras.Model, recorder: Recorder, training: bool, outputs:
             class_name=type(layer).__name__,
             variables=tuple(own),
             contractions=contractions_of(layer, keys),
-            is_dropout=isinstance(layer, DROPOUT_LAYERS),
+            is_dropout=is_dropout(layer),
         )
         for key, variable in zip(own, own_variables(layer), strict=True):
             if key not in variables:
@@ -481,12 +512,27 @@ def build_graph(model: keras.Model, recorder: Recorder, training: bool, outputs:
         training=training,
         layers=layers,
         variables=variables,
-        tensors={number: recorder.info(number) for number in recorder.tensors},
+        tensors=_tensors(recorder, variables),
         calls=dict(recorder.calls),
         ops=tuple(recorder.ops),
         inputs=tuple(tensor for _, tensor in recorder.calls[0].inputs),
         outputs=output_ids,
     )
+
+
+def _tensors(recorder: Recorder, variables: dict[str, VariableInfo]) -> dict[int, TensorInfo]:
+    """Return the recorder's tensors with what is known of gradients, now that all ops were seen."""
+    trained = {
+        number for number, info in recorder.tensors.items() if info.variable and variables[info.variable].trainable
+    }
+    for op in recorder.ops:
+        if any(tensor in trained for tensor in op.inputs):
+            trained.update(op.outputs)
+    with_grad = recorder.with_grad
+    return {
+        number: replace(info, requires_grad=number in with_grad, has_gradient=number in with_grad and number in trained)
+        for number, info in recorder.tensors.items()
+    }
 
 
 def _why_kept_whole(variable: Any, layer: keras.Layer) -> str:

@@ -26,7 +26,11 @@ class TensorRef:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What is known of a tensor: shape, strides, dtype name, and whether gradients flow into it."""
+    """What is known of a tensor: shape, strides, dtype name, and whether gradients flow into it.
+
+    ``requires_grad`` says that it depends on a variable that can be trained, ``has_gradient`` that one of these is
+    trainable now.
+    """
 
     id: int
     shape: Shape
@@ -34,6 +38,7 @@ class TensorInfo:
     dtype: str
     itemsize: int
     requires_grad: bool
+    has_gradient: bool
     variable: str | None = None  # the variable this tensor is the value of
 
 
@@ -81,6 +86,7 @@ class Op:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     random: bool
+    constants: tuple[Any, ...] = ()  # values of the tensors among the inputs that are constants
 
 
 @dataclass(frozen=True, slots=True)

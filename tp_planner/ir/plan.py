@@ -53,13 +53,13 @@ class Boundary:
     dtype: str
     itemsize: int
     forward: Transition
-    backward: Transition | None  # None where no gradient flows
+    backward: Transition
+    has_gradient: bool  # whether a gradient flows back here in the traced step
 
     @property
     def is_identity(self) -> bool:
         """Whether nothing happens: equal placements and no collective in either direction."""
-        backward_free = self.backward is None or self.backward.source == self.backward.target
-        return self.forward.source == self.forward.target and backward_free
+        return self.forward.source == self.forward.target and self.backward.source == self.backward.target
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +165,7 @@ class Plan:
     variables: tuple[VariablePlan, ...]
     layers: tuple[LayerPlan, ...]
     collectives: tuple[Collective, ...]
+    input_gradients: bool  # whether gradients with respect to the model's inputs are right, not only its variables'
     notes: tuple[str, ...]
 
     @property
@@ -211,12 +212,12 @@ class Plan:
         return plan_to_text(self)
 
 
-def _encode_transition(transition: Transition | None) -> list[str] | None:
-    return None if transition is None else [str(transition.source), str(transition.target)]
+def _encode_transition(transition: Transition) -> list[str]:
+    return [str(transition.source), str(transition.target)]
 
 
-def _decode_transition(data: list[str] | None) -> Transition | None:
-    return None if data is None else Transition(parse_placement(data[0]), parse_placement(data[1]))
+def _decode_transition(data: list[str]) -> Transition:
+    return Transition(parse_placement(data[0]), parse_placement(data[1]))
 
 
 def _encode_boundary(boundary: Boundary | None) -> dict[str, Any] | None:
@@ -229,20 +230,19 @@ def _encode_boundary(boundary: Boundary | None) -> dict[str, Any] | None:
         "itemsize": boundary.itemsize,
         "forward": _encode_transition(boundary.forward),
         "backward": _encode_transition(boundary.backward),
+        "has_gradient": boundary.has_gradient,
     }
 
 
 def _decode_boundary(data: Mapping[str, Any]) -> Boundary:
-    forward = _decode_transition(data["forward"])
-    if forward is None:
-        raise ValueError("a boundary has no forward transition")
     return Boundary(
         data["tensor"],
         tuple(data["shape"]),
         data["dtype"],
         data["itemsize"],
-        forward,
+        _decode_transition(data["forward"]),
         _decode_transition(data["backward"]),
+        data["has_gradient"],
     )
 
 
@@ -345,6 +345,7 @@ def _encode_plan(plan: Plan) -> dict[str, Any]:
         "collectives": [
             {name: getattr(collective, name) for name in _COLLECTIVE_FIELDS} for collective in plan.collectives
         ],
+        "input_gradients": plan.input_gradients,
         "notes": list(plan.notes),
     }
 
@@ -369,5 +370,6 @@ def _decode_plan(data: Mapping[str, Any]) -> Plan:
         collectives=tuple(
             Collective(**{name: collective[name] for name in _COLLECTIVE_FIELDS}) for collective in data["collectives"]
         ),
+        input_gradients=data["input_gradients"],
         notes=tuple(data["notes"]),
     )

@@ -19,7 +19,8 @@ from tp_planner.passes.choose_styles import StyleChoice, input_placement, output
 
 LayerMode = tuple[str, str]  # layer name, mode
 VariableRead = tuple[str, str]  # name of the layer in whose call it is read, variable key
-Origin = tuple[Literal["layer"], LayerMode] | tuple[Literal["read"], VariableRead]
+# Where sharding comes from: a layer's output or a variable's use. "whole" ends all sharding of a layer.
+Origin = tuple[Literal["layer", "whole"], LayerMode] | tuple[Literal["read"], VariableRead]
 WHOLE = Replicate()
 STAYS_WHOLE = Transition(WHOLE, WHOLE)
 SUMMED = Transition(Partial(), WHOLE)
@@ -50,15 +51,21 @@ class ShardingRules(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Closings:
-    """Where sharding has to end at its origin: layers whose output is gathered, variables gathered for use."""
+    """Where sharding has to end at its origin: layers whose output is gathered, variables gathered for use.
+
+    ``whole`` are layers that compute on whole tensors only.
+    """
 
     layers: Mapping[LayerMode, str] = field(default_factory=dict)
     reads: Mapping[VariableRead, str] = field(default_factory=dict)
+    whole: Mapping[LayerMode, str] = field(default_factory=dict)
 
     def closing(self, origin: Origin, reason: str) -> Closings:
         if origin[0] == "layer":
-            return Closings({origin[1]: reason, **self.layers}, self.reads)
-        return Closings(self.layers, {origin[1]: reason, **self.reads})
+            return Closings({origin[1]: reason, **self.layers}, self.reads, self.whole)
+        if origin[0] == "whole":
+            return Closings(self.layers, self.reads, {origin[1]: reason, **self.whole})
+        return Closings(self.layers, {origin[1]: reason, **self.reads}, self.whole)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +112,7 @@ class Walk:
     followed: dict[int, Followed] = field(default_factory=dict)
     reads: dict[VariableRead, Placement] = field(default_factory=dict)  # of variables that ops read sharded
     skipped_ops: set[int] = field(default_factory=set)
+    input_gradients: bool = True  # whether gradients with respect to the model's inputs are right
 
 
 def follow_placements(
@@ -142,6 +150,13 @@ class _Walker:
         self.closings, self.rules = closings, rules
         self.found = Walk()
         self.producers = {tensor: op.call for op in graph.ops for tensor in op.outputs}
+        self.from_inputs = _float_tensors_from_inputs(graph)
+        # Variables that a call takes or returns: they are read in another call than the one that uses them.
+        self.passed_on = {
+            graph.tensors[tensor].variable
+            for call in graph.calls.values()
+            for tensor in (*(given for _, given in call.inputs), *call.outputs)
+        } - {None}
         self.parents = {call.parent for call in graph.calls.values()}
         # (call, tensor) -> origins of the sharded ops that read it; and the (call, tensor) read by other ops
         self.read_sharded: dict[tuple[int, int], frozenset[Origin]] = {}
@@ -176,7 +191,10 @@ class _Walker:
         variable = self.graph.tensors[tensor].variable
         if variable is None:
             return self.found.placements.get(tensor, WHOLE)
-        if self._read_of(call, variable) in self.closings.reads:
+        layer = self.graph.calls[call]
+        if self._read_of(call, variable) in self.closings.reads or (layer.layer, layer.mode) in self.closings.whole:
+            return WHOLE
+        if variable in self.passed_on:
             return WHOLE
         placement = self.stored[variable]
         return placement if divides(self.graph.variables[variable].shape, placement, self.parts) else WHOLE
@@ -200,7 +218,7 @@ class _Walker:
     def _is_atomic(self, call: Call) -> bool:
         choice = self.styles.get((call.layer, call.mode))
         if choice is not None and choice.is_contraction:
-            return True
+            return (call.layer, call.mode) not in self.closings.whole
         return self.graph.layers[call.layer].is_dropout
 
     def _call(self, call: Call) -> None:
@@ -334,19 +352,25 @@ class _Walker:
             info = self.graph.tensors[tensor]
             if info.variable is not None:
                 self._read_by_sharded_op(call, info.variable, (call, tensor) in self.read_whole, origins)
-            elif info.requires_grad:
-                position = self._argument_position(call, tensor)
-                if position is None or (call, tensor) in self.read_whole:
-                    layer = self.graph.calls[call].layer
-                    reason = f"a whole tensor meets a sharded one inside {layer!r}, where no boundary can stand"
-                    self._conflict(origins, reason)
-                else:
-                    self._enter(call, position, tensor)
+            elif "float" in info.dtype:
+                self._read_inside(call, tensor, info, origins)
         for call, tensor in self.read_whole:
             variable = self.graph.tensors[tensor].variable
             if variable is not None and (call, tensor) not in self.read_sharded:
                 self._use(call, variable, WHOLE, WHOLE)
         self._record_sharded_reads()
+
+    def _read_inside(self, call: int, tensor: int, info: TensorInfo, origins: frozenset[Origin]) -> None:
+        """Let a whole tensor enter at the arguments of the call that reads it with shards, if it can."""
+        positions = self._argument_positions(call, tensor)
+        if positions and (call, tensor) not in self.read_whole and tensor not in self.graph.calls[call].outputs:
+            for position in positions:
+                self._enter(call, position, tensor)
+        elif info.requires_grad:
+            layer = self.graph.calls[call].layer
+            self._conflict(origins, f"a whole tensor meets a sharded one inside {layer!r}, where no boundary can stand")
+        elif tensor in self.from_inputs:
+            self.found.input_gradients = False
 
     def _record_sharded_reads(self) -> None:
         for op in self.graph.ops:
@@ -358,7 +382,7 @@ class _Walker:
                         self._use(op.call, variable, placement, placement)
 
     def _read_by_sharded_op(self, call: int, variable: str, also_whole: bool, origins: frozenset[Origin]) -> None:
-        if also_whole and self.graph.variables[variable].trainable:
+        if also_whole or variable in self.passed_on:
             layer = self.graph.calls[call].layer
             self._conflict(origins, f"{layer!r} reads {variable!r} both with sharded and with whole tensors")
         else:
@@ -373,11 +397,11 @@ class _Walker:
             sharded = tuple((position, placement) for position, placement in placed if placement != WHOLE)
             self.found.records[call.id] = CallRecord(call.id, sharded)
 
-    def _argument_position(self, call: int, tensor: int) -> int | None:
+    def _argument_positions(self, call: int, tensor: int) -> list[int]:
         """Return where a call without inner calls takes ``tensor`` as an argument."""
         if call in self.parents:
-            return None
-        return next((position for position, given in self.graph.calls[call].inputs if given == tensor), None)
+            return []
+        return [position for position, given in self.graph.calls[call].inputs if given == tensor]
 
     def _outputs_are_whole(self) -> None:
         for tensor in self.graph.outputs:
@@ -385,27 +409,46 @@ class _Walker:
                 self._conflict(self.found.origins[tensor], "it is an output of the model, which every rank holds whole")
 
     def _calls_of_a_layer_agree(self) -> None:
-        first: dict[LayerMode, CallRecord] = {}
-        for record in self.found.records.values():
-            call = self.graph.calls[record.call]
-            known = first.setdefault((call.layer, call.mode), record)
-            if known.sharded_inputs != record.sharded_inputs:
-                other = known if known.sharded_inputs else record
-                tensors = [tensor for _, tensor in self.graph.calls[other.call].inputs]
-                origins = frozenset().union(*(self._origins(tensor, other.call) for tensor in tensors))
-                self._conflict(origins, f"layer {call.layer!r} is called with sharded and with whole tensors")
+        """A layer has one plan; where its calls would need different ones, it computes on whole tensors."""
+        boundaries: dict[int, list[Any]] = {}
+        for p in self.found.boundaries:
+            boundaries.setdefault(p.call, []).append(
+                (p.place, p.position, p.variable, p.boundary.forward, p.boundary.backward)
+            )
+        first: dict[LayerMode, tuple[Call, Any]] = {}
+        for call in self.graph.calls.values():
+            record = self.found.records.get(call.id)
+            done = (
+                record and (record.sharded_inputs, record.output_placement, record.epilogue),
+                boundaries.get(call.id, []),
+            )
+            other, known = first.setdefault((call.layer, call.mode), (call, done))
+            if known != done:
+                self._disagree(other, call)
+
+    def _disagree(self, *calls: Call) -> None:
+        layer, mode = calls[0].layer, calls[0].mode
+        reason = f"layer {layer!r} is called in ways that need different boundaries"
+        given = [(tensor, call.id) for call in calls for _, tensor in call.inputs]
+        origins = frozenset().union(*(self._origins(tensor, call) for tensor, call in given))
+        read = [origins_ for (call, _), origins_ in self.read_sharded.items() if call in {each.id for each in calls}]
+        choice = self.styles.get((layer, mode))
+        whole: frozenset[Origin] = frozenset()
+        if choice is not None and (layer, mode) not in self.closings.whole:
+            whole = frozenset({("whole", (layer, mode))})
+        self._conflict(origins.union(*read) | whole, reason)
 
     # --- boundaries ------------------------------------------------------------------------------------
 
     def _enter(self, call: int, position: int, tensor: int) -> None:
         """A whole tensor enters a region: nothing forward, its gradient is summed backward."""
-        if self.graph.tensors[tensor].requires_grad:
+        if "float" in self.graph.tensors[tensor].dtype:
             self._boundary(call, "input", position, tensor, STAYS_WHOLE, SUMMED)
 
     def _use(self, call: int, variable: str, used: Placement, gradient: Placement) -> None:
         """A layer reads a variable: from its stored placement to ``used``, its gradient back."""
         stored, info = self.stored[variable], self.graph.variables[variable]
-        if stored == used == WHOLE and not (isinstance(gradient, Partial) and info.trainable):
+        if stored == used == WHOLE and not isinstance(gradient, Partial):
             return
         if (call, variable) not in self.used:
             self.used.add((call, variable))
@@ -415,7 +458,8 @@ class _Walker:
                 dtype=info.dtype,
                 itemsize=info.itemsize,
                 forward=Transition(stored, used),
-                backward=Transition(gradient, stored) if info.trainable else None,
+                backward=Transition(gradient, stored),
+                has_gradient=info.trainable,
             )
             self.found.boundaries.append(Placed(call, "variable", 0, variable, -1, boundary))
 
@@ -435,7 +479,8 @@ class _Walker:
             dtype=info.dtype,
             itemsize=info.itemsize,
             forward=forward,
-            backward=backward if info.requires_grad else None,
+            backward=backward,
+            has_gradient=info.has_gradient,
         )
         self.found.boundaries.append(Placed(call, place, position, None, tensor, boundary))
 
@@ -450,3 +495,12 @@ class _Walker:
 def _memory_order(info: TensorInfo) -> tuple[int, ...]:
     """Return the dims of a tensor from the outermost in memory to the innermost."""
     return tuple(sorted(range(len(info.shape)), key=lambda dim: (-info.stride[dim], dim)))
+
+
+def _float_tensors_from_inputs(graph: ModelGraph) -> set[int]:
+    """Return the floating-point tensors that depend on the model's inputs through such tensors."""
+    found = {tensor for tensor in graph.inputs if "float" in graph.tensors[tensor].dtype}
+    for op in graph.ops:
+        if any(tensor in found for tensor in op.inputs):
+            found.update(tensor for tensor in op.outputs if "float" in graph.tensors[tensor].dtype)
+    return found

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import networkx as nx
 
+from tp_planner.ir.errors import PlanError
 from tp_planner.ir.graph import Call, ModelGraph
 from tp_planner.ir.placement import Partial, Placement, Replicate, local_shape
 from tp_planner.ir.plan import Boundary, Collective, LayerPlan, Style, Transition, VariableUse
@@ -60,7 +61,8 @@ def close(closings: Closings, conflicts: Sequence[Conflict]) -> Closings:
     for conflict in conflicts:
         for origin in sorted(conflict.origins):
             closings = closings.closing(origin, conflict.reason)
-    assert closings != before, f"a conflict has no origin left to close: {conflicts[0]}"
+    if closings == before:
+        raise PlanError(f"the model cannot be planned: {conflicts[0].reason}; take the layout rules of that layer out")
     return closings
 
 
@@ -180,7 +182,7 @@ def _style_and_reason(
     choice: StyleChoice | None,
     closings: Closings,
 ) -> tuple[Style, str]:
-    if choice is not None and choice.is_contraction and record is not None:
+    if choice is not None and choice.is_contraction and record is not None and record.reason:
         return choice.style, record.reason
     gathered = [use for use in uses if use.boundary.forward.collective == "all_gather"]
     if gathered:
@@ -213,7 +215,7 @@ def list_collectives(
                 continue
             shared[placed.tensor, transitions] = placed.call
         for phase, transition in (("forward", boundary.forward), ("backward", boundary.backward)):
-            if transition is not None and transition.collective is not None:
+            if transition.collective is not None and (phase == "forward" or boundary.has_gradient):
                 collectives.append(
                     Collective(
                         kind=transition.collective,
@@ -237,7 +239,7 @@ def _penalties(graph: ModelGraph, stored: Mapping[str, Placement], axis: str, pa
             continue
         transition = SUMMED if variable.penalty == "additive" else Transition(placement, Replicate())
         shape = () if variable.penalty == "additive" else variable.shape
-        boundary = Boundary(key, shape, variable.dtype, variable.itemsize, transition, None)
+        boundary = Boundary(key, shape, variable.dtype, variable.itemsize, transition, transition, has_gradient=False)
         assert transition.collective is not None
         yield Collective(
             kind=transition.collective,

@@ -182,7 +182,7 @@ def _input(boundary: Boundary, crossed: set[str]) -> str:
 
 def _changes(boundary: Boundary) -> str:
     forward, backward = boundary.forward, boundary.backward
-    if backward is None or not _adds(backward, forward):
+    if not boundary.has_gradient or not _adds(backward, forward):
         return str(forward)
     return f"{forward}, grad {backward}"
 

@@ -20,7 +20,7 @@ from tp_planner.ir.plan import LayerPlan, Plan
 from tp_planner.runtime.boundaries import Axis
 from tp_planner.runtime.calls import Reader
 from tp_planner.runtime.regularization import parallel_constraint, parallel_regularizer
-from tp_planner.runtime.styles import STYLES, LayerCalls, Undo, open_scope
+from tp_planner.runtime.styles import STYLES, LayerCalls, Undo, open_scope, refuse_input_gradients
 from tp_planner.runtime.variables import (
     make_parallel,
     make_plain,
@@ -117,7 +117,9 @@ def apply_layers(model: keras.Model, plan: Plan, axis: Axis, scatter: Scatter) -
         by_layer.setdefault(layer_plan.layer, {})[layer_plan.mode] = layer_plan
     try:
         placer = _Placer(model, applied, scatter)
-        for name in sorted({plan.scope for plan in plan.layers if plan.scope} | {next(iter(layers))}):
+        if not plan.input_gradients:
+            refuse_input_gradients(next(iter(layers.values())), applied.undo)
+        for name in sorted({layer.scope for layer in plan.layers if layer.scope} | {next(iter(layers))}):
             open_scope(layers[name], id(model), name, applied.undo)
         for name, layer in layers.items():
             modes = by_layer.get(name, {})

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed._functional_collectives as funcol
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from tp_planner.ir.placement import Partial, Replicate, Shard
@@ -78,6 +79,7 @@ class _Boundary(torch.autograd.Function):
         return tensor.view_as(tensor) if changed is tensor else changed
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
     ) -> tuple[torch.Tensor, None, None, None]:
@@ -87,7 +89,7 @@ class _Boundary(torch.autograd.Function):
 def cross(tensor: torch.Tensor, boundary: Boundary, axis: Axis) -> torch.Tensor:
     """Return this rank's tensor on the other side of the boundary, gradients flowing back as it says."""
     with running.converting():
-        if boundary.backward is None or not (tensor.requires_grad and torch.is_grad_enabled()):
+        if not (tensor.requires_grad and torch.is_grad_enabled()):
             return change(tensor, boundary.forward, axis)
         result: torch.Tensor = _Boundary.apply(tensor, boundary.forward, boundary.backward, axis)
         return result

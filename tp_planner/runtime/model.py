@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 from tp_planner.frontend.layer_tree import named_variables
+from tp_planner.ir.errors import PlanError
 from tp_planner.runtime.apply import Applied
 from tp_planner.runtime.optimizer import (
     adopt_at_first_use,
@@ -69,11 +70,21 @@ def _compiling(model: keras.Model, applied: Applied) -> Callable[..., Any]:
     @functools.wraps(plain)
     def compiling(*args: Any, **kwargs: Any) -> Any:
         result = plain(model, *args, **kwargs)
+        refuse_jit(model)
         if model.optimizer is not None:
             adopt_optimizer(model.optimizer, applied.axis)
         return result
 
     return compiling
+
+
+def refuse_jit(model: keras.Model) -> None:
+    """Raise PlanError if the model is compiled with jit_compile=True, which cannot see through sharded variables."""
+    if model.compiled and model.jit_compile is True:
+        raise PlanError(
+            f"model {model.name!r} is compiled with jit_compile=True, which sharded models do not support; "
+            f"call model.compile(..., jit_compile=False)"
+        )
 
 
 def _all_variables(model: keras.Model) -> Iterator[Any]:

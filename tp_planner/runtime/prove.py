@@ -8,7 +8,7 @@ constants (those DTensor would use), outputs of the shape the placement says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from tp_planner.frontend.trace import Recorder, fake_inputs, fake_tensors, run_recorded
 from tp_planner.ir.errors import in_one_line
-from tp_planner.ir.graph import ModelGraph, Op, TensorRef
+from tp_planner.ir.graph import ModelGraph, Op, TensorInfo, TensorRef
 from tp_planner.ir.placement import Replicate, Shape, local_shape
 from tp_planner.ir.plan import Plan
 from tp_planner.passes.follow_placements import Conflict, Origin, Walk
@@ -66,9 +66,9 @@ def _compare_run(
             run_recorded(model, arguments, recorder, graph.training)
     except Exception as error:  # the model's own code may raise anything on shapes it does not expect
         failure = error
-    assumed = [op for op in graph.ops if op.id not in walk.skipped_ops and op.name not in LAYOUT_OPS]
+    assumed = [op for op in graph.ops if op.id not in walk.skipped_ops and _is_compared(op, graph.tensors)]
     skipped = _spans(graph, walk)
-    between = [op for op in recorder.ops if op.name not in LAYOUT_OPS]
+    between = [op for op in recorder.ops if _is_compared(op, recorder.tensors)]
     ran = [op for op in between if (recorder.calls[op.call].layer, recorder.calls[op.call].mode) not in skipped]
     for position, op in enumerate(assumed):
         difference = (
@@ -81,6 +81,12 @@ def _compare_run(
         stuck = next(call for call in graph.calls.values() if call.layer == recorder.running_layer)
         return [Conflict(_sharded_inside(graph, walk, stuck.id), f"layer {stuck.layer!r} {_failure(failure)}")]
     return _compare_calls(graph, recorder, walk, parts)
+
+
+def _is_compared(op: Op, tensors: Mapping[int, TensorInfo]) -> bool:
+    """Whether an op computes: neither a change of layout, nor the assignment of a variable, which takes any shard."""
+    assigns = op.name == "aten.copy_.default" and tensors[op.inputs[0]].variable is not None
+    return op.name not in LAYOUT_OPS and not assigns
 
 
 def _compare_calls(graph: ModelGraph, recorder: Recorder, walk: Walk, parts: int) -> list[Conflict]:
@@ -142,6 +148,8 @@ def _difference(op: Op, ran: Op, graph: ModelGraph, recorder: Recorder, walk: Wa
         expected = _expected_shape(graph, walk, whole, op.call, parts)
         if found != expected:
             return f"works on shape {found} on local shards, not {expected}"
+    if op.constants != ran.constants:
+        return f"reads the constants {ran.constants} on local shards, not {op.constants}"
     if op.name in SHAPED_OPS:
         return None
     followed = walk.followed.get(op.id)

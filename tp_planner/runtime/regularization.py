@@ -23,7 +23,9 @@ def parallel_regularizer(regularizer: Callable[[Any], Any], axis: Axis) -> Calla
         part = regularizer(read_shard(variable))
         whole, summed = Transition(Replicate(), Replicate()), Transition(Partial(), Replicate())
         name = f"penalty of {variable.path}"
-        return cross(part, Boundary(name, (), str(part.dtype), part.element_size(), summed, whole), axis)
+        return cross(
+            part, Boundary(name, (), str(part.dtype), part.element_size(), summed, whole, has_gradient=True), axis
+        )
 
     return additive
 

@@ -26,6 +26,8 @@ from tp_planner.ir.placement import Placement, Replicate, Shard, StridedShard, l
 from tp_planner.passes.follow_placements import Followed, Refused
 
 CPU_ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu.default"
+# DTensor takes these for elementwise where their dim is negative.
+SCANS = {f"aten.{name}.default" for name in ("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "_cummax_helper")}
 # Ops that draw random numbers only where their dropout_p is not 0; Keras always calls them with 0.
 ATTENTION_DROPOUT = {CPU_ATTENTION}
 
@@ -45,6 +47,8 @@ class DTensorRules:
         """Return what ``op`` makes of inputs placed so; see ``ShardingRules``."""
         if op.random and op.name not in ATTENTION_DROPOUT:
             return Refused("draws random numbers for a sharded tensor")
+        if op.name in SCANS:
+            return Refused("runs along a dim")
         key = (self._question(op, tensors), tuple(inputs[tensor] for tensor in op.inputs))
         if key not in self._answers:
             if op.name == CPU_ATTENTION:

@@ -15,7 +15,6 @@ from keras.src.backend.torch.core import get_device
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.distributed.tensor.parallel.style import ParallelStyle
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tp_planner.frontend.contractions import call_mode
 from tp_planner.ir.errors import ParallelRuntimeError
@@ -105,7 +104,8 @@ class LayerCalls:
         plan = None if is_symbolic() else self._plan(layer, args, kwargs)
         if plan is None:
             return None
-        if plan.scope and not running.scopes[self.model, plan.scope]:
+        recomputing = torch._C._current_graph_task_id() != -1  # in a backward pass, under rematerialization
+        if plan.scope and not running.scopes[self.model, plan.scope] and not recomputing:
             raise ParallelRuntimeError(
                 f"layer {layer.name!r} is called outside {plan.scope!r}, where its tensors are sharded; "
                 f"call the whole model, or tp_planner.restore(model) first"
@@ -155,13 +155,15 @@ class LayerCalls:
     def _convert(self, args: Any, kwargs: Any, position: int, boundary: Boundary) -> tuple[Any, Any]:
         if position == 0 and args and isinstance(args[0], torch.Tensor):
             return (self._shared(args[0], boundary), *args[1:]), kwargs
-        leaves, structure = tree_flatten((args, kwargs))
+        leaves = keras.tree.flatten((args, kwargs))
         leaves[position] = self._shared(leaves[position], boundary)
-        converted: tuple[Any, Any] = tree_unflatten(leaves, structure)
+        converted: tuple[Any, Any] = keras.tree.pack_sequence_as((args, kwargs), leaves)
         return converted
 
     def _shared(self, tensor: torch.Tensor, boundary: Boundary) -> torch.Tensor:
         """Return the tensor across the boundary; a tensor that crosses equal boundaries crosses once."""
+        if not running.scopes:  # nothing would end the sharing
+            return cross(tensor, boundary, self.axis)
         crossed = running.entered.setdefault(tensor, {})
         key = (boundary.forward, boundary.backward, torch.is_grad_enabled())
         if key not in crossed:
@@ -177,6 +179,7 @@ class LayerCalls:
         ids = args[0] if not args[0].is_floating_point() else keras.ops.cast(args[0], "int32")
         rows = layer.input_dim // self.axis.size
         ids = torch.where(ids < 0, ids + layer.input_dim, ids)
+        ids = torch.where(ids < 0, layer.input_dim, ids)
         local = ids - self.axis.rank * rows
         elsewhere = (local < 0) | ((local >= rows) & (ids < layer.input_dim))
         return (local.masked_fill(elsewhere, 0), *args[1:]), elsewhere
@@ -231,3 +234,17 @@ def open_scope(layer: keras.Layer, model: int, name: str, undo: list[Undo]) -> N
 
     undo.append(layer.register_forward_pre_hook(before, prepend=True).remove)
     undo.append(layer.register_forward_hook(after, always_call=True).remove)
+
+
+def refuse_input_gradients(model: keras.Model, undo: list[Undo]) -> None:
+    """Raise where a gradient with respect to the model's input is asked for that the plan cannot give."""
+
+    def before(layer: keras.Layer, args: Any, kwargs: Any) -> None:
+        tensors = [leaf for leaf in keras.tree.flatten((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise ParallelRuntimeError(
+                f"gradients with respect to the inputs of {layer.name!r} would be wrong: an input meets sharded "
+                f"tensors inside a layer; call tp_planner.restore(model) first, or shard less of that layer"
+            )
+
+    undo.append(model.register_forward_pre_hook(before, with_kwargs=True).remove)

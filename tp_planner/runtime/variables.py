@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 from keras.src.backend.torch.core import get_device, to_torch_dtype
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Partial as TorchPartial
 from torch.distributed.tensor import Replicate as TorchReplicate
@@ -93,6 +94,10 @@ class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
         self._assign_checked(value)
 
     def _assign_checked(self, value: Any) -> None:
+        with running.converting():
+            self._assign_part(value)
+
+    def _assign_part(self, value: Any) -> None:
         target = local_tensor(self)
         if self._stored.whole is not None and tuple(value.shape) == tuple(self.shape):
             target = self._stored.whole
@@ -169,7 +174,7 @@ def own_shard(value: Any, placement: Placement, axis: Axis) -> Any:
 def read_as(boundary: Boundary, axis: Axis) -> Reader:
     """Return the reader of a variable that a layer uses through ``boundary``."""
     stored, used = boundary.forward.source, boundary.forward.target
-    partial = boundary.backward is not None and isinstance(boundary.backward.source, Partial)
+    partial = isinstance(boundary.backward.source, Partial)
     if isinstance(stored, Shard) and used == stored:
         return read_shard
     if isinstance(stored, Shard) and used == Replicate():
@@ -179,7 +184,7 @@ def read_as(boundary: Boundary, axis: Axis) -> Reader:
         cut = replace(
             boundary,
             forward=Transition(Replicate(), used),
-            backward=boundary.backward and Transition(used, Replicate()),
+            backward=Transition(used, Replicate()),
         )
         return lambda variable: cross(read_whole(variable), cut, axis)
     return lambda variable: cross(variable._maybe_autocast(variable._value), boundary, axis)
@@ -194,6 +199,7 @@ class _LocalShard(torch.autograd.Function):
         return parameter._local_tensor.detach()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> DTensor:
         # What DTensor.from_local does without its checks, which cost more than a small layer's matmul.
         return DTensor(gradient, ctx.spec, requires_grad=False)
