@@ -56,7 +56,9 @@ def trace(model: keras.Model, inputs: Any = None, *, training: bool = False) -> 
                 recorder.also_known_as(originals)
                 outputs = run_recorded(model, arguments, recorder, training)
         except CapturedVariable as error:
-            raise PlanError(f"model {model.name!r} cannot be planned: {error}") from error
+            raise PlanError(
+                f"model {model.name!r} cannot be planned: {in_one_line(error).partition(': ')[2]}"
+            ) from error
         except Exception as error:
             raise PlanError(
                 f"model {model.name!r} cannot be traced with inputs {describe_inputs(arguments)}: "

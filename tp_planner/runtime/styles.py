@@ -104,8 +104,7 @@ class LayerCalls:
         plan = None if is_symbolic() else self._plan(layer, args, kwargs)
         if plan is None:
             return None
-        recomputing = torch._C._current_graph_task_id() != -1  # in a backward pass, under rematerialization
-        if plan.scope and not running.scopes[self.model, plan.scope] and not recomputing:
+        if plan.scope and not running.scopes[self.model, plan.scope]:
             raise ParallelRuntimeError(
                 f"layer {layer.name!r} is called outside {plan.scope!r}, where its tensors are sharded; "
                 f"call the whole model, or tp_planner.restore(model) first"

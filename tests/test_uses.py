@@ -1,0 +1,236 @@
+"""Things that users build and do: each gives what the single device gives, or is refused before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import torch
+
+import tp_planner
+from tests.models import CASES
+from tests.workers import WorkerPool, layout_map
+from tp_planner.frontend.layer_tree import named_variables
+
+layers, ops = keras.layers, keras.ops
+MLP = {"up/kernel": (None, "model"), "up/bias": ("model",), "down/kernel": ("model", None)}
+
+
+class ScaleBySize(layers.Layer):
+    """Divides by the square root of the last dim, as attention written by hand does."""
+
+    def call(self, x: Any) -> Any:
+        return x / ops.sqrt(ops.cast(ops.shape(x)[-1], x.dtype))
+
+
+class CumulativeSum(layers.Layer):
+    """Adds up along the last dim."""
+
+    def call(self, x: Any) -> Any:
+        return ops.cumsum(x, axis=-1)
+
+
+class DropoutAndMore(layers.Dropout):
+    """A dropout layer that computes something else."""
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        return ops.tanh(x)
+
+
+class AddsSquares(layers.Layer):
+    """Adds the squares of its input to the model's losses."""
+
+    def call(self, x: Any) -> Any:
+        self.add_loss(x * x)
+        return x
+
+
+class ScalesAndPassesOn(layers.Layer):
+    """Multiplies its two inputs and returns the second as well."""
+
+    def call(self, x: Any, scale: Any) -> Any:
+        return x * scale, scale
+
+
+def between(layer: layers.Layer) -> keras.Model:
+    """Return column-parallel, the layer, row-parallel."""
+    inputs = keras.Input((6,))
+    hidden = layer(layers.Dense(8, "relu", name="up")(inputs))
+    return keras.Model(inputs, layers.Dense(4, name="down")(hidden), name="between")
+
+
+def plain() -> keras.Model:
+    return between(layers.Activation("tanh", name="tanh"))
+
+
+def shared_tower() -> keras.Model:
+    """A tower that is called on the input, which needs no gradient, and on what comes of it."""
+    tower = keras.Sequential([layers.Dense(8, "relu", name="up"), layers.Dense(6, name="down")], name="tower")
+    inputs = keras.Input((6,))
+    return keras.Model(inputs, tower(layers.Dense(6, name="mix")(tower(inputs))), name="towers")
+
+
+def shared_over_ranks() -> keras.Model:
+    """A layer that is called on tensors of two and of three dims."""
+    up, down = layers.Dense(8, "relu", name="up"), layers.Dense(6, name="down")
+    inputs = keras.Input((6,))
+    flat = down(up(inputs))
+    return keras.Model(inputs, down(up(layers.RepeatVector(3, name="repeat")(flat))), name="ranks")
+
+
+def whole_tensor_twice() -> keras.Model:
+    """A product of a sharded tensor and twice the same whole one."""
+    inputs = keras.Input((6,))
+    gate = layers.Dense(1, name="gate")(inputs)
+    product = layers.Multiply(name="product")([layers.Dense(8, name="up")(inputs), gate, gate])
+    return keras.Model(inputs, layers.Dense(4, name="down")(product), name="twice")
+
+
+def passed_on() -> keras.Model:
+    inputs = keras.Input((6,))
+    gate = layers.Dense(1, name="gate")(inputs)
+    product, scale = ScalesAndPassesOn(name="scales")(layers.Dense(8, name="up")(inputs), gate)
+    return keras.Model(inputs, layers.Dense(4, name="down")(product) * scale, name="passed_on")
+
+
+MODELS: dict[str, Callable[[], keras.Model]] = {
+    "constant from a sharded dim": lambda: between(ScaleBySize(name="scale")),
+    "scan over the sharded dim": lambda: between(CumulativeSum(name="sum")),
+    "subclass of dropout": lambda: between(DropoutAndMore(0.5, name="dropout")),
+    "loss of a sharded tensor": lambda: between(AddsSquares(name="squares")),
+    "batch normalization": lambda: between(layers.BatchNormalization(name="norm")),
+    "shared tower": shared_tower,
+    "shared over ranks": shared_over_ranks,
+    "whole tensor twice": whole_tensor_twice,
+    "passed on": passed_on,
+}
+PREFIXED = {f".*{pattern}": axes for pattern, axes in MLP.items()} | {"norm/.*": ("model",)}
+
+
+def built(build: Callable[[], keras.Model]) -> keras.Model:
+    """Return the model in float64 with random weights, the same at every call."""
+    CASES["mlp"].build("float64")  # makes Keras compute float64 in float64
+    keras.utils.clear_session()
+    keras.config.set_floatx("float64")
+    model = build()
+    rng = np.random.default_rng(1)
+    model.set_weights([np.abs(rng.standard_normal(weight.shape)) * 0.5 for weight in model.get_weights()])
+    return model
+
+
+def step(model: keras.Model, x: torch.Tensor) -> dict[str, np.ndarray]:
+    """Return the output and all gradients of one step."""
+    model.zero_grad()
+    output = model(x, training=True)
+    loss = (output * torch.linspace(0.5, 1.5, output.numel()).reshape(output.shape)).sum()
+    for added in model.losses:
+        loss = loss + added.sum()
+    loss.backward()
+    found = {"output": output, "input": x.grad} | {
+        key: variable.value.grad for key, variable in named_variables(model).items() if variable.trainable
+    }
+    return {key: _whole(tensor) for key, tensor in found.items() if tensor is not None}
+
+
+def _whole(tensor: Any) -> np.ndarray:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().numpy().copy()
+
+
+# On the ranks
+
+
+def both(name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    models = [built(MODELS[name]) for _ in range(2)]
+    x = torch.as_tensor(np.random.default_rng(0).standard_normal((3, 6)))
+    tp_planner.parallelize(models[1], layout_map(PREFIXED))
+    single, sharded = (step(model, x) for model in models)
+    return single, sharded
+
+
+def with_gradient_of_the_input() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    models = [built(plain) for _ in range(2)]
+    tp_planner.parallelize(models[1], layout_map(MLP))
+    x = np.random.default_rng(0).standard_normal((3, 6))
+    single, sharded = (step(model, torch.tensor(x, requires_grad=True)) for model in models)
+    return single, sharded
+
+
+def unfrozen_later() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Plan with frozen layers, then train them."""
+    models = [
+        built(lambda: keras.Model(i := keras.Input((6,)), plain()(layers.Dense(6, name="first")(i)))) for _ in range(2)
+    ]
+    for model in models:
+        model.get_layer("first").trainable = False
+    tp_planner.parallelize(models[1], layout_map({f".*{pattern}": axes for pattern, axes in MLP.items()}))
+    for model in models:
+        model.get_layer("first").trainable = True
+    x = torch.as_tensor(np.random.default_rng(0).standard_normal((3, 6)))
+    single, sharded = (step(model, x) for model in models)
+    return single, sharded
+
+
+def refused(case: str) -> str:
+    """Return what a use says that cannot be right."""
+
+    def tied_by_hand() -> keras.Model:
+        inputs = keras.Input((3,), dtype="int32")
+        table = layers.Embedding(10, 8, name="table")
+        return keras.Model(inputs, ops.matmul(table(inputs), ops.transpose(table.embeddings)), name="tied")
+
+    try:
+        if case == "tied by hand":
+            tp_planner.parallelize(built(tied_by_hand), layout_map({"table/embeddings": ("model", None)}))
+        model = built(plain)
+        if case == "jit before":
+            model.compile("sgd", "mse", jit_compile=True)
+        tp_planner.parallelize(model, layout_map(MLP))
+        if case == "jit after":
+            model.compile("sgd", "mse", jit_compile=True)
+    except tp_planner.PlanError as error:
+        return str(error)
+    return "not refused"
+
+
+# In the parent
+
+
+def check(results: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]) -> None:
+    for single, sharded in results:
+        assert single.keys() == sharded.keys()
+        for key, value in single.items():
+            np.testing.assert_allclose(sharded[key], value, rtol=1e-11, atol=1e-13, err_msg=key)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model(pools: Callable[[int], WorkerPool], name: str) -> None:
+    check(pools(2).run(both, name))
+
+
+def test_gradient_of_the_input(pools: Callable[[int], WorkerPool]) -> None:
+    """Inputs need no gradient when the model is planned, and may when it runs."""
+    check(pools(2).run(with_gradient_of_the_input))
+
+
+def test_layers_that_are_unfrozen_later(pools: Callable[[int], WorkerPool]) -> None:
+    """A plan holds whatever is trainable: fine-tuning freezes and unfreezes layers under it."""
+    check(pools(2).run(unfrozen_later))
+
+
+@pytest.mark.parametrize("case", ["jit before", "jit after"])
+def test_jit_compile_is_refused(pools: Callable[[int], WorkerPool], case: str) -> None:
+    assert pools(2).run(refused, case)[0] == (
+        "model 'between' is compiled with jit_compile=True, which sharded models do not support; "
+        "call model.compile(..., jit_compile=False)"
+    )
+
+
+def test_values_computed_when_the_model_was_built_are_refused(pools: Callable[[int], WorkerPool]) -> None:
+    """Ops on a variable outside of a layer's call run once, at building, and would keep the old value."""
+    assert pools(2).run(refused, "tied by hand")[0] == (
+        "model 'tied' cannot be planned: layer 'tied' uses a tensor of shape (8, 10) that was computed from a "
+        "variable when the model was built and does not follow it; compute it in a layer's call instead"
+    )
