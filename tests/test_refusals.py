@@ -97,7 +97,8 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "not a layout map": (
         lambda: tp_planner.plan(small(), {"up/kernel": COLUMN}),
-        "expected a keras.distribution.LayoutMap or a tp_planner.Plan, got dict",
+        "expected a keras.distribution.LayoutMap, got dict; "
+        "a layout file is read by tp_planner.frontend.layout_file.read_layout_file(path).on(mesh)",
     ),
     "layout map without a mesh": (
         lambda: tp_planner.plan(small(), keras.distribution.LayoutMap(None)),
@@ -159,6 +160,15 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
         "use one of these or None\n"
         "  - layout rule '[' is not a regular expression: unterminated character set at position 0; "
         "escape special characters",
+    ),
+    "problems of every kind": (
+        lambda: plan_small({"[": ("model",), "up/bias": COLUMN, "upp/kernel": COLUMN}),
+        "3 problems:\n"
+        "  - layout rule '[' is not a regular expression: unterminated character set at position 0; "
+        "escape special characters\n"
+        "  - layout rule 'up/bias' -> (None, model) has 2 entries, variable 'up/bias' of shape (8,) has 1 dims; "
+        "write one entry per dim\n"
+        "  - layout rule 'upp/kernel' matches no variable; closest: 'up/kernel'",
     ),
     "mesh without sizes": (
         lambda: parse_mesh("model"),

@@ -20,7 +20,7 @@ from tp_planner.ir.plan import Plan
 from tp_planner.planner import make_plan
 from tp_planner.runtime.apply import apply_layers, gathered_value, scatter_from_rank_zero
 from tp_planner.runtime.boundaries import Axis
-from tp_planner.runtime.log import log_sharding
+from tp_planner.runtime.log import log_sharding, logger
 from tp_planner.runtime.model import applied_to, let_go, refuse_jit, take_over
 from tp_planner.runtime.process_group import model_mesh, require_process_group, this_device
 from tp_planner.runtime.rendezvous import exchange, meet
@@ -73,6 +73,9 @@ def parallelize(
     for variable in chosen.variables:
         log_sharding(variable, applied.placed[variable.key].variable, axis)
     take_over(model, applied)
+    if axis.rank == 0:
+        for note in chosen.notes:
+            logger.warning("[ModelParallel] %s", note)
     return model
 
 

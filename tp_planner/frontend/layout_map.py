@@ -14,11 +14,15 @@ from tp_planner.ir.mesh import Mesh
 def read_layout_map(layout_map: Any) -> Layout:
     """Return the rules of a ``keras.distribution.LayoutMap`` and its device mesh as plain data.
 
-    Raises PlanError for anything else, and for a map without a device mesh.
+    A ``Layout``, as ``read_layout_file(path).on(mesh)`` makes it, is that already. Raises PlanError for anything
+    else, and for a map without a device mesh.
     """
+    if isinstance(layout_map, Layout):
+        return layout_map
     if not isinstance(layout_map, keras.distribution.LayoutMap):
         raise PlanError(
-            f"expected a keras.distribution.LayoutMap or a tp_planner.Plan, got {type(layout_map).__name__}"
+            f"expected a keras.distribution.LayoutMap, got {type(layout_map).__name__}; "
+            f"a layout file is read by tp_planner.frontend.layout_file.read_layout_file(path).on(mesh)"
         )
     mesh = layout_map.device_mesh
     if mesh is None:

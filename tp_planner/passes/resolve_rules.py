@@ -50,12 +50,12 @@ def resolve_rules(layout: Layout, variables: Mapping[str, VariableInfo], layer_p
             variable with another rule; and if no rule matches anything.
     """
     axis = layout.mesh.model_axis
-    problems = [problem for rule in layout.rules for problem in _malformed(rule, layout)]
-    if problems:
-        raise PlanError(problems)
+    malformed = {rule: list(_malformed(rule, layout)) for rule in layout.rules}
+    problems = [problem for rule in layout.rules for problem in malformed[rule]]
+    rules = tuple(rule for rule in layout.rules if not malformed[rule])
     owner: dict[str, LayoutRule | None] = {}
     for key, variable in variables.items():
-        matching = _matching(layout.rules, variable.path)
+        matching = _matching(rules, variable.path)
         if len(matching) > 1:
             problems.append(_ambiguous("variable", variable.path, matching))
         owner[key] = matching[0] if matching else None
@@ -63,16 +63,15 @@ def resolve_rules(layout: Layout, variables: Mapping[str, VariableInfo], layer_p
             problems.append(_wrong_rank(matching[0], variable))
     outputs: dict[str, LayoutRule] = {}
     for name, path in layer_paths.items():
-        matching = _matching(layout.rules, f"{path}/output")
+        matching = _matching(rules, f"{path}/output")
         if len(matching) > 1:
             problems.append(_ambiguous("output", f"{path}/output", matching))
         if matching:
             outputs[name] = matching[0]
-    reports = tuple(_report(rule, owner, outputs) for rule in layout.rules)
-    if reports and not any(report.variables or report.outputs for report in reports):
-        problems += [_unmatched(report.rule, variables.values()) for report in reports]
-    if problems:
-        raise PlanError(problems)
+    reports = tuple(_report(rule, owner, outputs) for rule in rules)
+    unmatched = [report.rule for report in reports if not _matches_anything(report, layer_paths, variables)]
+    if problems or (reports and len(unmatched) == len(reports)):
+        raise PlanError(problems + [_unmatched(rule, variables.values()) for rule in unmatched])
     parts = layout.mesh.axis_size(axis)
     resolved = {key: _resolve(variable, owner[key], axis, parts) for key, variable in variables.items()}
     ignored = [
@@ -80,7 +79,6 @@ def resolve_rules(layout: Layout, variables: Mapping[str, VariableInfo], layer_p
         for key, each in resolved.items()
         if each.rule is not None and each.reason == variables[key].kept_whole
     ]
-    unmatched = [report.rule for report in reports if not report.variables and not report.outputs]
     notes = [_unmatched(rule, variables.values()) for rule in unmatched] + ignored
     return Resolution(resolved, outputs, reports, tuple(notes))
 
@@ -136,6 +134,16 @@ def _report(rule: LayoutRule, owner: Mapping[str, LayoutRule | None], outputs: M
         tuple(key for key, chosen in owner.items() if chosen is rule),
         tuple(name for name, chosen in outputs.items() if chosen is rule),
     )
+
+
+def _matches_anything(
+    report: RuleReport, layer_paths: Mapping[str, str], variables: Mapping[str, VariableInfo]
+) -> bool:
+    """Whether the rule matches a path, be it one that another rule claims too."""
+    if report.variables or report.outputs:
+        return True
+    paths = [*(variable.path for variable in variables.values()), *(f"{path}/output" for path in layer_paths.values())]
+    return any(re.fullmatch(report.rule.pattern, path) for path in paths)
 
 
 def sharded_dim(rule: LayoutRule, axis: str) -> int | None:
