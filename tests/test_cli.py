@@ -194,7 +194,7 @@ def test_output_is_a_file_that_reads_back(shop: Path) -> None:
         ("shop:pair", [], "2x4 float32"),
         ("shop:pair", ["7x4"], "7x4 float32"),
         ("shop:own", ["5x3x4:float32"], "5x3x4 float32"),
-        ("tests.models:encoder", ["tokens=1x16:int32", "padding_mask=1x16:bool"], "1x16 int32, 1x16 bool"),
+        ("tests.models:encoder", ["tokens=1x16:int32", "padding_mask=1x16:bool"], "1x16 bool, 1x16 int32"),
     ],
 )
 def test_inputs_are_those_of_the_model_or_given(shop: Path, model: str, inputs: list[str], traced: str) -> None:

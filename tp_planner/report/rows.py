@@ -152,7 +152,8 @@ def _variable_cells(variable: VariablePlan) -> tuple[str, ...]:
 
 def _boundary_cells(layer: LayerPlan, own: Sequence[VariablePlan], crossed: set[str]) -> tuple[str, ...]:
     """Return one cell for each tensor that enters or leaves the layer sharded, or changes on the way."""
-    boundaries, sharded = dict(layer.inputs), dict(layer.sharded_inputs)
+    boundaries = {position: boundary for position, boundary in layer.inputs if _happens(boundary)}
+    sharded = dict(layer.sharded_inputs)
     positions = sorted({*boundaries, *sharded})
     cells = []
     for position in positions:
@@ -160,7 +161,7 @@ def _boundary_cells(layer: LayerPlan, own: Sequence[VariablePlan], crossed: set[
         boundary = boundaries.get(position)
         cells.append(f"{name} {sharded[position]}" if boundary is None else f"{name} {_input(boundary, crossed)}")
     for use in layer.uses:
-        if not use.boundary.is_identity:
+        if _happens(use.boundary):
             cells.append(f"{use.variable.rpartition('/')[2]} {_changes(use.boundary)}")
     if layer.output is not None:
         has_bias = any(variable.key.endswith("/bias") for variable in own)
@@ -169,6 +170,11 @@ def _boundary_cells(layer: LayerPlan, own: Sequence[VariablePlan], crossed: set[
     elif layer.output_placement not in (None, Replicate()):
         cells.append(f"out {layer.output_placement}")
     return tuple(cells)
+
+
+def _happens(boundary: Boundary) -> bool:
+    """Whether the boundary changes anything in the traced step."""
+    return boundary.forward.source != boundary.forward.target or (boundary.has_gradient and not boundary.is_identity)
 
 
 def _input(boundary: Boundary, crossed: set[str]) -> str:
