@@ -11,7 +11,8 @@ from tp_planner.frontend.trace import require_built, trace
 from tp_planner.ir.graph import ModelGraph
 from tp_planner.ir.layout import Layout
 from tp_planner.ir.placement import local_shape
-from tp_planner.ir.plan import Collective, LayerPlan, Plan, VariablePlan
+from tp_planner.ir.plan import LayerPlan, Plan, VariablePlan
+from tp_planner.ir.step import Collective, Memory, MemoryUse, Step
 from tp_planner.passes.choose_styles import choose_styles
 from tp_planner.passes.honor_output_rules import honor_output_rules
 from tp_planner.passes.place_boundaries import close, list_collectives, place_boundaries, write_layer_plans
@@ -72,6 +73,7 @@ def _write_plan(
         variables=_variable_plans(graph, resolution, layout.mesh.axis_size(axis)),
         layers=layers,
         collectives=collectives,
+        step=Step("", Memory(MemoryUse(0, 0, 0, 0, 0), MemoryUse(0, 0, 0, 0, 0), "forward"), ()),
         input_gradients=input_gradients,
         notes=resolution.notes + output_notes,
     )

@@ -22,12 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from tp_planner.frontend.blocks import layer_signature
-from tp_planner.frontend.contractions import call_mode, contractions_of, is_dropout
+from tp_planner.frontend.contractions import call_mode
 from tp_planner.frontend.layer_tree import named_layers, named_variables, own_variables
-from tp_planner.frontend.penalties import penalty_kind
 from tp_planner.frontend.quiet import quiet_torch
+from tp_planner.frontend.survey import survey
 from tp_planner.ir.errors import PlanError, in_one_line
-from tp_planner.ir.graph import Call, LayerInfo, ModelGraph, Op, TensorInfo, TensorRef, VariableInfo
+from tp_planner.ir.graph import Call, ModelGraph, Op, TensorInfo, TensorRef, VariableInfo
 
 BATCH_SIZE = 2  # size given to an open batch dim
 CONSTANT_SIZE = 64  # how many values of a constant tensor are compared
@@ -494,21 +494,7 @@ class Recorder(TorchDispatchMode):
 def build_graph(model: keras.Model, recorder: Recorder, training: bool, outputs: list[torch.Tensor]) -> ModelGraph:
     """Return what the recorder saw as a ModelGraph."""
     output_ids = tuple(recorder.tensor_id(leaf) for leaf in outputs)
-    keys = {id(variable): key for key, variable in named_variables(model).items()}
-    layers, variables = {}, {}
-    for name, layer in named_layers(model).items():
-        own = [keys[id(variable)] for variable in own_variables(layer)]
-        layers[name] = LayerInfo(
-            name=name,
-            path=layer.path or name,
-            class_name=type(layer).__name__,
-            variables=tuple(own),
-            contractions=contractions_of(layer, keys),
-            is_dropout=is_dropout(layer),
-        )
-        for key, variable in zip(own, own_variables(layer), strict=True):
-            if key not in variables:
-                variables[key] = _variable_info(key, variable, name, layer)
+    layers, variables = survey(model)
     return ModelGraph(
         model_name=model.name,
         training=training,
@@ -535,27 +521,3 @@ def _tensors(recorder: Recorder, variables: dict[str, VariableInfo]) -> dict[int
         number: replace(info, requires_grad=number in with_grad, has_gradient=number in with_grad and number in trained)
         for number, info in recorder.tensors.items()
     }
-
-
-def _why_kept_whole(variable: Any, layer: keras.Layer) -> str:
-    if not variable._value.is_floating_point():
-        return f"{keras.backend.standardize_dtype(variable._dtype)} state is kept whole on every rank"
-    if isinstance(layer, keras.layers.TorchModuleWrapper):
-        return "parameters of a torch module are kept whole on every rank: the module reads them itself"
-    return ""
-
-
-def _variable_info(key: str, variable: Any, owner: str, layer: keras.Layer) -> VariableInfo:
-    tensor = variable._value
-    return VariableInfo(
-        key=key,
-        path=key.partition("#")[0],
-        name=variable.name,
-        shape=tuple(variable.shape),
-        dtype=keras.backend.standardize_dtype(variable._dtype),
-        itemsize=tensor.element_size(),
-        trainable=bool(variable.trainable and tensor.requires_grad),
-        owner=owner,
-        kept_whole=_why_kept_whole(variable, layer),
-        penalty=penalty_kind(variable.regularizer),
-    )

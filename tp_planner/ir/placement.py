@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+
+from tp_planner.ir.step import CollectiveKind
 
 Shape = tuple[int, ...]
 
@@ -50,7 +51,6 @@ class Partial:
 
 
 Placement = Replicate | Shard | StridedShard | Partial
-CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter"]
 
 
 def parse_placement(text: str) -> Placement:

@@ -14,7 +14,8 @@ import networkx as nx
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.graph import Call, ModelGraph
 from tp_planner.ir.placement import Partial, Placement, Replicate, local_shape
-from tp_planner.ir.plan import Boundary, Collective, LayerPlan, Style, Transition, VariableUse
+from tp_planner.ir.plan import Boundary, LayerPlan, Style, Transition, VariableUse
+from tp_planner.ir.step import Collective
 from tp_planner.passes.choose_styles import StyleChoice
 from tp_planner.passes.follow_placements import (
     SUMMED,

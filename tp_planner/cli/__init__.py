@@ -1,0 +1,16 @@
+"""The command line: plan a model from a file or a factory, without devices and without its weights.
+
+Keras and torch are imported inside the commands: ``--help`` stays quick, and Keras's backend can still be chosen.
+"""
+
+from tp_planner.cli import plan as _plan
+from tp_planner.cli.app import app
+
+__all__ = ["app", "main"]
+
+_COMMANDS = (_plan,)  # importing a command's module adds the command to the application
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

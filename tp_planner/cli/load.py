@@ -1,0 +1,158 @@
+"""Models, layouts and inputs as the command line names them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import re
+import sys
+import traceback
+import zipfile
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tp_planner.cli.app import mistake
+from tp_planner.ir.errors import in_one_line
+
+if TYPE_CHECKING:
+    import keras
+
+    from tp_planner.ir.layout import Layout
+
+_INPUT = re.compile(r"(?:(?P<name>\w+)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
+_FORMS = "give the path of a .keras file, or package.module:factory"
+
+
+def load_layout(layout: str, mesh: str) -> Layout:
+    """Return the layout in a file, or of a preset, on a mesh."""
+    from tp_planner.frontend.layout_file import find_layout_file, read_layout_file
+    from tp_planner.ir.mesh import parse_mesh
+
+    return read_layout_file(find_layout_file(layout)).on(parse_mesh(mesh))
+
+
+def read_inputs(texts: Sequence[str]) -> Any:
+    """Return the specs that ``--input`` names, nested as a model takes them: one, several, or by name."""
+    named = [_read_input(text) for text in texts]
+    names = [name for name, _ in named]
+    specs = [spec for _, spec in named]
+    if any(names):
+        if not all(names) or len(set(names)) < len(names):
+            raise mistake(f"inputs {', '.join(map(repr, texts))}: give each of them a name of its own, or none a name")
+        return dict(zip(names, specs, strict=True))
+    return (specs[0] if len(specs) == 1 else specs) if specs else None
+
+
+def _read_input(text: str) -> tuple[str | None, keras.InputSpec]:
+    import keras
+
+    match = _INPUT.fullmatch(text)
+    if match is None:
+        raise mistake(f"input {text!r} is not of the form [name=]size[xsize...][:dtype], e.g. 2x128:int32")
+    try:
+        dtype = keras.backend.standardize_dtype(match["dtype"])  # floatx where there is none
+    except ValueError:
+        raise mistake(f"input {text!r}: {match['dtype']!r} is no dtype; write for example int32 or float32") from None
+    return match["name"], keras.InputSpec(shape=tuple(map(int, match["shape"].split("x"))), dtype=dtype)
+
+
+def load_model(text: str) -> keras.Model:
+    """Return the model on the meta device, where variables have shapes and no memory."""
+    import keras
+
+    if text.endswith(".keras"):
+        load = _model_of_file
+    elif ":" in text:
+        load = _model_of_factory
+    else:
+        raise mistake(f"model {text!r} is neither; {_FORMS}")
+    with keras.device("meta"):
+        return load(text)
+
+
+def _model_of_file(text: str) -> Any:
+    """Return the architecture in a .keras file; its weights stay in the file."""
+    import keras
+
+    try:
+        with zipfile.ZipFile(text) as archive:
+            config = json.loads(archive.read("config.json"))
+    except FileNotFoundError:
+        raise mistake(f"{text}: no such file; {_FORMS}") from None
+    except (OSError, zipfile.BadZipFile, KeyError, json.JSONDecodeError) as error:
+        raise mistake(f"{text}: not a Keras model file ({_said(error)}); write one with model.save") from None
+    config.pop("compile_config", None)  # optimizer and loss do not matter to the plan
+    try:
+        return keras.saving.deserialize_keras_object(config)
+    except Exception as error:  # layers of the file may raise anything
+        raise mistake(
+            f"{text}: the model cannot be built ({_said(error)}); "
+            f"if it has classes of your own, give package.module:factory instead"
+        ) from None
+
+
+def _model_of_factory(text: str) -> Any:
+    import keras
+
+    module_name, _, name = text.partition(":")
+    factory = _factory(_imported(module_name), name)
+    try:
+        model = factory()
+    except (Exception, SystemExit) as error:  # it is the user's code
+        raise mistake(f"{text} raised {_said(error)}; it is called without arguments and returns a model") from None
+    if not isinstance(model, keras.Model):
+        raise mistake(f"{text} returned {type(model).__name__}; it has to return a built keras.Model")
+    return model
+
+
+def _imported(name: str) -> Any:
+    with _importing_from_here():
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name and f"{name}.".startswith(f"{error.name}."):
+                raise mistake(
+                    f"there is no module {error.name!r}, here or on the Python path; run in the folder that has it"
+                ) from None
+            raise mistake(f"module {name!r} cannot be imported: {_said(error)}") from None
+        except (Exception, SystemExit) as error:  # it is the user's code
+            raise mistake(f"module {name!r} cannot be imported: {_said(error)}") from None
+
+
+@contextlib.contextmanager
+def _importing_from_here() -> Iterator[None]:
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path.remove(os.getcwd())
+
+
+def _factory(module: Any, name: str) -> Any:
+    factory = getattr(module, name, None)
+    if callable(factory):
+        return factory
+    if factory is not None:
+        raise mistake(f"{module.__name__}:{name} is no callable but {type(factory).__name__}; name a function")
+    names = [each for each, value in vars(module).items() if callable(value)]
+    close = get_close_matches(name, names, n=1)
+    raise mistake(f"module {module.__name__!r} has no {name!r}" + (f"; closest: {close[0]!r}" if close else ""))
+
+
+def _said(error: BaseException) -> str:
+    """Return the error in one line, with the last place in the user's own files where there is one."""
+    places = [
+        f" ({Path(frame.filename).relative_to(Path.cwd())}, line {frame.lineno})"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if _is_users_own(Path(frame.filename))
+    ]
+    return f"{in_one_line(error)}{places[-1] if places else ''}"
+
+
+def _is_users_own(path: Path) -> bool:
+    inside = path.is_relative_to(Path.cwd()) and "site-packages" not in path.parts
+    return inside and not path.is_relative_to(Path(__file__).parent)
