@@ -1,4 +1,4 @@
-"""Equal blocks are traced once, and the plan is the one that tracing all of them gives."""
+"""Equal blocks are planned and simulated once, and the plan is the one that running all of them gives."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import keras
 import pytest
 
 from tests.models import CASES
-from tp_planner.frontend.blocks import layer_signature
-from tp_planner.frontend.trace import Recorder
+from tp_planner import planner
+from tp_planner.frontend.blocks import Blocks, layer_signature
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
 from tp_planner.planner import make_plan
@@ -24,16 +24,21 @@ def layout_of(name: str) -> Layout:
 
 @pytest.mark.parametrize("name", ["gpt", "encoder", "encoder_mask_zero", "vit", "llama", "subclassed"])
 def test_plan_is_that_of_all_blocks(name: str) -> None:
-    """Writing down what an equal block did gives the same plan as running it."""
+    """One block for all gives the same plan, simulated step included, as running each of them."""
     model = CASES[name].build()
-    once = make_plan(model, layout_of(name))
-    with mock.patch.object(Recorder, "_repeated_layers", return_value=[]):
-        each = make_plan(model, layout_of(name))
+    assert_equal_plans(model, layout_of(name))
+
+
+def assert_equal_plans(model: keras.Model, layout: Layout, **options: Any) -> None:
+    optimizer = keras.optimizers.AdamW(weight_decay=0.01)
+    once = make_plan(model, layout, optimizer=optimizer, **options)
+    with mock.patch.object(planner, "find_blocks", return_value=Blocks.none()):
+        each = make_plan(model, layout, optimizer=optimizer, **options)
     assert once.to_json() == each.to_json()
 
 
 def test_one_of_equal_blocks_runs() -> None:
-    """Of four equal decoder layers only the first runs, in each of the two traces and the two proofs."""
+    """Of four equal decoder layers only the first runs: in two traces, two proofs, and the simulated step."""
     model, runs = CASES["llama"].build(blocks=4), []
     call = type(model.get_layer("llama_backbone").transformer_layers[0]).call
 
@@ -43,7 +48,7 @@ def test_one_of_equal_blocks_runs() -> None:
 
     with mock.patch.object(type(model.get_layer("llama_backbone").transformer_layers[0]), "call", counted):
         make_plan(model, layout_of("llama"))
-    assert runs == ["transformer_layer_0"] * 4
+    assert runs == ["transformer_layer_0"] * 5
 
 
 class Block(keras.layers.Layer):

@@ -102,8 +102,8 @@ def test_an_op_that_mixes_the_sharded_dim_closes_the_region() -> None:
     assert styles(plan) == {"up": "column", "norm": "replicated", "down": "row"}
     assert kinds(plan) == [
         "forward all_gather up",
-        "backward all_gather down",
         "forward all_reduce down",
+        "backward all_gather down",
     ]
     reason = next(layer.reason for layer in plan.layers if layer.layer == "up")
     assert "aten.native_layer_norm.default in 'norm' needs communication between the shards" in reason

@@ -197,7 +197,7 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "plan of another version": (
         lambda: Plan.from_json(damaged(lambda data: data.update(format_version=99))),
-        "plan has format version 99, this tp_planner reads 1; plan the model again",
+        "plan has format version 99, this tp_planner reads 2; plan the model again",
     ),
     "plan without variables": (
         lambda: Plan.from_json(damaged(lambda data: data.pop("variables"))),

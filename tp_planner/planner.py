@@ -2,84 +2,124 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
 
+from tp_planner.frontend.blocks import Blocks, find_blocks
 from tp_planner.frontend.fingerprint import fingerprint
+from tp_planner.frontend.layer_tree import naming_once
+from tp_planner.frontend.survey import survey
 from tp_planner.frontend.trace import require_built, trace
-from tp_planner.ir.graph import ModelGraph
+from tp_planner.ir.graph import LayerInfo, ModelGraph, VariableInfo
 from tp_planner.ir.layout import Layout
 from tp_planner.ir.placement import local_shape
 from tp_planner.ir.plan import LayerPlan, Plan, VariablePlan
-from tp_planner.ir.step import Collective, Memory, MemoryUse, Step
+from tp_planner.ir.step import NO_STEP
 from tp_planner.passes.choose_styles import choose_styles
 from tp_planner.passes.honor_output_rules import honor_output_rules
-from tp_planner.passes.place_boundaries import close, list_collectives, place_boundaries, write_layer_plans
+from tp_planner.passes.place_boundaries import close, place_boundaries, write_layer_plans
 from tp_planner.passes.resolve_rules import Resolution, resolve_rules
 from tp_planner.runtime.boundaries import Axis
 from tp_planner.runtime.process_group import planning_mesh
 from tp_planner.runtime.prove import prove
 from tp_planner.runtime.sharding_rules import DTensorRules
+from tp_planner.runtime.simulate import simulate
 
 
-def make_plan(model: keras.Model, layout: Layout, inputs: Any = None) -> Plan:
+def make_plan(
+    model: keras.Model, layout: Layout, inputs: Any = None, optimizer: keras.optimizers.Optimizer | None = None
+) -> Plan:
     """Return the plan for ``model`` under ``layout``; the model is as before.
+
+    Args:
+        model: a built, plain model.
+        layout: the rules and the mesh.
+        inputs: as for ``trace``.
+        optimizer: makes the update of the simulated training step; by default there is none.
 
     Raises:
         PlanError: with everything that is wrong with the model, the mesh or the rules.
     """
     require_built(model)
-    axis = layout.mesh.model_axis
-    parts = layout.mesh.axis_size(axis)
-    graphs = [trace(model, inputs, training=training) for training in (True, False)]
-    graph = graphs[0]
-    resolution = resolve_rules(layout, graph.variables, {name: layer.path for name, layer in graph.layers.items()})
-    stored = {key: resolved.placement for key, resolved in resolution.variables.items()}
-    styles = choose_styles(graph.layers, graph.variables, stored, parts)
-    closings, output_notes = honor_output_rules(resolution.outputs, styles, axis)
-    with planning_mesh(parts, axis) as mesh:
-        rules, model_axis = DTensorRules(mesh), Axis.of(mesh)
-        while True:
-            walks, closings = place_boundaries(graphs, stored, styles, closings, rules, parts)
-            layers = write_layer_plans(graphs, walks, styles, closings)
-            collectives = list_collectives(graph, walks[0], stored, axis, parts)
-            input_gradients = all(walk.input_gradients for walk in walks)
-            plan = _write_plan(model, layout, graph, resolution, layers, collectives, input_gradients, output_notes)
-            conflicts = prove(model, inputs, plan, graphs, walks, model_axis)
-            if not conflicts:
-                return plan
-            closings = close(closings, conflicts)
+    with naming_once(model):
+        layers, variables = survey(model)
+        resolution = resolve_rules(layout, variables, {name: layer.path for name, layer in layers.items()})
+        job = _Job(model, layout, inputs, optimizer, layers, variables, resolution)
+        return job.plan(find_blocks(model, job.planned_alike)) or job.unrolled_plan()
 
 
-def _write_plan(
-    model: keras.Model,
-    layout: Layout,
-    graph: ModelGraph,
-    resolution: Resolution,
-    layers: tuple[LayerPlan, ...],
-    collectives: tuple[Collective, ...],
-    input_gradients: bool,
-    output_notes: tuple[str, ...],
-) -> Plan:
-    axis = layout.mesh.model_axis
-    return Plan(
-        model=model.name,
-        fingerprint=fingerprint(model),
-        mesh=layout.mesh,
-        axis=axis,
-        inputs=tuple((graph.tensors[tensor].shape, graph.tensors[tensor].dtype) for tensor in graph.inputs),
-        rules=resolution.rules,
-        variables=_variable_plans(graph, resolution, layout.mesh.axis_size(axis)),
-        layers=layers,
-        collectives=collectives,
-        step=Step("", Memory(MemoryUse(0, 0, 0, 0, 0), MemoryUse(0, 0, 0, 0, 0), "forward"), ()),
-        input_gradients=input_gradients,
-        notes=resolution.notes + output_notes,
-    )
+@dataclass(frozen=True)
+class _Job:
+    """One planning job: what is given, and what is known of it before the model is traced."""
+
+    model: keras.Model
+    layout: Layout
+    inputs: Any
+    optimizer: keras.optimizers.Optimizer | None
+    layers: Mapping[str, LayerInfo]
+    variables: Mapping[str, VariableInfo]
+    resolution: Resolution
+
+    def planned_alike(self, layer: str) -> Hashable:
+        """Return what the rules say of a layer, for layers are planned alike only if that is equal."""
+        own = tuple(self.resolution.variables[key].placement for key in self.layers[layer].variables)
+        return own, layer in self.resolution.outputs
+
+    def plan(self, blocks: Blocks) -> Plan | None:
+        """Return the plan, made from one of each of the ``blocks``; None if they cannot be planned one by one."""
+        axis = self.layout.mesh.model_axis
+        parts = self.layout.mesh.axis_size(axis)
+        stored = {key: resolved.placement for key, resolved in self.resolution.variables.items()}
+        styles = choose_styles(self.layers, self.variables, stored, parts)
+        closings, notes = honor_output_rules(self.resolution.outputs, styles, axis)
+        graphs = [trace(self.model, self.inputs, training=training, blocks=blocks) for training in (True, False)]
+        with planning_mesh(parts, axis) as mesh:
+            rules, model_axis = DTensorRules(mesh), Axis(mesh, axis, parts, 0)
+            while True:
+                walks, closings = place_boundaries(graphs, stored, styles, closings, rules, parts)
+                if any(walk.regions_leave_blocks for walk in walks):
+                    return None
+                layers = write_layer_plans(graphs, walks, styles, closings)
+                plan = self._write(graphs[0], layers, all(walk.input_gradients for walk in walks), notes)
+                conflicts = prove(self.model, self.inputs, plan, graphs, walks, model_axis)
+                if not conflicts:
+                    found = simulate(self.model, self.inputs, plan, graphs[0], model_axis, self.optimizer)
+                    notes = plan.notes + found.notes
+                    return replace(plan, collectives=found.collectives, step=found.step, notes=notes)
+                closings = close(closings, conflicts)
+
+    def unrolled_plan(self) -> Plan:
+        """Return the plan, made from all layers one by one."""
+        plan = self.plan(Blocks.none())
+        assert plan is not None
+        return plan
+
+    def _write(
+        self, graph: ModelGraph, layers: tuple[LayerPlan, ...], input_gradients: bool, notes: tuple[str, ...]
+    ) -> Plan:
+        axis = self.layout.mesh.model_axis
+        return Plan(
+            model=self.model.name,
+            fingerprint=fingerprint(self.model),
+            mesh=self.layout.mesh,
+            axis=axis,
+            inputs=tuple((graph.tensors[tensor].shape, graph.tensors[tensor].dtype) for tensor in graph.inputs),
+            rules=self.resolution.rules,
+            variables=_variable_plans(self.variables, self.resolution, self.layout.mesh.axis_size(axis)),
+            layers=layers,
+            collectives=(),
+            step=NO_STEP,
+            input_gradients=input_gradients,
+            notes=self.resolution.notes + notes,
+        )
 
 
-def _variable_plans(graph: ModelGraph, resolution: Resolution, parts: int) -> tuple[VariablePlan, ...]:
+def _variable_plans(
+    variables: Mapping[str, VariableInfo], resolution: Resolution, parts: int
+) -> tuple[VariablePlan, ...]:
     return tuple(
         VariablePlan(
             key=key,
@@ -93,5 +133,5 @@ def _variable_plans(graph: ModelGraph, resolution: Resolution, parts: int) -> tu
             rule=resolution.variables[key].rule,
             reason=resolution.variables[key].reason,
         )
-        for key, variable in graph.variables.items()
+        for key, variable in variables.items()
     )

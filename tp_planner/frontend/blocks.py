@@ -1,4 +1,4 @@
-"""Equal blocks: recognise layers that compute the same, so that a tower of equal blocks is traced once.
+"""Equal blocks: recognise layers that compute the same, so that a tower of equal blocks is planned once.
 
 Two layers are equal if their classes, their plain attributes, their variables' shapes and dtypes and all their
 inner layers are. Attributes that cannot be compared make a layer equal to itself only.
@@ -6,13 +6,15 @@ inner layers are. Attributes that cannot be compared make a layer equal to itsel
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 import torch
 
-from tp_planner.frontend.layer_tree import own_variables
+from tp_planner.frontend.layer_tree import named_layers, named_variables, own_variables
 from tp_planner.frontend.penalties import penalty_kind
 
 _PLAIN = (int, float, str, bool, bytes, complex, type(None))
@@ -28,6 +30,80 @@ _INERT = (
 )
 # What every Keras layer has: names, hooks and bookkeeping, but for these three, which matter.
 _COMMON = frozenset(keras.layers.Layer(name="probe").__dict__) - {"_dtype_policy", "_trainable", "autocast"}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The layers with inner layers that have an equal in the model, by name.
+
+    Equal ones have the same number in ``signatures``. ``layers`` are the block and all below it, ``variables``
+    theirs, in order. No other layer holds the inner layers of a block; their ``home`` is the innermost such block.
+    """
+
+    signatures: Mapping[str, int]
+    layers: Mapping[str, tuple[str, ...]]
+    variables: Mapping[str, tuple[str, ...]]
+    home_of_layer: Mapping[str, str]
+    home_of_variable: Mapping[str, str]
+
+    @classmethod
+    def none(cls) -> Blocks:
+        """Return that no layers are equal."""
+        return cls({}, {}, {}, {}, {})
+
+
+def find_blocks(model: keras.Model, distinguish: Callable[[str], Hashable] = lambda name: None) -> Blocks:
+    """Return the blocks of ``model``; ``distinguish`` returns what else has to be equal, by a layer's name."""
+    layers = named_layers(model)
+    names = {id(layer): name for name, layer in layers.items()}
+    parents: dict[str, set[str]] = {}
+    for name, layer in layers.items():
+        for child in layer._layers:
+            parents.setdefault(names[id(child)], set()).add(name)
+    known: dict[int, Hashable] = {}
+    below = {name: _below(layer, names) for name, layer in list(layers.items())[1:] if layer._layers}
+    alone = {name: inner for name, inner in below.items() if _is_alone(inner, parents)}
+    signatures = {
+        name: (layer_signature(layers[name], known), tuple(map(distinguish, inner))) for name, inner in alone.items()
+    }
+    counts = Counter(signatures.values())
+    numbers = {signature: number for number, signature in enumerate(counts)}
+    equal = {name: alone[name] for name, signature in signatures.items() if counts[signature] > 1}
+    keys = {id(variable): key for key, variable in named_variables(model).items()}
+    own = {name: tuple(keys[id(v)] for v in own_variables(layers[name])) for inner in equal.values() for name in inner}
+    home_of_layer: dict[str, str] = {}
+    home_of_variable: dict[str, str] = {}
+    for block, inner in equal.items():  # inner blocks come after those around them
+        home_of_layer.update(dict.fromkeys(inner[1:], block))
+        home_of_variable.update({key: block for name in inner for key in own[name]})
+    return Blocks(
+        {name: numbers[signatures[name]] for name in equal},
+        equal,
+        {block: tuple(key for name in inner for key in own[name]) for block, inner in equal.items()},
+        home_of_layer,
+        home_of_variable,
+    )
+
+
+def _below(layer: keras.Layer, names: Mapping[int, str]) -> tuple[str, ...]:
+    """Return the names of a layer and all layers below it, each once."""
+    found: dict[str, None] = {}
+
+    def walk(each: keras.Layer) -> None:
+        name = names[id(each)]
+        if name not in found:
+            found[name] = None
+            for child in each._layers:
+                walk(child)
+
+    walk(layer)
+    return tuple(found)
+
+
+def _is_alone(inner: tuple[str, ...], parents: Mapping[str, set[str]]) -> bool:
+    """Whether no layer outside of a block holds one that is inside."""
+    inside = set(inner)
+    return all(parents[name] <= inside for name in inner[1:])
 
 
 def layer_signature(layer: keras.Layer, known: dict[int, Hashable]) -> Hashable:

@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import keras
+
+
+class _Known(threading.local):
+    model: keras.Model | None = None
+    layers: dict[str, keras.Layer]
+    variables: dict[str, Any]
+
+
+_known = _Known()
+
+
+@contextlib.contextmanager
+def naming_once(model: keras.Model) -> Iterator[None]:
+    """Inside, the names of the model's layers and variables are those at its start; they are not looked up again."""
+    layers, variables = named_layers(model), named_variables(model)
+    before = _known.model
+    _known.model, _known.layers, _known.variables = model, layers, variables
+    try:
+        yield
+    finally:
+        _known.model = before
 
 
 def named_layers(model: keras.Model) -> dict[str, keras.Layer]:
@@ -17,6 +40,8 @@ def named_layers(model: keras.Model) -> dict[str, keras.Layer]:
     different layers get "#2", "#3". Keras numbers automatic names globally, so that they depend on what else
     was built; layers without variables, which no rule can name, go by their class instead.
     """
+    if _known.model is model:
+        return _known.layers
     layers: dict[str, keras.Layer] = {}
     for wanted, layer in _walk(model, "", set()):
         name, count = wanted, 1
@@ -50,6 +75,8 @@ def named_variables(model: keras.Model) -> dict[str, Any]:
     The key is the variable's path, or path#2 ... where paths are equal. Keras numbers seed generators
     globally, so that their paths depend on what else was built; their keys begin with their layer's name.
     """
+    if _known.model is model:
+        return _known.variables
     variables: dict[str, Any] = {}
     seen: set[int] = set()
     for name, layer in named_layers(model).items():

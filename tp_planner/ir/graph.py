@@ -7,7 +7,7 @@ nodes are ops and whose edges are tensors; layer calls nest as the model does.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ import networkx as nx
 
 from tp_planner.ir.contraction import Contraction
 from tp_planner.ir.placement import Shape
+
+REPEAT = "repeat"  # name of the op that stands for a whole block
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,22 @@ class Op:
 
 
 @dataclass(frozen=True, slots=True)
+class Repeat:
+    """A call of a block that did not run, because it does what ``twin`` does, an earlier call of an equal block.
+
+    ``layers`` and ``variables`` pair those of the twin with those of this block, in order. ``outputs`` describes
+    what it returns; opaque to the passes.
+    """
+
+    block: str
+    call: int
+    twin: int
+    layers: tuple[tuple[str, str], ...]
+    variables: tuple[tuple[str, str], ...]
+    outputs: Any
+
+
+@dataclass(frozen=True, slots=True)
 class VariableInfo:
     """A variable of the model. ``key`` is unique; ``path`` is what Keras and layout rules call it."""
 
@@ -107,7 +125,10 @@ class VariableInfo:
 
 @dataclass(frozen=True)
 class ModelGraph:
-    """Everything the passes know of a model. Ops and calls are in order of execution."""
+    """Everything the passes know of a model. Ops and calls are in order of execution.
+
+    ``repeats`` has the calls inside which one op of the name ``REPEAT`` stands for a whole block.
+    """
 
     model_name: str
     training: bool
@@ -118,6 +139,13 @@ class ModelGraph:
     ops: tuple[Op, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    repeats: Mapping[int, Repeat] = field(default_factory=dict)
+
+    @property
+    def repeated_layers(self) -> frozenset[str]:
+        """The layers of which no call was run, because they are inside blocks that repeat others."""
+        ran = {call.layer for call in self.calls.values()} - {repeat.block for repeat in self.repeats.values()}
+        return frozenset(layer for repeat in self.repeats.values() for _, layer in repeat.layers) - ran
 
     @cached_property
     def flow(self) -> nx.MultiDiGraph:
@@ -131,6 +159,27 @@ class ModelGraph:
                     flow.add_edge(producer[tensor], op.id, tensor=self.tensors[tensor])
             producer.update(dict.fromkeys(op.outputs, op.id))
         return flow
+
+    @cached_property
+    def makers(self) -> Mapping[int, str]:
+        """The layer in whose call each tensor was made, by tensor."""
+        makers: dict[int, str] = {}
+        for op in self.ops:
+            made = dict.fromkeys(op.outputs, self.calls[op.call].layer)
+            if op.name == REPEAT:
+                repeat = self.repeats[op.call]
+                names = dict(repeat.layers)
+                for tensor, twin in zip(op.outputs, self.calls[repeat.twin].outputs, strict=True):
+                    made[tensor] = names.get(makers.get(twin, ""), made[tensor])
+            makers.update(made)
+        return makers
+
+    def tensor_name(self, tensor: int) -> str:
+        """Return what people call a tensor: an input of the model, or the output of a layer."""
+        if tensor in self.inputs:
+            return f"model input {self.inputs.index(tensor)}"
+        maker = self.makers.get(tensor)
+        return "constant" if maker is None else f"{maker} output"
 
     def enclosing(self, call: int | None) -> Iterator[Call]:
         """Yield the call and the calls it runs inside, innermost first."""

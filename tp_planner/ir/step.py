@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 Phase = Literal["forward", "backward", "update"]
-CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"]
+CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "other"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Collective:
                 return self.bytes * others
             case "reduce_scatter" | "all_to_all":
                 return self.bytes * others // self.group_size
-            case "broadcast":
+            case "broadcast" | "other":
                 return self.bytes if others else 0
 
 
@@ -108,6 +108,10 @@ class Step:
     optimizer: str
     memory: Memory
     work: tuple[Work, ...]
+
+
+_NOTHING = MemoryUse(0, 0, 0, 0, 0)
+NO_STEP = Step("", Memory(_NOTHING, _NOTHING, "forward"), ())  # of a plan that is not simulated yet
 
 
 def encode_step(step: Step) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from tp_planner.ir.graph import Call, ModelGraph, Op, TensorInfo
+from tp_planner.ir.graph import REPEAT, Call, ModelGraph, Op, TensorInfo
 from tp_planner.ir.placement import Partial, Placement, Replicate, Shard, divides
 from tp_planner.ir.plan import Boundary, Transition
 from tp_planner.passes.choose_styles import StyleChoice, input_placement, output_dim, weight_uses
@@ -112,6 +112,7 @@ class Walk:
     followed: dict[int, Followed] = field(default_factory=dict)
     reads: dict[VariableRead, Placement] = field(default_factory=dict)  # of variables that ops read sharded
     skipped_ops: set[int] = field(default_factory=set)
+    regions_leave_blocks: bool = False  # a region reaches out of a block that others repeat
     input_gradients: bool = True  # whether gradients with respect to the model's inputs are right
 
 
@@ -149,7 +150,6 @@ class _Walker:
         self.graph, self.stored, self.styles, self.parts = graph, stored, styles, parts
         self.closings, self.rules = closings, rules
         self.found = Walk()
-        self.producers = {tensor: op.call for op in graph.ops for tensor in op.outputs}
         self.from_inputs = _float_tensors_from_inputs(graph)
         # Variables that a call takes or returns: they are read in another call than the one that uses them.
         self.passed_on = {
@@ -182,6 +182,7 @@ class _Walker:
         self._enter_tensors_read_by_sharded_ops()
         self._outputs_are_whole()
         self._calls_of_a_layer_agree()
+        self._regions_stay_in_blocks()
         return self.found
 
     # --- placements ------------------------------------------------------------------------------------
@@ -333,6 +334,9 @@ class _Walker:
         if all(placement == WHOLE for placement in inputs.values()):
             self.read_whole.update(((call, tensor), None) for tensor in op.inputs)
             return
+        if op.name == REPEAT:
+            self.found.regions_leave_blocks = True
+            return
         followed = self.rules.follow(op, self.graph.tensors, inputs)
         if isinstance(followed, Refused):
             self._conflict(origins, f"{op.name} in {self.graph.calls[call].layer!r} {followed.reason}")
@@ -426,6 +430,14 @@ class _Walker:
             if known != done:
                 self._disagree(other, call)
 
+    def _regions_stay_in_blocks(self) -> None:
+        """A block can stand for others only where whole tensors go in and come out."""
+        for twin in {repeat.twin for repeat in self.graph.repeats.values()}:
+            call = self.graph.calls[twin]
+            ends = (*(tensor for _, tensor in call.inputs), *call.outputs)
+            if any(self.placement(tensor, twin) != WHOLE for tensor in ends):
+                self.found.regions_leave_blocks = True
+
     def _disagree(self, *calls: Call) -> None:
         layer, mode = calls[0].layer, calls[0].mode
         reason = f"layer {layer!r} is called in ways that need different boundaries"
@@ -474,7 +486,7 @@ class _Walker:
     ) -> None:
         info = self.graph.tensors[tensor]
         boundary = Boundary(
-            tensor=self._tensor_name(tensor),
+            tensor=self.graph.tensor_name(tensor),
             shape=info.shape,
             dtype=info.dtype,
             itemsize=info.itemsize,
@@ -483,13 +495,6 @@ class _Walker:
             has_gradient=info.has_gradient,
         )
         self.found.boundaries.append(Placed(call, place, position, None, tensor, boundary))
-
-    def _tensor_name(self, tensor: int) -> str:
-        if tensor in self.graph.inputs:
-            return f"model input {self.graph.inputs.index(tensor)}"
-        if tensor in self.producers:
-            return f"{self.graph.calls[self.producers[tensor]].layer} output"
-        return "constant"
 
 
 def _memory_order(info: TensorInfo) -> tuple[int, ...]:

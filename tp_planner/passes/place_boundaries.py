@@ -7,18 +7,18 @@ sharding, so it terminates.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import networkx as nx
 
 from tp_planner.ir.errors import PlanError
-from tp_planner.ir.graph import Call, ModelGraph
-from tp_planner.ir.placement import Partial, Placement, Replicate, local_shape
-from tp_planner.ir.plan import Boundary, LayerPlan, Style, Transition, VariableUse
-from tp_planner.ir.step import Collective
+from tp_planner.ir.graph import Call, ModelGraph, Repeat
+from tp_planner.ir.placement import Placement, Replicate
+from tp_planner.ir.plan import Boundary, LayerPlan, Style, VariableUse
 from tp_planner.passes.choose_styles import StyleChoice
 from tp_planner.passes.follow_placements import (
-    SUMMED,
     CallRecord,
     Closings,
     Conflict,
@@ -28,6 +28,8 @@ from tp_planner.passes.follow_placements import (
     Walk,
     follow_placements,
 )
+
+_QUOTED = re.compile(r"'([^']*)'")
 
 
 def place_boundaries(
@@ -73,21 +75,69 @@ def write_layer_plans(
     """Return one LayerPlan for every (layer, mode) that has variables or boundaries, in order of execution."""
     plans: dict[LayerMode, LayerPlan] = {}
     for graph, walk in zip(graphs, walks, strict=True):
-        by_call: dict[int, list[Placed]] = {}
-        for placed in walk.boundaries:
-            by_call.setdefault(placed.call, []).append(placed)
-        scopes = _scope_of_layers(graph, region_scopes(graph, walk))
-        counts: dict[LayerMode, int] = {}
-        for call in graph.calls.values():
-            counts[call.layer, call.mode] = counts.get((call.layer, call.mode), 0) + 1
-        for call in graph.calls.values():
-            key = (call.layer, call.mode)
-            boundaries, record = by_call.get(call.id, []), walk.records.get(call.id)
-            if key not in plans and (boundaries or record or graph.layers[call.layer].variables):
-                plans[key] = _layer_plan(
-                    graph, call, boundaries, record, styles.get(key), closings, scopes.get(key, ""), counts[key]
-                )
+        new = _plans_of_graph(graph, walk, styles, closings)
+        plans.update({key: plan for key, plan in new.items() if key not in plans})
     return tuple(plans.values())
+
+
+def _plans_of_graph(
+    graph: ModelGraph, walk: Walk, styles: Mapping[LayerMode, StyleChoice], closings: Closings
+) -> dict[LayerMode, LayerPlan]:
+    by_call: dict[int, list[Placed]] = {}
+    for placed in walk.boundaries:
+        by_call.setdefault(placed.call, []).append(placed)
+    scopes = _scope_of_layers(graph, region_scopes(graph, walk))
+    plans: dict[LayerMode, LayerPlan] = {}
+    inside: dict[int, list[LayerPlan]] = {repeat.twin: [] for repeat in graph.repeats.values()}
+    for call in graph.calls.values():
+        new = []
+        if call.id in graph.repeats:
+            repeat = graph.repeats[call.id]
+            new = [_plan_again(plan, repeat, graph) for plan in inside[repeat.twin]]
+        else:
+            boundaries, record = by_call.get(call.id, []), walk.records.get(call.id)
+            if boundaries or record or graph.layers[call.layer].variables:
+                key = call.layer, call.mode
+                new = [_layer_plan(graph, call, boundaries, record, styles.get(key), closings, scopes.get(key, ""))]
+        for plan in new:
+            known = plans.get((plan.layer, plan.mode))
+            plans[plan.layer, plan.mode] = plan if known is None else replace(known, calls=known.calls + plan.calls)
+            for outer in graph.enclosing(call.id):
+                if outer.id in inside:
+                    inside[outer.id].append(plan)
+    return plans
+
+
+def _plan_again(plan: LayerPlan, repeat: Repeat, graph: ModelGraph) -> LayerPlan:
+    """Return the plan of a layer in a block that repeats another, from that of its counterpart there."""
+    names = dict(repeat.layers) | dict(repeat.variables)
+    tensors = tensor_names_again(repeat, graph)
+
+    def named(text: str) -> str:
+        return _QUOTED.sub(lambda quoted: repr(names.get(quoted[1], quoted[1])), text)
+
+    def renamed(boundary: Boundary) -> Boundary:
+        return replace(boundary, tensor=tensors.get(boundary.tensor, boundary.tensor))
+
+    layer = names[plan.layer]
+    return replace(
+        plan,
+        layer=layer,
+        path=graph.layers[layer].path,
+        reason=named(plan.reason),
+        inputs=tuple((position, renamed(boundary)) for position, boundary in plan.inputs),
+        uses=tuple(VariableUse(names[use.variable], renamed(use.boundary)) for use in plan.uses),
+        output=plan.output and renamed(plan.output),
+        scope=names.get(plan.scope, plan.scope),
+    )
+
+
+def tensor_names_again(repeat: Repeat, graph: ModelGraph) -> dict[str, str]:
+    """Return what the tensors and variables of a block are called that repeats another, by their names there."""
+    taken = zip(graph.calls[repeat.twin].inputs, graph.calls[repeat.call].inputs, strict=True)
+    outside = {graph.tensor_name(twin): graph.tensor_name(tensor) for (_, twin), (_, tensor) in taken}
+    inside = {f"{twin} output": f"{layer} output" for twin, layer in repeat.layers}
+    return outside | inside | dict(repeat.variables)
 
 
 def _layer_plan(
@@ -98,7 +148,6 @@ def _layer_plan(
     choice: StyleChoice | None,
     closings: Closings,
     scope: str,
-    calls: int,
 ) -> LayerPlan:
     info = graph.layers[call.layer]
     uses = tuple(VariableUse(p.variable or "", p.boundary) for p in boundaries if p.place == "variable")
@@ -118,7 +167,6 @@ def _layer_plan(
         sharded_inputs=record.sharded_inputs if record else (),
         scope=scope if record and (record.sharded_inputs or record.output_placement not in (None, Replicate())) else "",
         dropout_order=record.dropout_order if record else (),
-        calls=calls,
     )
 
 
@@ -195,73 +243,3 @@ def _style_and_reason(
     if any(not use.boundary.is_identity or use.boundary.forward.source != Replicate() for use in uses):
         return "elementwise", "its ops act on each shard alone"
     return "replicated", "no sharded variable and no sharded input"
-
-
-def list_collectives(
-    graph: ModelGraph, walk: Walk, stored: Mapping[str, Placement], axis: str, parts: int
-) -> tuple[Collective, ...]:
-    """Return every collective of the model in one training step: calls in their order, then penalties.
-
-    A tensor that enters several layers through equal boundaries is converted once: one collective, at the
-    first of them.
-    """
-    collectives: list[Collective] = []
-    shared: dict[tuple[int, str], int] = {}
-    for placed in sorted(walk.boundaries, key=lambda placed: placed.call):
-        boundary, layer = placed.boundary, graph.calls[placed.call].layer
-        place = placed.variable if placed.place == "variable" else f"{placed.place} ({boundary.tensor})"
-        if placed.place == "input":
-            transitions = f"{boundary.forward} {boundary.backward}"
-            if (placed.tensor, transitions) in shared:
-                continue
-            shared[placed.tensor, transitions] = placed.call
-        for phase, transition in (("forward", boundary.forward), ("backward", boundary.backward)):
-            if transition.collective is not None and (phase == "forward" or boundary.has_gradient):
-                collectives.append(
-                    Collective(
-                        kind=transition.collective,
-                        axis=axis,
-                        group_size=parts,
-                        bytes=_bytes(boundary, transition, parts),
-                        layer=layer,
-                        place=place or "",
-                        phase=phase,  # type: ignore[arg-type]  # one of the two literals above
-                        reason=_reason(transition),
-                    )
-                )
-    return (*collectives, *_penalties(graph, stored, axis, parts))
-
-
-def _penalties(graph: ModelGraph, stored: Mapping[str, Placement], axis: str, parts: int) -> Iterator[Collective]:
-    """Yield the collective of each regularizer of a sharded variable."""
-    for key, variable in graph.variables.items():
-        placement = stored[key]
-        if variable.penalty == "none" or not variable.trainable or placement == Replicate():
-            continue
-        transition = SUMMED if variable.penalty == "additive" else Transition(placement, Replicate())
-        shape = () if variable.penalty == "additive" else variable.shape
-        boundary = Boundary(key, shape, variable.dtype, variable.itemsize, transition, transition, has_gradient=False)
-        assert transition.collective is not None
-        yield Collective(
-            kind=transition.collective,
-            axis=axis,
-            group_size=parts,
-            bytes=_bytes(boundary, transition, parts),
-            layer=variable.owner,
-            place=f"penalty of {key}",
-            phase="forward",
-            reason=_reason(transition),
-        )
-
-
-def _bytes(boundary: Boundary, transition: Transition, parts: int) -> int:
-    size = boundary.itemsize
-    for length in local_shape(boundary.shape, transition.source, parts):
-        size *= length
-    return size
-
-
-def _reason(transition: Transition) -> str:
-    if isinstance(transition.source, Partial):
-        return "summands of the ranks are added"
-    return "shards of the ranks are put together"

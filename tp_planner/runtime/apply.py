@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from tp_planner.frontend.layer_tree import named_layers, named_variables, own_va
 from tp_planner.ir.placement import Placement, Replicate, Shard, local_shape
 from tp_planner.ir.plan import LayerPlan, Plan
 from tp_planner.runtime.boundaries import Axis
-from tp_planner.runtime.calls import Reader
+from tp_planner.runtime.calls import Reader, Site
 from tp_planner.runtime.regularization import parallel_constraint, parallel_regularizer
 from tp_planner.runtime.styles import STYLES, LayerCalls, Undo, open_scope, refuse_input_gradients
 from tp_planner.runtime.variables import (
@@ -99,7 +99,9 @@ def gathered_value(key: str, placed: PlacedVariable) -> torch.nn.Parameter:
     return parameter
 
 
-def apply_layers(model: keras.Model, plan: Plan, axis: Axis, scatter: Scatter) -> Applied:
+def apply_layers(
+    model: keras.Model, plan: Plan, axis: Axis, scatter: Scatter, left_out: frozenset[str] = frozenset()
+) -> Applied:
     """Place the model's variables and hook its layers as ``plan`` says.
 
     Args:
@@ -107,11 +109,12 @@ def apply_layers(model: keras.Model, plan: Plan, axis: Axis, scatter: Scatter) -
         plan: the plan.
         axis: the model axis.
         scatter: makes this rank's stored tensor of a variable.
+        left_out: layers that stay as they are, by name.
 
     If anything fails, the model is as before.
     """
     applied = Applied(plan, axis)
-    layers = named_layers(model)
+    layers = {name: layer for name, layer in named_layers(model).items() if name not in left_out}
     by_layer: dict[str, dict[str, LayerPlan]] = {}
     for layer_plan in plan.layers:
         by_layer.setdefault(layer_plan.layer, {})[layer_plan.mode] = layer_plan
@@ -119,7 +122,7 @@ def apply_layers(model: keras.Model, plan: Plan, axis: Axis, scatter: Scatter) -
         placer = _Placer(model, applied, scatter)
         if not plan.input_gradients:
             refuse_input_gradients(next(iter(layers.values())), applied.undo)
-        for name in sorted({layer.scope for layer in plan.layers if layer.scope} | {next(iter(layers))}):
+        for name in sorted(_scopes(plan, layers)):
             open_scope(layers[name], id(model), name, applied.undo)
         for name, layer in layers.items():
             modes = by_layer.get(name, {})
@@ -130,6 +133,11 @@ def apply_layers(model: keras.Model, plan: Plan, axis: Axis, scatter: Scatter) -
         applied.revert(model, old_value)
         raise
     return applied
+
+
+def _scopes(plan: Plan, layers: Mapping[str, Any]) -> set[str]:
+    """Return the layers inside whose calls regions lie, and the model."""
+    return {layer.scope for layer in plan.layers if layer.scope in layers} | {next(iter(layers))}
 
 
 class Rebinding:
@@ -157,6 +165,7 @@ class _Placer:
     def __init__(self, model: keras.Model, applied: Applied, scatter: Scatter) -> None:
         self.applied, self.rebind, self.scatter = applied, Rebinding(model), scatter
         self.plans = {variable.key: variable for variable in applied.plan.variables}
+        self.names = {id(layer): name for name, layer in named_layers(model).items()}
         self.variables = named_variables(model)
         self.keys = {id(variable): key for key, variable in self.variables.items()}
         self.converted = {
@@ -170,7 +179,10 @@ class _Placer:
         """Return, by mode, how each variable is read in the layer's calls."""
         variables, axis = self.variables, self.applied.axis
         return {
-            mode: {id(variables[use.variable]): read_as(use.boundary, axis) for use in plan.uses}
+            mode: {
+                id(variables[use.variable]): read_as(use.boundary, axis, Site(plan.layer, use.variable))
+                for use in plan.uses
+            }
             for mode, plan in modes.items()
         }
 
@@ -179,9 +191,9 @@ class _Placer:
         for variable in own_variables(layer):
             key = self.keys[id(variable)]
             if key not in self.applied.placed:
-                self._place(key, variable)
+                self._place(key, variable, self.names[id(layer)])
 
-    def _place(self, key: str, variable: Any) -> None:
+    def _place(self, key: str, variable: Any, layer: str) -> None:
         plan, axis, old = self.plans[key], self.applied.axis, variable._value
         local = self.scatter(variable, plan.placement, axis)
         trainable = old.requires_grad and old.is_floating_point()
@@ -204,8 +216,9 @@ class _Placer:
             variable._value = new
         self.rebind(old, new)
         if isinstance(plan.placement, Shard):
-            variable._regularizer = regularizer and parallel_regularizer(regularizer, axis)
-            variable._constraint = constraint and parallel_constraint(constraint)
+            penalty, limit = Site(layer, f"penalty of {key}"), Site(layer, f"constraint of {key}")
+            variable._regularizer = regularizer and parallel_regularizer(regularizer, axis, penalty)
+            variable._constraint = constraint and parallel_constraint(constraint, limit)
 
 
 def scatter_from_rank_zero(device: torch.device) -> Scatter:
@@ -245,14 +258,16 @@ def _scatter_shards(
 
 
 @contextlib.contextmanager
-def applied_for_simulation(model: keras.Model, plan: Plan, axis: Axis) -> Iterator[Applied]:
+def applied_for_simulation(
+    model: keras.Model, plan: Plan, axis: Axis, left_out: frozenset[str] = frozenset()
+) -> Iterator[Applied]:
     """Apply the plan with fake shards, on the same code path as for real, and undo it afterwards."""
 
     def empty(variable: Any, placement: Placement, axis: Axis) -> torch.Tensor:
         shape = local_shape(tuple(variable.shape), placement, axis.size, axis.rank)
         return torch.empty(shape, dtype=variable._value.dtype, device="cpu")
 
-    applied = apply_layers(model, plan, axis, empty)
+    applied = apply_layers(model, plan, axis, empty, left_out)
     try:
         yield applied
     finally:

@@ -13,9 +13,9 @@ import torch.distributed._functional_collectives as funcol
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
-from tp_planner.ir.placement import Partial, Replicate, Shard
+from tp_planner.ir.placement import Partial, Replicate, Shard, chunk_sizes
 from tp_planner.ir.plan import Boundary, Transition
-from tp_planner.runtime.calls import running
+from tp_planner.runtime.calls import Site, running, standing_at
 
 # torch 2.13 renamed both functions.
 _all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
@@ -37,14 +37,22 @@ class Axis:
         return cls(mesh, mesh.mesh_dim_names[0], mesh.size(), mesh.get_local_rank())
 
 
-def change(tensor: torch.Tensor, transition: Transition, axis: Axis) -> torch.Tensor:
+def change(tensor: torch.Tensor, transition: Transition, axis: Axis, site: Site) -> torch.Tensor:
     """Return this rank's tensor after the transition; no gradient flows through it.
 
     Args:
         tensor: what this rank holds before. Sharded dims divide evenly.
         transition: placements before and after.
         axis: the model axis.
+        site: where the transition stands in the plan.
     """
+    if transition.source == transition.target:
+        return tensor
+    with standing_at(site):
+        return _change(tensor, transition, axis)
+
+
+def _change(tensor: torch.Tensor, transition: Transition, axis: Axis) -> torch.Tensor:
     match transition.source, transition.target:
         case Partial(), Replicate():
             return _done(funcol.all_reduce(tensor.contiguous(), "sum", axis.mesh))
@@ -55,9 +63,33 @@ def change(tensor: torch.Tensor, transition: Transition, axis: Axis) -> torch.Te
         case Replicate(), Shard(dim):
             length = tensor.shape[dim] // axis.size
             return tensor.narrow(dim, axis.rank * length, length).contiguous()
-        case source, target if source == target:
-            return tensor
     raise AssertionError(f"no boundary changes {transition}")
+
+
+def gather(shard: torch.Tensor, dim: int, length: int, axis: Axis) -> torch.Tensor:
+    """Return the whole tensor, ``length`` long in ``dim``, of which ``shard`` is this rank's chunk.
+
+    Chunks may be unequal: short ones travel padded, so that one all-gather does.
+    """
+    full = chunk_sizes(length, axis.size)[0]
+    whole = _done(_all_gather(_padded(shard, dim, full), dim, axis.mesh))
+    return whole if whole.shape[dim] == length else whole.narrow(dim, 0, length).contiguous()
+
+
+def reduce_to_shard(summand: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
+    """Return this rank's chunk of the sum of all ranks' whole tensors; chunks may be unequal."""
+    sizes = chunk_sizes(summand.shape[dim], axis.size)
+    padded = _padded(summand, dim, sizes[0] * axis.size)
+    chunk = _done(_reduce_scatter(padded, "sum", dim, axis.mesh))
+    own = sizes[axis.rank]
+    return chunk if chunk.shape[dim] == own else chunk.narrow(dim, 0, own).contiguous()
+
+
+def _padded(tensor: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+    missing = length - tensor.shape[dim]
+    if not missing:
+        return tensor.contiguous()
+    return torch.nn.functional.pad(tensor, [0, 0] * (tensor.ndim - 1 - dim) + [0, missing])
 
 
 def _done(pending: torch.Tensor) -> torch.Tensor:
@@ -73,23 +105,25 @@ class _Boundary(torch.autograd.Function):
         forward: Transition,
         backward: Transition,
         axis: Axis,
+        site: Site,
     ) -> torch.Tensor:
-        ctx.backward_transition, ctx.axis = backward, axis  # type: ignore[attr-defined]
-        changed = change(tensor, forward, axis)
+        ctx.backward_transition, ctx.axis, ctx.site = backward, axis, site  # type: ignore[attr-defined]
+        changed = change(tensor, forward, axis, site)
         return tensor.view_as(tensor) if changed is tensor else changed
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None, None]:
-        return change(gradient, ctx.backward_transition, ctx.axis), None, None, None  # type: ignore[attr-defined]
+    ) -> tuple[torch.Tensor, None, None, None, None]:
+        changed = change(gradient, ctx.backward_transition, ctx.axis, ctx.site)  # type: ignore[attr-defined]
+        return changed, None, None, None, None
 
 
-def cross(tensor: torch.Tensor, boundary: Boundary, axis: Axis) -> torch.Tensor:
+def cross(tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site) -> torch.Tensor:
     """Return this rank's tensor on the other side of the boundary, gradients flowing back as it says."""
     with running.converting():
         if not (tensor.requires_grad and torch.is_grad_enabled()):
-            return change(tensor, boundary.forward, axis)
-        result: torch.Tensor = _Boundary.apply(tensor, boundary.forward, boundary.backward, axis)
+            return change(tensor, boundary.forward, axis, site)
+        result: torch.Tensor = _Boundary.apply(tensor, boundary.forward, boundary.backward, axis, site)
         return result

@@ -1,4 +1,4 @@
-"""The layer calls that are running: how each reads its variables, and which regions are open."""
+"""What is running: layer calls, how each reads its variables, which regions are open, where a collective stands."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +15,21 @@ from torch.utils.weak import WeakTensorKeyDictionary
 Reader = Callable[[Any], torch.Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where the plan has a collective: at a layer ("" for none), and at which place there."""
+
+    layer: str
+    place: str
+
+
 class Frame:
     """One running call: a reader for each variable it uses, and what its hooks keep until it returns."""
 
-    __slots__ = ("cache", "kept", "readers")
+    __slots__ = ("cache", "kept", "layer", "readers")
 
-    def __init__(self, readers: dict[int, Reader]) -> None:
+    def __init__(self, layer: str, readers: dict[int, Reader]) -> None:
+        self.layer = layer
         self.readers = readers
         self.cache: dict[tuple[int, Any], torch.Tensor] = {}
         self.kept: Any = None
@@ -31,10 +41,21 @@ class _Running(threading.local):
         self.scopes: Counter[tuple[int, str]] = Counter()
         self.entered: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.values: str = "dtensor"
+        self.site: Site | None = None  # where the collectives that run now stand in the plan
         self.converting: Callable[[], AbstractContextManager[None]] = nullcontext  # entered around every conversion
 
 
 running = _Running()
+
+
+@contextmanager
+def standing_at(site: Site | None) -> Iterator[None]:
+    """Inside, collectives are those that the plan has at ``site``."""
+    before, running.site = running.site, site
+    try:
+        yield
+    finally:
+        running.site = before
 
 
 @contextmanager

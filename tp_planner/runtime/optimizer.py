@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from tp_planner.ir.placement import Partial, Placement, Replicate, Shard, local_shape
 from tp_planner.ir.plan import Transition
-from tp_planner.runtime.boundaries import Axis, change
-from tp_planner.runtime.calls import reading_local_values
+from tp_planner.runtime.boundaries import Axis, change, gather
+from tp_planner.runtime.calls import Site, reading_local_values, standing_at
 from tp_planner.runtime.variables import (
     is_sharded,
     local_tensor,
@@ -32,6 +32,7 @@ from tp_planner.runtime.variables import (
 )
 
 SUM_OVER_RANKS = Transition(Partial(), Replicate())
+CLIPPING, LOSS_SCALE = Site("", "gradient clipping"), Site("", "loss scaling")
 ELEMENTWISE = tuple(
     getattr(keras.optimizers, name)
     for name in ("SGD", "RMSprop", "Adam", "AdamW", "Adadelta", "Adagrad", "Adamax", "Nadam", "Ftrl", "Lion")
@@ -96,7 +97,7 @@ class ParallelOptimizer:
             [variable, *(slot for owner, slot in self._slots if owner is variable)] if is_sharded(variable) else []
         )
         for each in sharded:
-            each._stored.whole = whole_tensor(each)
+            each._stored.whole = whole_tensor(each, _update_of(variable))
         try:
             yield
             for each in sharded:
@@ -117,7 +118,7 @@ class ParallelOptimizer:
         """Return the squared norm of each whole gradient; one all-reduce for all of them."""
         squared = torch.stack([grad.square().sum() for grad in grads])
         sharded = torch.tensor([is_sharded(variable) for variable in self._updated], device=squared.device)
-        summed = change(torch.where(sharded, squared, 0), SUM_OVER_RANKS, self._axis)
+        summed = change(torch.where(sharded, squared, 0), SUM_OVER_RANKS, self._axis, CLIPPING)
         return torch.where(sharded, summed, squared)
 
     def _clip_each(self, grads: Sequence[torch.Tensor], limit: float) -> Sequence[torch.Tensor]:
@@ -135,7 +136,7 @@ class ParallelOptimizer:
     def check_finite(self, grads: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return whether all gradients are finite on all ranks, so that all ranks scale the loss alike."""
         finite = super().check_finite(grads)  # type: ignore[misc]
-        not_finite = change((~finite).to(torch.float32).reshape(1), SUM_OVER_RANKS, self._axis)
+        not_finite = change((~finite).to(torch.float32).reshape(1), SUM_OVER_RANKS, self._axis, LOSS_SCALE)
         return (not_finite == 0).reshape(())
 
 
@@ -148,6 +149,21 @@ def _elementwise_classes() -> frozenset[type]:
             {base, *(sub for sub in base.__subclasses__() if sub.__module__.startswith("keras.src.backend"))}
         )
     return frozenset(classes)
+
+
+def updates_all_at_once(optimizer: Any) -> bool:
+    """Whether an update is a few ops on the lists of all variables, and nothing else depends on their number.
+
+    Lion has such a method, and loops in it.
+    """
+    kind = type(optimizer).__mro__[2] if isinstance(optimizer, ParallelOptimizer) else type(optimizer)
+    extras = ("clipnorm", "global_clipnorm", "clipvalue", "use_ema", "gradient_accumulation_steps")
+    return (
+        kind in _elementwise_classes()
+        and hasattr(kind, "_parallel_update_step")
+        and not issubclass(kind, keras.optimizers.Lion)
+        and not any(getattr(optimizer, extra, None) for extra in extras)
+    )
 
 
 @functools.cache
@@ -261,6 +277,9 @@ def _whole_gradient(gradient: torch.Tensor, variable: Any, axis: Axis) -> torch.
         return gradient
     placement = variable._stored.placement
     assert isinstance(placement, Shard)
-    parameter = sharded_parameter(gradient, tuple(variable.shape), placement, axis, requires_grad=False)
-    whole: torch.Tensor = parameter.full_tensor()  # type: ignore[attr-defined]
-    return whole
+    with standing_at(_update_of(variable)):
+        return gather(gradient, placement.dim, variable.shape[placement.dim], axis)
+
+
+def _update_of(variable: Any) -> Site:
+    return Site("", f"update of {variable.path}")

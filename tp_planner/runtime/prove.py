@@ -8,7 +8,7 @@ constants (those DTensor would use), outputs of the shape the placement says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -16,7 +16,8 @@ import keras
 import torch
 from torch.utils._pytree import tree_flatten
 
-from tp_planner.frontend.trace import Recorder, fake_inputs, fake_tensors, run_recorded
+from tp_planner.frontend.recorder import Recorder
+from tp_planner.frontend.trace import fake_inputs, fake_tensors, run_recorded
 from tp_planner.ir.errors import in_one_line
 from tp_planner.ir.graph import ModelGraph, Op, TensorInfo, TensorRef
 from tp_planner.ir.placement import Replicate, Shape, local_shape
@@ -50,16 +51,19 @@ def prove(
     conflicts: list[Conflict] = []
     with fake_tensors():
         arguments = fake_inputs(model, inputs)
-        with applied_for_simulation(model, plan, axis):
+        with applied_for_simulation(model, plan, axis, repeated_layers(graphs)):
             for graph, walk in zip(graphs, walks, strict=True):
-                conflicts += _compare_run(model, arguments, plan, graph, walk, axis.size)
+                conflicts += _compare_run(model, arguments, graph, walk, axis.size)
     return conflicts
 
 
-def _compare_run(
-    model: keras.Model, arguments: Any, plan: Plan, graph: ModelGraph, walk: Walk, parts: int
-) -> list[Conflict]:
-    recorder = Recorder(model, _computation(plan))
+def repeated_layers(graphs: Sequence[ModelGraph]) -> frozenset[str]:
+    """Return the layers that no graph has run."""
+    return frozenset.intersection(*(graph.repeated_layers for graph in graphs))
+
+
+def _compare_run(model: keras.Model, arguments: Any, graph: ModelGraph, walk: Walk, parts: int) -> list[Conflict]:
+    recorder = Recorder(model, repeats=graph.repeats)
     failure: Exception | None = None
     try:
         with mock.patch.object(running, "converting", recorder.paused):
@@ -104,27 +108,6 @@ def _compare_calls(graph: ModelGraph, recorder: Recorder, walk: Walk, parts: int
                 reason = f"layer {call.layer!r} takes or returns shape {shape} on local shards, not {expected}"
                 return [Conflict(_sharded_inside(graph, walk, call.id), reason)]
     return []
-
-
-def _computation(plan: Plan) -> Callable[[str], Hashable]:
-    """Return what the plan says of a layer's computation, by the layer's name and without any names."""
-    stored = {variable.key: variable.placement for variable in plan.variables}
-    of_layer: dict[str, list[Hashable]] = {}
-    for layer in plan.layers:
-        boundaries = [(place.partition(" ")[0], b.forward, b.backward) for place, b in layer.boundaries]
-        of_layer.setdefault(layer.layer, []).append(
-            (
-                layer.mode,
-                layer.style,
-                tuple(boundaries),
-                tuple(stored[use.variable] for use in layer.uses),
-                layer.output_placement,
-                layer.epilogue_after_output,
-                layer.sharded_inputs,
-                layer.dropout_order,
-            )
-        )
-    return lambda name: tuple(of_layer.get(name, ()))
 
 
 def _spans(graph: ModelGraph, walk: Walk) -> set[tuple[str, str]]:

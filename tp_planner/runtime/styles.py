@@ -21,7 +21,7 @@ from tp_planner.ir.errors import ParallelRuntimeError
 from tp_planner.ir.placement import Shard
 from tp_planner.ir.plan import Boundary, LayerPlan
 from tp_planner.runtime.boundaries import Axis, cross
-from tp_planner.runtime.calls import Frame, Reader, running
+from tp_planner.runtime.calls import Frame, Reader, Site, running
 from tp_planner.runtime.variables import own_shard
 
 Place = Callable[[keras.Layer], None]
@@ -88,6 +88,11 @@ class LayerCalls:
     ) -> None:
         self.plans, self.readers, self.axis, self.model = plans, readers, axis, model
         self.modal = set(plans) != {""}
+        self.entries = {
+            mode: [(position, boundary, _site(plan, "input", boundary)) for position, boundary in plan.inputs]
+            for mode, plan in plans.items()
+        }
+        self.exits = {mode: _site(plan, "output", plan.output) for mode, plan in plans.items() if plan.output}
 
     def hook(self, layer: keras.Layer, undo: list[Undo]) -> None:
         """Hook the layer; ``undo`` takes what removes the hooks again."""
@@ -109,9 +114,9 @@ class LayerCalls:
                 f"layer {layer.name!r} is called outside {plan.scope!r}, where its tensors are sharded; "
                 f"call the whole model, or tp_planner.restore(model) first"
             )
-        for position, boundary in plan.inputs:
-            args, kwargs = self._convert(args, kwargs, position, boundary)
-        frame = Frame(self.readers[plan.mode])
+        for position, boundary, site in self.entries[plan.mode]:
+            args, kwargs = self._convert(args, kwargs, position, boundary, site)
+        frame = Frame(plan.layer, self.readers[plan.mode])
         if plan.style == "vocabulary":
             args, frame.kept = self._own_rows(layer, args)
         elif plan.dropout_order:
@@ -142,7 +147,7 @@ class LayerCalls:
             placement = plan.sharded_inputs[0][1]
             result = frame.kept * own_shard(result, placement, self.axis)
         if plan.output is not None:
-            result = cross(result, plan.output, self.axis)
+            result = cross(result, plan.output, self.axis, self.exits[plan.mode])
         if "bias" in plan.epilogue_after_output and layer.bias is not None:
             result = keras.ops.add(result, layer.bias)
         if plan.epilogue_after_output and layer.activation is not None:
@@ -151,22 +156,22 @@ class LayerCalls:
             keras.src.backend.set_keras_mask(result, output._keras_mask)
         return result
 
-    def _convert(self, args: Any, kwargs: Any, position: int, boundary: Boundary) -> tuple[Any, Any]:
+    def _convert(self, args: Any, kwargs: Any, position: int, boundary: Boundary, site: Site) -> tuple[Any, Any]:
         if position == 0 and args and isinstance(args[0], torch.Tensor):
-            return (self._shared(args[0], boundary), *args[1:]), kwargs
+            return (self._shared(args[0], boundary, site), *args[1:]), kwargs
         leaves = keras.tree.flatten((args, kwargs))
-        leaves[position] = self._shared(leaves[position], boundary)
+        leaves[position] = self._shared(leaves[position], boundary, site)
         converted: tuple[Any, Any] = keras.tree.pack_sequence_as((args, kwargs), leaves)
         return converted
 
-    def _shared(self, tensor: torch.Tensor, boundary: Boundary) -> torch.Tensor:
+    def _shared(self, tensor: torch.Tensor, boundary: Boundary, site: Site) -> torch.Tensor:
         """Return the tensor across the boundary; a tensor that crosses equal boundaries crosses once."""
         if not running.scopes:  # nothing would end the sharing
-            return cross(tensor, boundary, self.axis)
+            return cross(tensor, boundary, self.axis, site)
         crossed = running.entered.setdefault(tensor, {})
         key = (boundary.forward, boundary.backward, torch.is_grad_enabled())
         if key not in crossed:
-            crossed[key] = cross(tensor, boundary, self.axis)
+            crossed[key] = cross(tensor, boundary, self.axis, site)
         result: torch.Tensor = crossed[key]
         return result
 
@@ -194,6 +199,10 @@ class LayerCalls:
         order = plan.dropout_order
         ones = torch.ones([shape[dim] for dim in order], dtype=shard.dtype, device=shard.device)
         return (ones.permute([order.index(dim) for dim in range(len(order))]), *args[1:]), shard
+
+
+def _site(plan: LayerPlan, place: str, boundary: Boundary) -> Site:
+    return Site(plan.layer, f"{place} ({boundary.tensor})")
 
 
 def withhold(layer: keras.Layer, epilogue: str) -> dict[str, Any]:

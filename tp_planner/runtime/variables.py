@@ -22,14 +22,12 @@ from keras.src.backend.common.stateless_scope import get_stateless_scope, in_sta
 from keras.src.backend.torch.core import get_device, to_torch_dtype
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Partial as TorchPartial
-from torch.distributed.tensor import Replicate as TorchReplicate
 from torch.distributed.tensor import Shard as TorchShard
 
 from tp_planner.ir.placement import Partial, Placement, Replicate, Shard, chunk_sizes
 from tp_planner.ir.plan import Boundary, Transition
-from tp_planner.runtime.boundaries import Axis, cross
-from tp_planner.runtime.calls import Reader, running
+from tp_planner.runtime.boundaries import Axis, cross, gather, reduce_to_shard
+from tp_planner.runtime.calls import Reader, Site, running, standing_at
 from tp_planner.runtime.rendezvous import meet
 
 BackendVariable = type(keras.Variable(0.0, name="probe"))
@@ -69,7 +67,7 @@ class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
             if reader is not None:
                 return self._read_once(frame.cache, reader)
         if running.frames:
-            return read_whole(self)
+            return read_whole(self, None)
         return self._value
 
     def _read_once(self, cache: dict[tuple[int, Any], torch.Tensor], reader: Reader) -> torch.Tensor:
@@ -171,14 +169,14 @@ def own_shard(value: Any, placement: Placement, axis: Axis) -> Any:
     return value[index]
 
 
-def read_as(boundary: Boundary, axis: Axis) -> Reader:
-    """Return the reader of a variable that a layer uses through ``boundary``."""
+def read_as(boundary: Boundary, axis: Axis, site: Site) -> Reader:
+    """Return the reader of a variable that a layer uses through ``boundary``, which stands at ``site``."""
     stored, used = boundary.forward.source, boundary.forward.target
     partial = isinstance(boundary.backward.source, Partial)
     if isinstance(stored, Shard) and used == stored:
         return read_shard
     if isinstance(stored, Shard) and used == Replicate():
-        return lambda variable: read_whole(variable, gradient_is_partial=partial)
+        return lambda variable: read_whole(variable, site, gradient_is_partial=partial)
     if isinstance(stored, Shard):
         assert isinstance(used, Shard)
         cut = replace(
@@ -186,8 +184,8 @@ def read_as(boundary: Boundary, axis: Axis) -> Reader:
             forward=Transition(Replicate(), used),
             backward=Transition(used, Replicate()),
         )
-        return lambda variable: cross(read_whole(variable), cut, axis)
-    return lambda variable: cross(variable._maybe_autocast(variable._value), boundary, axis)
+        return lambda variable: cross(read_whole(variable, site), cut, axis, site)
+    return lambda variable: cross(variable._maybe_autocast(variable._value), boundary, axis, site)
 
 
 class _LocalShard(torch.autograd.Function):
@@ -213,24 +211,53 @@ def read_shard(variable: Any) -> torch.Tensor:
     return cast
 
 
-def read_whole(variable: Any, gradient_is_partial: bool = False) -> torch.Tensor:
-    """Return the whole value, gathered from the ranks, gradients flowing back to each rank's shard."""
+class _Gathered(torch.autograd.Function):
+    """The whole value of a sharded parameter; each rank's gradient of it is whole, or a summand."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, parameter: DTensor, stored: Stored, gradient_is_partial: bool, site: Site | None
+    ) -> torch.Tensor:
+        ctx.spec, ctx.placement, ctx.axis = parameter._spec, stored.placement, stored.axis
+        ctx.partial, ctx.site = gradient_is_partial, site
+        return _gathered(parameter, stored, site)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[DTensor, None, None, None]:
+        if ctx.partial:
+            with standing_at(ctx.site):
+                shard = reduce_to_shard(gradient, ctx.placement.dim, ctx.axis)
+        else:
+            shard = own_shard(gradient, ctx.placement, ctx.axis).contiguous()
+        return DTensor(shard, ctx.spec, requires_grad=False), None, None, None
+
+
+def _gathered(parameter: DTensor, stored: Stored, site: Site | None) -> torch.Tensor:
+    placement = stored.placement
+    assert isinstance(placement, Shard)
+    with standing_at(site):
+        return gather(parameter._local_tensor.detach(), placement.dim, parameter.shape[placement.dim], stored.axis)
+
+
+def read_whole(variable: Any, site: Site | None, gradient_is_partial: bool = False) -> torch.Tensor:
+    """Return the whole value, gathered from the ranks, gradients flowing back to each rank's shard.
+
+    ``site`` is where the plan has the gathering, None where it has none.
+    """
     with running.converting():
         value: torch.Tensor = variable._maybe_autocast(variable._value)
         if not isinstance(value, DTensor):
             return value
-        whole = value.redistribute(placements=[TorchReplicate()])
-        local: torch.Tensor = whole.to_local(
-            grad_placements=[TorchPartial() if gradient_is_partial else TorchReplicate()]
-        )
-        return local
+        whole: torch.Tensor = _Gathered.apply(value, variable._stored, gradient_is_partial, site)
+        return whole
 
 
-def whole_tensor(variable: Any) -> torch.Tensor:
+def whole_tensor(variable: Any, site: Site | None = None) -> torch.Tensor:
     """Return the whole value without gradient history; every rank has to call it."""
+    value = variable._value
     with torch.no_grad():
-        value = variable._value
-        whole: torch.Tensor = value.full_tensor() if isinstance(value, DTensor) else value.detach()
+        whole: torch.Tensor = _gathered(value, variable._stored, site) if isinstance(value, DTensor) else value.detach()
         return whole
 
 

@@ -1,0 +1,43 @@
+"""What the commands that answer with a report share: stdout is the answer's alone, as text, tables or JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tp_planner.cli.app import choose_backend, mistakes_reported
+
+if TYPE_CHECKING:
+    from tp_planner.report.sections import Section
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Answer in JSON, with exact numbers, instead of in tables.")]
+
+
+@contextlib.contextmanager
+def working() -> Iterator[None]:
+    """Choose the backend and report mistakes; what a factory prints meanwhile goes to stderr."""
+    with mistakes_reported():
+        choose_backend()
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+
+
+def show(value: Any, sections: Sequence[Section], as_json: bool) -> None:
+    """Write the value as JSON, or its report: in colour where stdout is a terminal."""
+    from rich.console import Console
+
+    from tp_planner.report.sections import sections_to_renderable, sections_to_text
+
+    console = Console()
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(value), indent=1, sort_keys=True))
+    elif console.is_terminal:
+        console.print(sections_to_renderable(sections))
+    else:
+        typer.echo(sections_to_text(sections), nl=False)

@@ -1,0 +1,36 @@
+"""``tp-planner explain``: why one layer or variable is planned as it is, and what else it could be."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tp_planner.cli.answer import JsonOption, show, working
+from tp_planner.cli.app import InputOption, LayoutOption, MeshOption, ModelArgument, app
+from tp_planner.cli.load import load_layout, load_model, read_inputs
+
+
+@app.command("explain")
+def explain_command(
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A layer or a variable, as the plan names it, e.g. block_0_up/kernel.")
+    ],
+    model: ModelArgument,
+    layout: LayoutOption,
+    mesh: MeshOption,
+    input: InputOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show why the layer or variable at PATH of MODEL is planned as it is, and what the alternatives cost.
+
+    An alternative is the layout with other rules for PATH. Each is planned, so that its numbers are those of a plan.
+    """
+    with working():
+        from tp_planner.explain import explain
+        from tp_planner.report.explain import explanation_sections
+
+        rules = load_layout(layout, mesh)
+        specs = read_inputs(input or [])
+        explanation = explain(load_model(model), rules, path, specs)
+    show(explanation, explanation_sections(explanation), as_json)

@@ -1,0 +1,367 @@
+"""The recorder: writes down every ATen op and every layer call of a running Keras model.
+
+A block that is planned like one that has run already is not run. One op of the name ``REPEAT`` stands for all it
+would do, and the graph says which block it repeats.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from tp_planner.frontend.blocks import Blocks
+from tp_planner.frontend.contractions import call_mode
+from tp_planner.frontend.layer_tree import named_layers, named_variables
+from tp_planner.ir.graph import REPEAT, Call, Op, Repeat, TensorInfo, TensorRef
+
+CONSTANT_SIZE = 64  # how many values of a constant tensor are compared
+
+
+class CapturedVariable(Exception):
+    """The model uses a tensor that was computed from a variable before the call."""
+
+
+class BlockNotAlone(Exception):
+    """A layer or variable inside a block that may be repeated is used from outside of the block."""
+
+
+@dataclass(frozen=True)
+class MadeTensor:
+    """A tensor that a block returned."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+
+@dataclass
+class _OpenCall:
+    """A layer call that is running."""
+
+    id: int
+    layer: str
+    parent: int | None
+    mode: str
+    inputs: tuple[tuple[int, int], ...]
+    first_op: int
+    core_output: int | None = None
+
+
+class Recorder(TorchDispatchMode):
+    """Sees every ATen op and every layer call of a model and writes them down.
+
+    Args:
+        model: the model that is going to run.
+        blocks: which of its layers are equal; by default each is run.
+        trainable: keys of the variables that are trained now.
+        repeats: calls that repeat another, from an earlier recording: just these do so again.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        blocks: Blocks | None = None,
+        trainable: frozenset[str] = frozenset(),
+        repeats: Mapping[int, Repeat] | None = None,
+    ) -> None:
+        super().__init__()
+        self._blocks = blocks if blocks is not None else Blocks.none()
+        self._known_repeats = repeats
+        self._twins: dict[Any, tuple[int, Any]] = {}  # by all that has to be equal: the call, and its outputs
+        self._takers: dict[int, dict[int, Any]] = {}  # by tensor with a gradient: who took it, by call
+        self.repeats: dict[int, Repeat] = {}
+        # Called with the keys of the variables of a block that is about to run.
+        self.prepare: Callable[[list[str]], None] = lambda keys: None
+        self._trainable = trainable
+        self._layers = named_layers(model)
+        self._names = {id(layer): name for name, layer in self._layers.items()}
+        self._variables = named_variables(model)
+        self.ops: list[Op] = []
+        self.calls: dict[int, Call] = {}
+        self.tensors: dict[int, TensorInfo] = {}
+        self._alive: list[torch.Tensor] = []
+        self._ids: dict[int, int] = {}
+        self.with_grad: set[int] = set()
+        self.trained: set[int] = set()
+        self._constants: dict[int, Any] = {}
+        self._stack: list[_OpenCall] = []
+        self._paused = 0
+        self._keys = {id(variable): key for key, variable in self._variables.items()}
+        self._variable_of: dict[int, str] = {}
+        self.know(self._variables)
+
+    # --- tensors ---------------------------------------------------------------------------------------
+
+    def know(self, keys: Iterable[str]) -> None:
+        """Recognise the variables of these keys by the tensors that they hold now."""
+        self._variable_of.update({id(self._variables[key]._value): key for key in keys})
+
+    def tensor_id(self, tensor: torch.Tensor) -> int:
+        """Return the id of a tensor, a new one where it was not met before."""
+        known = self._ids.get(id(tensor))
+        if known is None:
+            known = self._add(tensor, self._variable_of.get(id(tensor)))
+            if not isinstance(tensor, FakeTensor) and self.tensors[known].variable is None:
+                self._constants[known] = self._constant(tensor)
+        variable = self.tensors[known].variable
+        if variable is not None:
+            self._must_be_inside(self._blocks.home_of_variable.get(variable), f"variable {variable!r}")
+        if tensor.requires_grad:
+            self.with_grad.add(known)
+        return known
+
+    def _must_be_inside(self, block: str | None, what: str) -> None:
+        if block is not None and all(call.layer != block for call in self._stack):
+            raise BlockNotAlone(f"{what} is used outside of {block!r}")
+
+    def _constant(self, tensor: torch.Tensor) -> Any:
+        """Return the value of a real tensor that the model's code made or kept."""
+        if tensor.requires_grad:
+            raise CapturedVariable(
+                f"layer {self.running_layer!r} uses a tensor of shape {tuple(tensor.shape)} that was computed from a "
+                f"variable when the model was built and does not follow it; compute it in a layer's call instead"
+            )
+        with no_dispatch():
+            return tuple(tensor.reshape(-1)[:CONSTANT_SIZE].tolist())
+
+    def _add(self, tensor: torch.Tensor, variable: str | None = None) -> int:
+        number = len(self.tensors)
+        self._alive.append(tensor)  # keeps id(tensor) from being used again
+        self._ids[id(tensor)] = number
+        self.tensors[number] = TensorInfo(
+            id=number,
+            shape=tuple(tensor.shape),
+            stride=tuple(tensor.stride()) if tensor.layout == torch.strided else (),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            itemsize=tensor.element_size(),
+            requires_grad=False,
+            has_gradient=False,
+            variable=variable,
+        )
+        if variable in self._trainable:
+            self.trained.add(number)
+        return number
+
+    # --- ops -------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._paused or not self._stack or func.namespace == "prim":
+            return func(*args, **kwargs)
+        inputs: list[int] = []
+
+        def reference(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            inputs.append(self.tensor_id(leaf))
+            return TensorRef(len(inputs) - 1)
+
+        arguments = tree_map(reference, (args, kwargs))
+        result = func(*args, **kwargs)
+        outputs = [self._add(leaf) for leaf in tree_flatten(result)[0] if isinstance(leaf, torch.Tensor)]
+        constants = tuple(self._constants[number] for number in inputs if number in self._constants)
+        is_random = torch.Tag.nondeterministic_seeded in func.tags
+        self._write(str(func), arguments, tuple(inputs), tuple(outputs), is_random, constants)
+        return result
+
+    def _write(
+        self,
+        name: str,
+        arguments: Any,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        is_random: bool = False,
+        constants: tuple[Any, ...] = (),
+    ) -> None:
+        call = self._stack[-1].id
+        self.ops.append(Op(len(self.ops), name, call, arguments, inputs, outputs, is_random, constants))
+        if not self.trained.isdisjoint(inputs):
+            self.trained.update(outputs)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Ops inside are not recorded."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    @property
+    def running_layer(self) -> str:
+        """The layer whose call is running, or was when the model failed."""
+        return self._stack[-1].layer
+
+    # --- layer calls -----------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def watching_layers(self) -> Iterator[None]:
+        """Hook every layer of the model; the hooks are gone afterwards, whatever happens."""
+        with contextlib.ExitStack() as stack:
+            repeats = (self._known_repeats or {}).values()
+            skipped = {layer for repeat in repeats for _, layer in repeat.layers} - {repeat.block for repeat in repeats}
+            for name, layer in self._layers.items():
+                if name in skipped:
+                    continue
+                handles = (
+                    layer.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
+                    layer.register_forward_hook(self._leave, with_kwargs=True),
+                )
+                for handle in handles:
+                    stack.callback(handle.remove)
+                if callable(getattr(layer, "activation", None)):
+                    stack.enter_context(self._watching_activation(layer))
+            for name in dict.fromkeys([*self._blocks.signatures, *(repeat.block for repeat in repeats)]):
+                layer = self._layers[name]
+                layer.__dict__["forward"] = functools.partial(self._forward, name, layer.forward)
+                stack.callback(layer.__dict__.pop, "forward")
+            yield
+
+    def _enter(self, layer: keras.Layer, args: Any, kwargs: Any) -> None:
+        name = self._names[id(layer)]
+        self._must_be_inside(self._blocks.home_of_layer.get(name), f"layer {name!r}")
+        leaves = keras.tree.flatten((args, kwargs))
+        inputs = tuple(
+            (position, self.tensor_id(leaf)) for position, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)
+        )
+        parent = self._stack[-1].id if self._stack else None
+        mode = call_mode(layer, args, kwargs)
+        call = _OpenCall(len(self.calls), name, parent, mode, inputs, len(self.ops))
+        self.calls[call.id] = Call(call.id, call.layer, parent, call.mode, inputs, (), (call.first_op, -1), None)
+        self._stack.append(call)
+        self._take(call)
+
+    def _take(self, call: _OpenCall) -> None:
+        """Note who took which tensors; inside a block that took a tensor, the block is the one."""
+        outer = self._stack[:-1]
+        for _, number in call.inputs:
+            within = any(
+                each.layer in self._blocks.signatures and number in dict(each.inputs).values() for each in outer
+            )
+            if number in self.with_grad and not within:
+                self._takers.setdefault(number, {})[call.id] = self._blocks.signatures.get(call.layer, call.layer)
+
+    def _is_block_taking(self, call: _OpenCall, tensor: int) -> bool:
+        return call.layer in self._blocks.signatures and any(tensor == given for _, given in call.inputs)
+
+    def _leave(self, layer: keras.Layer, args: Any, kwargs: Any, outputs: Any) -> None:
+        call = self._stack.pop()
+        ids = tuple(self.tensor_id(leaf) for leaf in tree_flatten(outputs)[0] if isinstance(leaf, torch.Tensor))
+        span = (call.first_op, len(self.ops))
+        self.calls[call.id] = Call(
+            call.id, call.layer, call.parent, call.mode, call.inputs, ids, span, call.core_output
+        )
+
+    @contextlib.contextmanager
+    def _watching_activation(self, layer: keras.Layer) -> Iterator[None]:
+        activation = layer.activation
+
+        def watched(x: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(x, torch.Tensor) and self._stack and self._stack[-1].layer == self._names[id(layer)]:
+                self._stack[-1].core_output = self.tensor_id(x)
+            return activation(x, *args, **kwargs)
+
+        layer.__dict__["activation"] = watched
+        try:
+            yield
+        finally:
+            layer.__dict__["activation"] = activation
+
+    # --- equal blocks ----------------------------------------------------------------------------------
+
+    def _forward(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a block, or let one op stand for all that an equal block did."""
+        leaves, structure = tree_flatten((args, kwargs))
+        call = self._stack[-1].id
+        if self._known_repeats is not None:
+            repeat = self._known_repeats.get(call)
+            if repeat is not None and repeat.block == name:
+                return self._repeat(repeat, leaves)
+            return forward(*args, **kwargs)
+        if self._paused or any(hasattr(leaf, "_keras_mask") for leaf in leaves):
+            self._make_ready(name)
+            return forward(*args, **kwargs)
+        key = (self._blocks.signatures[name], str(structure), self._inputs_signature(leaves))
+        if key in self._twins:
+            twin, outputs = self._twins[key]
+            other = self.calls[twin].layer
+            layers = zip(self._blocks.layers[other], self._blocks.layers[name], strict=True)
+            variables = zip(self._blocks.variables[other], self._blocks.variables[name], strict=True)
+            return self._repeat(Repeat(name, call, twin, tuple(layers), tuple(variables), outputs), leaves)
+        self._make_ready(name)
+        result = forward(*args, **kwargs)
+        given, output_structure = tree_flatten(result)
+        if not any(hasattr(leaf, "_keras_mask") for leaf in given) and not self._adds_losses(name):
+            self._twins[key] = call, (output_structure, tuple(map(_made, given)))
+        return result
+
+    def _make_ready(self, name: str) -> None:
+        with self.paused():
+            self.prepare(list(self._blocks.variables[name]))
+
+    def _adds_losses(self, name: str) -> bool:
+        return any(self._layers[each]._losses for each in self._blocks.layers[name])
+
+    def _inputs_signature(self, leaves: list[Any]) -> Any:
+        """Return what of a block's inputs its plan depends on.
+
+        A tensor that has a gradient and was taken before is itself part of it, with who took it: crossing into one
+        region after the other, it is converted once.
+        """
+        running = {call.id for call in self._stack}
+        scope = keras.src.backend.get_autocast_scope()
+        ids = [self.tensor_id(leaf) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
+
+        def described(leaf: Any, number: int | None) -> Any:
+            if number is None:
+                return repr(leaf)
+            takers = {who for call, who in self._takers.get(number, {}).items() if call not in running}
+            shared = (number, frozenset(takers)) if takers else None
+            kind = (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.requires_grad, number in self.trained)
+            return (*kind, ids.index(number), shared)
+
+        described_leaves = tuple(described(leaf, number) for leaf, number in zip(leaves, ids, strict=True))
+        return None if scope is None else scope.dtype, described_leaves
+
+    def _repeat(self, repeat: Repeat, leaves: list[Any]) -> Any:
+        """Write down one op for the whole block and return outputs like those of the block it repeats."""
+        self.repeats[repeat.call] = repeat
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        with self.paused():
+            outputs = stand_in_outputs(repeat)
+        inputs = tuple(self.tensor_id(leaf) for leaf in tensors)
+        made = tuple(self.tensor_id(leaf) for leaf in tree_flatten(outputs)[0] if isinstance(leaf, torch.Tensor))
+        arguments = tuple(TensorRef(position) for position in range(len(inputs)))
+        self._write(REPEAT, (arguments, {}), inputs, made)
+        return outputs
+
+
+def stand_in_outputs(repeat: Repeat) -> Any:
+    """Return empty tensors nested like the outputs of the block that is repeated."""
+    structure, leaves = repeat.outputs
+    return tree_unflatten([_empty(leaf) for leaf in leaves], structure)
+
+
+def _made(leaf: Any) -> Any:
+    """Return what describes a tensor that a block returned; anything else as it is."""
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    return MadeTensor(tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.requires_grad)
+
+
+def _empty(leaf: Any) -> Any:
+    if not isinstance(leaf, MadeTensor):
+        return leaf
+    tensor = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device="cpu")
+    return tensor.requires_grad_().view_as(tensor) if leaf.requires_grad else tensor

@@ -1,0 +1,273 @@
+"""The log of a training step: storages, kernels and collectives in order, and what they come to.
+
+A log may say that a block does again what an equal one did; ``unfold`` writes that out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from tp_planner.ir.step import Collective, Memory, MemoryUse, Phase, Work
+
+StorageKind = Literal["parameters", "gradients", "optimizer", "activations", "temporaries"]
+PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
+
+
+@dataclass(frozen=True, slots=True)
+class Allocated:
+    """A storage of ``bytes`` came to be."""
+
+    storage: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Freed:
+    """A storage is gone."""
+
+    storage: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """An op computed, ``times`` times: FLOPs of matrix products by dtype, and bytes read and written each time."""
+
+    phase: Phase
+    dtype: str
+    flops: int
+    bytes: int
+    times: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Began:
+    """The phase began."""
+
+    phase: Phase
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """The forward or backward pass of a block begins or ends; ``call`` is the block's call.
+
+    ``gradients`` are the storages of the gradients that arrive where a backward pass begins, by output.
+    """
+
+    call: int
+    phase: Phase
+    begins: bool
+    gradients: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Here a block does again in this phase what another did; see ``Edge``."""
+
+    call: int
+    phase: Phase
+    gradients: tuple[tuple[int, int], ...] = ()
+
+
+Event = Allocated | Freed | Kernel | Collective | Began | Edge | Again
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """The block that ``Again`` stands for: whose call, and what its layers, variables and tensors are called now."""
+
+    call: int
+    names: Mapping[str, str]
+
+
+@dataclass
+class StepLog:
+    """Events in order, and what each storage is for, where that is known."""
+
+    events: list[Event] = field(default_factory=list)
+    kinds: dict[int, StorageKind] = field(default_factory=dict)
+    storages: int = 0
+
+    def allocate(self, size: int, kind: StorageKind | None = None) -> int:
+        """Note a new storage of ``size`` bytes and return its number."""
+        number = self.storages
+        self.storages += 1
+        if kind is not None:
+            self.kinds[number] = kind
+        self.events.append(Allocated(number, size))
+        return number
+
+
+def collectives_of(log: StepLog) -> tuple[Collective, ...]:
+    """Return the collectives in order of execution."""
+    return tuple(event for event in log.events if isinstance(event, Collective))
+
+
+def work_of(log: StepLog) -> tuple[Work, ...]:
+    """Return what was computed in each phase that ran."""
+    flops: dict[Phase, Counter[str]] = {phase: Counter() for phase in PHASES}
+    moved: Counter[Phase] = Counter()
+    ops: Counter[Phase] = Counter()
+    for event in log.events:
+        if isinstance(event, Kernel):
+            ops[event.phase] += event.times
+            moved[event.phase] += event.bytes * event.times
+            if event.flops:
+                flops[event.phase][event.dtype] += event.flops * event.times
+    return tuple(
+        Work(phase, tuple(sorted(flops[phase].items())), moved[phase], ops[phase]) for phase in PHASES if ops[phase]
+    )
+
+
+def memory_of(log: StepLog) -> Memory:
+    """Return each kind's largest use and the uses at the peak."""
+    use: Counter[StorageKind] = Counter()
+    largest: Counter[StorageKind] = Counter()
+    peak: Counter[StorageKind] = Counter()
+    sizes: dict[int, int] = {}
+    total, highest = 0, -1
+    phase: Phase = "forward"
+    peak_phase: Phase = "forward"
+    for event in log.events:
+        if isinstance(event, Allocated):
+            kind = log.kinds.get(event.storage, "temporaries")
+            sizes[event.storage] = event.bytes
+            use[kind] += event.bytes
+            total += event.bytes
+            if use[kind] > largest[kind]:
+                largest[kind] = use[kind]
+            if total > highest:
+                highest, peak, peak_phase = total, use.copy(), phase
+        elif isinstance(event, Freed):
+            size = sizes.pop(event.storage)
+            use[log.kinds.get(event.storage, "temporaries")] -= size
+            total -= size
+        elif isinstance(event, Began):
+            phase = event.phase
+    return Memory(_memory_use(largest), _memory_use(peak), peak_phase)
+
+
+def _memory_use(use: Counter[StorageKind]) -> MemoryUse:
+    return MemoryUse(use["parameters"], use["gradients"], use["optimizer"], use["activations"], use["temporaries"])
+
+
+def unfold(log: StepLog, twins: Mapping[int, Twin], outputs: frozenset[int]) -> StepLog:
+    """Return the log with every ``Again`` written out: storages of its own, and the names of its block.
+
+    Args:
+        log: what was recorded.
+        twins: by call, whom a block repeats.
+        outputs: storages that blocks have returned; a block that repeats another has returned tensors of its own.
+    """
+    return _Unfolding(log, twins, outputs).run()
+
+
+class _Unfolding:
+    def __init__(self, log: StepLog, twins: Mapping[int, Twin], outputs: frozenset[int]) -> None:
+        self.log, self.twins = log, twins
+        self.out = StepLog(kinds=dict(log.kinds), storages=log.storages)
+        self.freed = {event.storage for event in log.events if isinstance(event, Freed)}
+        self.spans = _spans(log.events)
+        self.gone: set[int] = set()  # storages of the log that went earlier than it says
+        self.arrived: dict[int, dict[int, int]] = {}  # by call of a block that ran: output -> storage of its gradient
+        for event in log.events:
+            if isinstance(event, Edge) and event.gradients:
+                self.arrived.setdefault(event.call, {}).update(event.gradients)
+        self.returned = outputs.union(*(self._gradients_of_inputs(*key) for key in self.spans))
+        self.copies: dict[tuple[int, ...], dict[int, int]] = {}  # by chain of repeating calls: storage -> its copy
+
+    def run(self) -> StepLog:
+        self._write(0, len(self.log.events), (), {})
+        return self.out
+
+    def _gradients_of_inputs(self, call: int, phase: Phase) -> set[int]:
+        """Return the storages that the backward pass of a block makes and hands on."""
+        start, end = self.spans[call, phase]
+        inside = self.log.events[start:end]
+        made = {event.storage for event in inside if isinstance(event, Allocated)}
+        gone = {event.storage for event in inside if isinstance(event, Freed)}
+        held = {storage for storage in made - gone if self.log.kinds.get(storage) != "gradients"}
+        return held if phase == "backward" else set()
+
+    def _write(self, start: int, end: int, chain: tuple[int, ...], names: Mapping[str, str]) -> None:
+        for event in self.log.events[start:end]:
+            if isinstance(event, Again):
+                self._again(event, chain, names)
+            elif chain and isinstance(event, Allocated | Freed):
+                self._storage_again(event, chain)
+            elif chain and isinstance(event, Collective):
+                self.out.events.append(_renamed(event, names))
+            elif isinstance(event, Freed) and event.storage in self.gone:
+                self.gone.remove(event.storage)
+            elif not isinstance(event, Edge | Began) or (not chain and isinstance(event, Began)):
+                self.out.events.append(event)
+
+    def _again(self, event: Again, chain: tuple[int, ...], names: Mapping[str, str]) -> None:
+        twin = self.twins[event.call]
+        span = self.spans.get((twin.call, event.phase))
+        if span is None:
+            return
+        own = {**names, **{old: names.get(new, new) for old, new in twin.names.items()}}
+        inner = (*chain, event.call)
+        self._take_gradients(event, twin.call, inner)
+        self._write(*span, inner, own)
+        if event.phase == "backward":
+            self._let_go(inner)
+
+    def _take_gradients(self, event: Again, twin: int, chain: tuple[int, ...]) -> None:
+        """Let the gradients that arrive go when the twin lets go of its own."""
+        arriving = dict(event.gradients)
+        copies = self.copies.setdefault(chain, {})
+        for output, storage in self.arrived.get(twin, {}).items():
+            # Inside a repeated block they are that block's own copies, and go as it says.
+            if output in arriving and len(chain) == 1:
+                copies[storage] = arriving[output]
+
+    def _storage_again(self, event: Allocated | Freed, chain: tuple[int, ...]) -> None:
+        copies = self.copies.setdefault(chain, {})
+        if isinstance(event, Freed):
+            if event.storage in copies:
+                copy = copies.pop(event.storage)
+                self.out.events.append(Freed(copy))
+                if copy < self.log.storages:
+                    self.gone.add(copy)
+        elif event.storage not in self.returned:
+            copies[event.storage] = self.out.allocate(event.bytes, self.log.kinds.get(event.storage))
+
+    def _let_go(self, chain: tuple[int, ...]) -> None:
+        """Free what a block that has gone backward still holds, if its twin lets go of it at all."""
+        for storage, copy in self.copies.pop(chain, {}).items():
+            if storage in self.freed and copy >= self.log.storages:
+                self.out.events.append(Freed(copy))
+
+
+def _spans(events: Iterable[Event]) -> dict[tuple[int, Phase], tuple[int, int]]:
+    """Return where each block that ran begins and ends in each phase."""
+    starts: dict[tuple[int, Phase], int] = {}
+    spans: dict[tuple[int, Phase], tuple[int, int]] = {}
+    open_backward: dict[tuple[int, Phase], int] = {}
+    last = 0
+    for position, event in enumerate(events):
+        last = position + 1
+        if isinstance(event, Edge):
+            key = event.call, event.phase
+            if event.begins:
+                starts.setdefault(key, position + 1)
+                open_backward[key] = position + 1
+            else:
+                spans[key] = starts[key], position
+                open_backward.pop(key, None)
+        elif isinstance(event, Began) and event.phase == "update":
+            for key in list(open_backward):
+                spans[key] = open_backward.pop(key), position
+    spans.update({key: (start, last) for key, start in open_backward.items()})
+    return spans
+
+
+def _renamed(collective: Collective, names: Mapping[str, str]) -> Collective:
+    place = collective.place
+    words, bracket, tensor = place.partition(" (")
+    renamed = f"{words} ({names.get(tensor[:-1], tensor[:-1])})" if bracket else names.get(place, place)
+    return replace(collective, layer=names.get(collective.layer, collective.layer), place=renamed)

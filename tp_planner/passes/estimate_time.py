@@ -1,0 +1,94 @@
+"""Estimate time: from what a training step computes and communicates, how long it takes on given hardware.
+
+Compute is bounded by a roofline: arithmetic at the matmul rate, traffic at the memory bandwidth, and the host's time
+to launch the ops (Williams, Waterman and Patterson, "Roofline: an insightful visual performance model for multicore
+architectures", 2009). Where all three overlap, the longest of them is the time of a phase; where nothing does, their
+sum. Collectives follow the alpha-beta model of a ring: a latency, another for each step, and bytes over bandwidth
+(Thakur, Rabenseifner and Gropp, "Optimization of collective communication operations in MPICH", 2005).
+"""
+
+from __future__ import annotations
+
+from tp_planner.ir.errors import PlanError
+from tp_planner.ir.hardware import Hardware, PhaseTime, TimeEstimate, TimeRange
+from tp_planner.ir.plan import Plan
+from tp_planner.ir.step import Collective, Phase, Work
+
+_PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
+_NO_TIME = TimeRange(0.0, 0.0)
+_ASSUMPTIONS = (
+    "low: the efficiencies' high ends; arithmetic, memory traffic and launches of a phase overlap wholly",
+    "high: the efficiencies' low ends; nothing overlaps, no op is fused, nothing stays in a cache",
+    "both: a collective waits for the ops before it and holds up those after it; rings within one node",
+    "not counted: the loss, metrics, reading the data",
+)
+
+
+def estimate_time(plan: Plan, hardware: Hardware) -> TimeEstimate:
+    """Return the time of one training step of ``plan``, with the inputs it was traced with, on ``hardware``.
+
+    Raises PlanError if the plan has no simulated step, or the hardware has no matmul rate for a dtype of the plan.
+    """
+    if not plan.step.work:
+        raise PlanError(f"the plan of {plan.model!r} has no simulated step to estimate from; plan the model again")
+    _require_rates(plan, hardware)
+    running = {work.phase for work in plan.step.work}
+    phases = tuple(_phase_time(phase, plan, hardware) for phase in _PHASES if phase in running)
+    return TimeEstimate(phases, _ASSUMPTIONS + _assumptions_of(plan, hardware))
+
+
+def _require_rates(plan: Plan, hardware: Hardware) -> None:
+    known = dict(hardware.matmul_rate)
+    missing = sorted({dtype for work in plan.step.work for dtype, _ in work.matmul_flops} - set(known))
+    if missing:
+        raise PlanError(
+            f"{hardware.name!r} has no matmul rate for {dtype}; add [matmul_rate.{dtype}] to a copy of its profile"
+            for dtype in missing
+        )
+
+
+def _assumptions_of(plan: Plan, hardware: Hardware) -> tuple[str, ...]:
+    """Return what is assumed of this plan in particular."""
+    assumptions = []
+    if not plan.step.optimizer:
+        assumptions.append("no update: the plan was made without an optimizer")
+    if plan.axis_size > hardware.node_size.value:
+        assumptions.append(
+            f"{plan.axis_size} ranks are more than the {hardware.node_size.value:g} devices that the links connect: "
+            f"between nodes communication takes longer"
+        )
+    return tuple(assumptions)
+
+
+def _phase_time(phase: Phase, plan: Plan, hardware: Hardware) -> PhaseTime:
+    compute = [_compute_time(work, hardware) for work in plan.step.work if work.phase == phase]
+    communication = [_collective_time(each, hardware) for each in plan.collectives if each.phase == phase]
+    return PhaseTime(phase, sum(compute, _NO_TIME), sum(communication, _NO_TIME))
+
+
+def _compute_time(work: Work, hardware: Hardware) -> TimeRange:
+    rates = dict(hardware.matmul_rate)
+    efficiency, traffic, launch = hardware.matmul_efficiency, hardware.memory_efficiency, hardware.launch_overhead
+    matmul = sum(flops / rates[dtype].value for dtype, flops in work.matmul_flops)
+    memory = work.memory_bytes / hardware.memory_bandwidth.value
+    return TimeRange(
+        low=max(matmul / efficiency.high, memory / traffic.high, work.ops * launch.low),
+        high=matmul / efficiency.low + memory / traffic.low + work.ops * launch.high,
+    )
+
+
+def _collective_time(collective: Collective, hardware: Hardware) -> TimeRange:
+    if collective.group_size == 1:
+        return _NO_TIME
+    latency, step, link = hardware.collective_latency, hardware.ring_step_latency, hardware.link_efficiency
+    steps = _ring_steps(collective)
+    transfer = collective.wire_bytes / hardware.link_bandwidth.value
+    return TimeRange(
+        low=latency.low + steps * step.low + transfer / link.high,
+        high=latency.high + steps * step.high + transfer / link.low,
+    )
+
+
+def _ring_steps(collective: Collective) -> int:
+    """Return how many times data moves on around the ring: an all-reduce is a reduce-scatter and an all-gather."""
+    return (collective.group_size - 1) * (2 if collective.kind == "all_reduce" else 1)

@@ -1,0 +1,119 @@
+"""Recording: which collectives run, and where they stand in the plan.
+
+A dispatch mode sees every communicating op, whoever calls it: a boundary of the plan, DTensor, Keras, or the
+model's own code. What runs at a site of the plan is planned; everything else is implicit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from tp_planner.ir.step import Collective, CollectiveKind, Phase
+from tp_planner.runtime.boundaries import Axis
+from tp_planner.runtime.calls import running
+
+# By the names of torch's functional collectives, and of the older ones that work in place.
+KINDS: dict[str, CollectiveKind] = {
+    "all_reduce": "all_reduce",
+    "all_reduce_": "all_reduce",
+    "all_gather_into_tensor": "all_gather",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "all_to_all_single": "all_to_all",
+    "broadcast": "broadcast",
+    "broadcast_": "broadcast",
+    "allreduce_": "all_reduce",
+    "allgather_": "all_gather",
+    "_allgather_base_": "all_gather",
+    "reduce_scatter_": "reduce_scatter",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "alltoall_": "all_to_all",
+    "alltoall_base_": "all_to_all",
+    "all_reduce_coalesced": "all_reduce",
+    "all_gather_into_tensor_coalesced": "all_gather",
+    "reduce_scatter_tensor_coalesced": "reduce_scatter",
+    "allreduce_coalesced_": "all_reduce",
+}
+LOCAL_OPS = {"wait_tensor", "_wrap_tensor_autograd"}  # of the same namespaces, but they send nothing
+REASONS: dict[str, str] = {
+    "all_reduce": "summands of the ranks are added",
+    "all_gather": "shards of the ranks are put together",
+    "reduce_scatter": "summands of the ranks are added, and each rank keeps its shard",
+}
+
+
+class CollectiveRecorder(TorchDispatchMode):
+    """Records the collectives that run while it is entered, in order.
+
+    ``name`` is what the plan calls the axis.
+    """
+
+    def __init__(self, axis: Axis, name: str) -> None:
+        super().__init__()
+        self.collectives: list[Collective] = []
+        self._axis, self._name = axis, name
+        self._group = axis.mesh.get_group().group_name
+        self._phase: Phase = "forward"
+        self.asked = ""  # the op on DTensors that is running: what communicates in it does so for this op
+
+    @property
+    def phase(self) -> Phase:
+        """Backward while autograd runs, update afterwards."""
+        if torch._C._current_graph_task_id() != -1:
+            self._phase = "backward"
+        elif self._phase == "backward":
+            self._phase = "update"
+        return self._phase
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return self._run_on_dtensors(func, args, kwargs or {})
+        if func.namespace in ("_c10d_functional", "c10d"):
+            name = func.__name__.partition(".")[0]
+            if name not in LOCAL_OPS:
+                self.note(self._collective(str(func), name, args))
+        return func(*args, **(kwargs or {}))
+
+    def note(self, collective: Collective) -> None:
+        """Keep a collective that is about to run."""
+        self.collectives.append(collective)
+
+    def _run_on_dtensors(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self.asked:
+            return NotImplemented  # DTensor runs the op on local tensors, under this mode again
+        self.asked = str(func)
+        try:
+            with self:
+                return func(*args, **kwargs)
+        finally:
+            self.asked = ""
+
+    def _collective(self, op: str, name: str, args: tuple[Any, ...]) -> Collective:
+        kind = KINDS.get(name, "other")
+        site, frames = running.site, running.frames
+        sent = _input_of(kind, name, args)
+        layer = site.layer if site else (frames[-1].layer if frames else "")
+        functional = op.startswith("_c10d_functional")
+        on_axis = not functional or args[-1] == self._group
+        return Collective(
+            kind=kind,
+            axis=self._name if on_axis else "",
+            group_size=self._axis.size if on_axis else torch.distributed.get_world_size(),
+            bytes=sum(tensor.numel() * tensor.element_size() for tensor in sent),
+            layer=layer,
+            place=site.place if site else "",
+            phase=self.phase,
+            reason=REASONS.get(kind, "") if site else "no boundary of the plan asks for it",
+            cause="" if site else self.asked or op,
+        )
+
+
+def _input_of(kind: str, name: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """Return the tensors that a rank sends; the ops that work in place take outputs first, where these differ."""
+    in_place = name in ("allgather_", "_allgather_base_", "reduce_scatter_", "_reduce_scatter_base_", "alltoall_")
+    given = args[1] if in_place or name == "alltoall_base_" else args[0]
+    return [leaf for leaf in tree_flatten(given)[0] if isinstance(leaf, torch.Tensor)]

@@ -1,0 +1,176 @@
+"""Blocks that do not run in a simulated step, because an equal one does.
+
+A block that others repeat is watched: where its forward and backward passes begin and end in the log, and what it
+saves for the backward pass. A block that repeats it is one autograd function, which writes down that both happen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from tp_planner.frontend.recorder import MadeTensor
+from tp_planner.ir.graph import ModelGraph, Repeat
+from tp_planner.ir.step import Phase
+from tp_planner.ir.step_log import Again, Edge
+from tp_planner.runtime.calls import running
+from tp_planner.runtime.metering import StepMeter
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """Which of a block's input and output tensors its backward pass needs, by position."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+class BlockRepeats:
+    """The blocks of one simulated step.
+
+    Args:
+        layers: the model's layers by name.
+        graph: the trace of the step's call.
+        repeats: the calls that are not run.
+        meter: writes the log.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, keras.Layer], graph: ModelGraph, repeats: Mapping[int, Repeat], meter: StepMeter
+    ) -> None:
+        self.outputs: set[int] = set()  # storages that the blocks which ran returned
+        self._layers, self._graph, self._repeats, self._meter = layers, graph, repeats, meter
+        self._twins = {repeat.twin for repeat in repeats.values()}
+        self._saved: dict[int, _Saved] = {}
+        blocks = {graph.calls[call].layer for call in (*repeats, *self._twins)}
+        self._calls = {
+            block: iter([call.id for call in graph.calls.values() if call.layer == block]) for block in sorted(blocks)
+        }
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, blocks run or are repeated."""
+        with contextlib.ExitStack() as stack:
+            for name in self._calls:
+                layer = self._layers[name]
+                layer.__dict__["forward"] = functools.partial(self._forward, name, layer.forward)
+                stack.callback(layer.__dict__.pop, "forward")
+            yield
+
+    def _forward(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = next(self._calls[name])
+        if call in self._repeats:
+            return self._again(self._repeats[call], args, kwargs)
+        if call in self._twins:
+            return self._watch(call, forward, args, kwargs)
+        return forward(*args, **kwargs)
+
+    def _edge(self, call: int, phase: Phase, begins: bool) -> None:
+        self._meter.log.events.append(Edge(call, phase, begins))
+
+    def _watch(self, call: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        inputs = _once(_tensors((args, kwargs)))
+        saved: set[int] = set()
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if not isinstance(tensor, DTensor):
+                saved.add(self._meter.storage(tensor))
+            return tensor
+
+        self._edge(call, "forward", True)
+        views = {id(each): self._view(call, each) for each in inputs if each.requires_grad}
+        args, kwargs = tree_map(lambda leaf: views.get(id(leaf), leaf), (args, kwargs))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = forward(*args, **kwargs)
+        self._edge(call, "forward", False)
+        outputs = _tensors(result)
+        self.outputs.update(map(self._meter.storage, outputs))
+        self._saved[call] = _Saved(self._positions(inputs, saved), self._positions(outputs, saved))
+        for position, output in enumerate(outputs):
+            if output.requires_grad:
+                output.register_hook(functools.partial(self._arrive, call, position))
+        return result
+
+    def _arrive(self, call: int, output: int, gradient: torch.Tensor) -> None:
+        storage = self._meter.storage(gradient)
+        self._meter.log.events.append(Edge(call, "backward", True, ((output, storage),)))
+
+    def _view(self, call: int, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor as the block's own: its gradients are added inside, and complete when the block ends.
+
+        What the tensor becomes across a boundary is shared with other blocks all the same.
+        """
+        view = tensor.view_as(tensor)
+        assert view.grad_fn is not None
+        view.grad_fn.register_hook(lambda *gradients: self._edge(call, "backward", False))
+        running.entered[view] = running.entered.setdefault(tensor, {})
+        return view
+
+    def _positions(self, tensors: list[torch.Tensor], saved: set[int]) -> tuple[int, ...]:
+        return tuple(position for position, tensor in enumerate(tensors) if self._meter.storage(tensor) in saved)
+
+    def _again(self, repeat: Repeat, args: Any, kwargs: Any) -> Any:
+        self._meter.log.events.append(Again(repeat.call, "forward"))
+        structure, leaves = repeat.outputs
+        made = [leaf for leaf in leaves if isinstance(leaf, MadeTensor)]
+        stand_in = functools.partial(_StandIn.apply, self._meter, repeat.call, made, self._saved[repeat.twin])
+        tensors = iter(stand_in(*_once(_tensors((args, kwargs)))))
+        return tree_unflatten([next(tensors) if isinstance(leaf, MadeTensor) else leaf for leaf in leaves], structure)
+
+
+class _StandIn(torch.autograd.Function):
+    """Returns empty outputs, and on the way back empty gradients; keeps alive what the block would."""
+
+    @staticmethod
+    def forward(ctx: Any, meter: StepMeter, call: int, made: Any, saved: _Saved, *inputs: torch.Tensor) -> Any:
+        with meter.not_counting():
+            outputs = [torch.empty_strided(each.shape, each.stride, dtype=each.dtype, device="cpu") for each in made]
+        kept = [inputs[position] for position in saved.inputs] + [outputs[position] for position in saved.outputs]
+        ctx.save_for_backward(*kept)
+        ctx.mark_non_differentiable(
+            *(output for output, each in zip(outputs, made, strict=True) if not each.requires_grad)
+        )
+        ctx.meter, ctx.call, ctx.inputs = meter, call, [(each.shape, each.dtype) for each in inputs]
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        arrived = [(output, grad) for output, grad in enumerate(gradients) if grad is not None]
+        numbers = tuple((output, ctx.meter.storage(gradient)) for output, gradient in arrived)
+        ctx.meter.log.events.append(Again(ctx.call, "backward", numbers))
+        with ctx.meter.not_counting():
+            given = [
+                torch.empty(shape, dtype=dtype, device="cpu") if needed else None
+                for (shape, dtype), needed in zip(ctx.inputs, ctx.needs_input_grad[4:], strict=True)
+            ]
+        return None, None, None, None, *given
+
+
+def multiplicities(repeats: Mapping[int, Repeat]) -> Counter[str]:
+    """Return for each variable of a block that runs how many equal variables of blocks that do not it stands for."""
+    twins = {key: twin for repeat in repeats.values() for twin, key in repeat.variables if key != twin}
+    found: Counter[str] = Counter()
+    for key in twins:
+        runs = key
+        while runs in twins:
+            runs = twins[runs]
+        found[runs] += 1
+    return found
+
+
+def _once(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return each tensor once: its gradients are added inside the block."""
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]

@@ -1,0 +1,229 @@
+"""Simulate: one training step of the applied model on fake shards, with everything that happens written down.
+
+The same code runs as on real devices, minus the arithmetic: hooks, boundaries, autograd, the optimizer. A block
+that is planned like another does not run; the log says that it does again what the other did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_flatten
+
+from tp_planner.frontend.layer_tree import named_layers, named_variables
+from tp_planner.frontend.trace import fake_inputs, fake_tensors
+from tp_planner.ir.errors import PlanError, in_one_line
+from tp_planner.ir.graph import ModelGraph
+from tp_planner.ir.plan import Plan
+from tp_planner.ir.step import Collective, Step
+from tp_planner.ir.step_log import Twin, collectives_of, memory_of, unfold, work_of
+from tp_planner.passes.place_boundaries import tensor_names_again
+from tp_planner.runtime.apply import applied_for_simulation
+from tp_planner.runtime.boundaries import Axis
+from tp_planner.runtime.metering import StepMeter
+from tp_planner.runtime.optimizer import adopt_optimizer, updates_all_at_once
+from tp_planner.runtime.repeats import BlockRepeats, multiplicities
+from tp_planner.runtime.variables import local_tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """The collectives of a simulated step in order of execution, what else it takes, and what was left out."""
+
+    collectives: tuple[Collective, ...]
+    step: Step
+    notes: tuple[str, ...]
+
+
+def simulate(
+    model: keras.Model,
+    inputs: Any,
+    plan: Plan,
+    graph: ModelGraph,
+    axis: Axis,
+    optimizer: keras.optimizers.Optimizer | None,
+) -> Simulation:
+    """Return what one training step takes of rank 0.
+
+    Args:
+        model: the plain model; it is as before afterwards.
+        inputs: as for ``trace``.
+        plan: the plan to simulate.
+        graph: the trace of a training call that the plan was made from.
+        axis: a mesh of the planned size, fake or real.
+        optimizer: makes the update; it is not changed.
+
+    Raises:
+        PlanError: if the forward or backward pass fails on fake tensors.
+    """
+    repeats = graph.repeats if _blocks_are_independent(model, graph, optimizer) else {}
+    left_out = graph.repeated_layers if repeats else frozenset()
+    settings = None if optimizer is None else optimizer.get_config()  # reads values, so before tensors are fake
+    meter = StepMeter(axis, plan.axis)
+    blocks = BlockRepeats(named_layers(model), graph, repeats, meter)
+    with fake_tensors(), without_garbage_collection():
+        arguments = fake_inputs(model, inputs)
+        with applied_for_simulation(model, plan, axis, left_out), blocks.watched():
+            updating = None if optimizer is None else _adopted(type(optimizer).from_config, settings, axis)
+            step = TrainingStep(model, meter, updating)
+            _hold_left_out_variables(meter, plan, graph, left_out)
+            try:
+                step.run(arguments, multiplicities(repeats))
+            except PlanError:
+                raise
+            except Exception as error:  # the user's own code may raise anything
+                raise PlanError(
+                    f"a training step of model {model.name!r} cannot be simulated: {in_one_line(error)[:300]}"
+                ) from error
+            finally:
+                meter.forget()
+    twins = {
+        call: Twin(each.twin, dict(each.layers) | tensor_names_again(each, graph)) for call, each in repeats.items()
+    }
+    log = unfold(meter.log, twins, frozenset(blocks.outputs))
+    name = "" if optimizer is None else type(optimizer).__name__
+    return Simulation(collectives_of(log), Step(name, memory_of(log), work_of(log)), tuple(step.notes))
+
+
+class TrainingStep:
+    """One training step of a parallel model under a meter; the sum of the outputs is its loss.
+
+    Args:
+        model: the model; variables without a meter's notice are left out of the step.
+        meter: writes the log.
+        optimizer: makes the update; None for no update.
+    """
+
+    def __init__(self, model: keras.Model, meter: StepMeter, optimizer: keras.optimizers.Optimizer | None) -> None:
+        self.model, self.meter, self.optimizer = model, meter, optimizer
+        self.notes: list[str] = []
+        self._slots: list[tuple[Any, Any]] = []
+
+    def run(self, arguments: Any, others: Mapping[str, int]) -> None:
+        """Run the step.
+
+        Args:
+            arguments: the model's inputs.
+            others: how many variables besides itself a variable stands for, by key.
+        """
+        meter, model = self.meter, self.model
+        keys = {id(variable): key for key, variable in named_variables(model).items()}
+        here = [variable for variable in named_variables(model).values() if _is_here(variable)]
+        ids = {id(variable) for variable in here}
+        trainable = [variable for variable in model.trainable_variables if id(variable) in ids]
+        meter.hold((variable._value for variable in here), "parameters")
+        meter.hold(tree_flatten(arguments)[0], "activations")
+        self._build_optimizer(trainable, {id(each): others.get(keys[id(each)], 0) for each in trainable})
+        with meter:
+            loss = self._forward(arguments)
+            meter.end_forward()
+            if loss is None or not loss.requires_grad:
+                return
+            loss.backward()
+            del loss
+            trained = [variable for variable in trainable if variable._value.grad is not None]
+            meter.hold((variable._value.grad for variable in trained), "gradients")
+            for variable in trained:
+                self._stand_for(variable, 1 + others.get(keys[id(variable)], 0))
+            if self.optimizer is not None and trained:
+                self._update(self.optimizer, trained)
+
+    def _update(self, optimizer: keras.optimizers.Optimizer, trained: list[Any]) -> None:
+        try:
+            with torch.no_grad():
+                optimizer.apply([variable._value.grad for variable in trained], trained)
+        except Exception as error:  # an optimizer may look at values, which fake tensors do not have
+            self.notes.append(
+                f"the update by {type(optimizer).__name__} depends on values ({in_one_line(error)[:160]}): what it "
+                f"communicates and needs for a moment is counted up to there only"
+            )
+
+    def _forward(self, arguments: Any) -> torch.Tensor | None:
+        options = {"training": True} if self.model._call_has_training_arg else {}
+        outputs = self.model(arguments, **options)
+        loss = None
+        for output in (*tree_flatten(outputs)[0], *self.model.losses):
+            if isinstance(output, torch.Tensor) and output.is_floating_point():
+                loss = output.sum() if loss is None else loss + output.sum()
+        self.model._clear_losses()
+        return loss
+
+    def _build_optimizer(self, trainable: list[Any], others: Mapping[int, int]) -> None:
+        """Make the slots, as they are there from the second step on."""
+        if self.optimizer is None or not trainable:
+            return
+        add = self.optimizer.add_variable_from_reference
+
+        @functools.wraps(add)
+        def adding(reference_variable: Any, *args: Any, **kwargs: Any) -> Any:
+            slot = add(reference_variable, *args, **kwargs)
+            self._slots.append((reference_variable, slot))
+            return slot
+
+        self.optimizer.__dict__["add_variable_from_reference"] = adding
+        self.optimizer.build(trainable)
+        self.meter.hold((slot._value for slot in self.optimizer.variables), "optimizer")
+        for variable, slot in self._slots:
+            if others[id(variable)]:
+                self.meter.log.allocate(
+                    local_tensor(slot).untyped_storage().nbytes() * others[id(variable)], "optimizer"
+                )
+
+    def _stand_for(self, variable: Any, number: int) -> None:
+        """Let a variable, its gradient and its slots count for ``number`` equal ones in the update."""
+        gradient = variable._value.grad
+        tensors = [local_tensor(variable), getattr(gradient, "_local_tensor", gradient)]
+        tensors += [local_tensor(slot) for owner, slot in self._slots if owner is variable]
+        self.meter.stands_for.update({self.meter.storage(tensor): number for tensor in tensors})
+
+
+def _blocks_are_independent(
+    model: keras.Model, graph: ModelGraph, optimizer: keras.optimizers.Optimizer | None
+) -> bool:
+    """Whether it is enough to run one of several equal blocks: nothing but the model's call depends on the others."""
+    if optimizer is not None and not updates_all_at_once(optimizer):
+        return False
+    if any(variable.penalty != "none" for variable in graph.variables.values()):
+        return False
+    return all(variable.constraint is None for variable in model.trainable_variables)
+
+
+def _hold_left_out_variables(meter: StepMeter, plan: Plan, graph: ModelGraph, left_out: frozenset[str]) -> None:
+    """Count the variables of layers that do not run."""
+    keys = {key for layer in left_out for key in graph.layers[layer].variables}
+    for variable in plan.variables:
+        if variable.key in keys:
+            meter.log.allocate(math.prod(variable.local_shape) * variable.itemsize, "parameters")
+
+
+def _is_here(variable: Any) -> bool:
+    """Whether a variable takes part in the simulation, with a fake value."""
+    return isinstance(getattr(variable._value, "_local_tensor", variable._value), FakeTensor)
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Inside, tensors in reference cycles stay, instead of going whenever the collector happens to run."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _adopted(make: Callable[[Any], keras.optimizers.Optimizer], settings: Any, axis: Axis) -> Any:
+    """Return a new optimizer with these settings and no slots, adopted for sharded variables."""
+    copied = make(settings)
+    adopt_optimizer(copied, axis)
+    return copied
