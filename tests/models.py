@@ -18,6 +18,7 @@ import keras_hub
 import numpy as np
 import torch
 from keras.src.backend.common import dtypes, global_state
+from keras_hub.src.models.gemma import rms_normalization
 from keras_hub.src.models.llama import llama_decoder, llama_layernorm
 
 Batch = tuple[Any, np.ndarray]
@@ -64,7 +65,7 @@ def randomize(model: keras.Model, seed: int = 0) -> keras.Model:
 
 
 @contextmanager
-def _building(dtype: str) -> Iterator[None]:
+def building(dtype: str) -> Iterator[None]:
     """Make ``dtype`` the default policy, and number automatic names from 0, for the layers built inside."""
     if dtype == "float64":
         _compute_in_float64()
@@ -83,11 +84,11 @@ def _compute_in_float64() -> None:
     """Let float64 models compute in float64, for the rest of this process; other dtypes are as they were.
 
     Keras on torch, like JAX by default, promotes float64 to float32 in matmuls and other ops, and KerasHub
-    computes Llama's norms and the silu of its gate in float32 whatever the dtype of the model. Rounding to
-    float32 in the middle would hide the errors that a comparison in float64 is there to find.
+    computes Llama's and Gemma's norms and the silu of Llama's gate in float32 whatever the dtype of the model.
+    Rounding to float32 in the middle would hide the errors that a comparison in float64 is there to find.
     """
     dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"
-    for module in (llama_decoder, llama_layernorm):
+    for module in (llama_decoder, llama_layernorm, rms_normalization):
         module.ops = _OpsKeepingFloat64()
 
 
@@ -244,7 +245,7 @@ class GatedModel(keras.Model):
 
 def mlp(dtype: str = "float32", *, inputs: int = 16, width: int = 32, outputs: int = 8, seed: int = 0) -> keras.Model:
     """Three Dense layers: up (relu), down (gelu) and head."""
-    with _building(dtype):
+    with building(dtype):
         features = keras.Input((inputs,), name="features")
         x = keras.layers.Dense(2 * width, activation="relu", name="up")(features)
         x = keras.layers.Dense(width, activation="gelu", name="down")(x)
@@ -269,7 +270,7 @@ def gpt(
     ``hidden`` is the feed-forward width, 4 times ``width`` by default. ``dropout`` is that of the attention
     scores and of both residual branches, with fixed seeds.
     """
-    with _building(dtype):
+    with building(dtype):
         tokens = keras.Input((length,), dtype="int32", name="tokens")
         x = keras.layers.Embedding(vocabulary, width, name="token_embedding")(tokens)
         x = AddPositions(name="position_embedding")(x)
@@ -315,7 +316,7 @@ def encoder(
     Padded positions are hidden from attention: ``mask="input"`` takes an explicit ``padding_mask`` input,
     ``mask="zero"`` lets Keras carry the mask of ``Embedding(mask_zero=True)`` along with the tensors.
     """
-    with _building(dtype):
+    with building(dtype):
         inputs = {"tokens": keras.Input((length,), dtype="int32", name="tokens")}
         attention_mask = None
         if mask == "input":
@@ -354,7 +355,7 @@ def vit(
     seed: int = 0,
 ) -> keras.Model:
     """A vision transformer: convolved patches, class token, composite layers as blocks, class logits."""
-    with _building(dtype):
+    with building(dtype):
         pixels = keras.Input((image, image, 3), name="pixels")
         x = keras.layers.Conv2D(width, patch, strides=patch, name="patch_embedding")(pixels)
         x = keras.layers.Reshape(((image // patch) ** 2, width), name="patches")(x)
@@ -382,7 +383,7 @@ def llama(
     seed: int = 0,
 ) -> keras.Model:
     """KerasHub's Llama with grouped-query attention and its reverse embedding: logits per token."""
-    with _building(dtype):
+    with building(dtype):
         backbone = keras_hub.models.LlamaBackbone(
             vocabulary_size=vocabulary,
             num_layers=blocks,
@@ -403,6 +404,42 @@ def llama(
         return randomize(keras.Model(inputs, logits, name="llama"), seed)
 
 
+def gemma(
+    dtype: str = "float32",
+    *,
+    vocabulary: int = 64,
+    length: int = 16,
+    width: int = 32,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_size: int = 16,
+    hidden: int = 64,
+    blocks: int = 2,
+    seed: int = 0,
+) -> keras.Model:
+    """KerasHub's Gemma, whose kernels have the heads first, with its tied embedding: logits per token."""
+    with building(dtype):
+        backbone = keras_hub.models.GemmaBackbone(
+            vocabulary_size=vocabulary,
+            num_layers=blocks,
+            num_query_heads=heads,
+            num_key_value_heads=kv_heads,
+            hidden_dim=width,
+            intermediate_dim=2 * hidden,  # of gate and up together
+            head_dim=head_size,
+            dtype=dtype,
+            name="gemma_backbone",
+        )
+        for block in backbone.transformer_layers:
+            block.attention.softmax.dtype_policy = keras.DTypePolicy(dtype)  # float32 in KerasHub
+        inputs = {
+            "token_ids": keras.Input((length,), dtype="int32", name="token_ids"),
+            "padding_mask": keras.Input((length,), dtype="int32", name="padding_mask"),
+        }
+        logits = backbone.token_embedding(backbone(inputs), reverse=True)
+        return randomize(keras.Model(inputs, logits, name="gemma"), seed)
+
+
 def subclassed(
     dtype: str = "float32",
     *,
@@ -414,7 +451,7 @@ def subclassed(
     seed: int = 0,
 ) -> keras.Model:
     """A subclassed model of gated feed-forward blocks with its own train step."""
-    with _building(dtype):
+    with building(dtype):
         model = GatedModel(width, hidden, blocks, outputs, name="subclassed")
         model(np.zeros((1, inputs), "float32"))
         return randomize(model, seed)
@@ -431,7 +468,7 @@ def tied(
     seed: int = 0,
 ) -> keras.Model:
     """A model that shares weights: one feed-forward called ``repeats`` times, a tied embedding."""
-    with _building(dtype):
+    with building(dtype):
         tokens = keras.Input((length,), dtype="int32", name="tokens")
         embedding = keras.layers.ReversibleEmbedding(vocabulary, width, name="token_embedding")
         norm = keras.layers.LayerNormalization(name="norm")
@@ -519,6 +556,13 @@ _LLAMA_RULES: dict[str, Axes] = {
     "transformer_layer_[0-9]+/feedforward_(gate|intermediate)_dense/kernel": (None, "model"),
     "transformer_layer_[0-9]+/feedforward_output_dense/kernel": ("model", None),
 }
+_GEMMA_RULES: dict[str, Axes] = {
+    "token_embedding/embeddings": ("model", None),
+    "decoder_block_[0-9]+/attention/(query|key|value)/kernel": ("model", None, None),
+    "decoder_block_[0-9]+/attention/attention_output/kernel": ("model", None, None),
+    "decoder_block_[0-9]+/ffw_gating(_2)?/kernel": (None, "model"),
+    "decoder_block_[0-9]+/ffw_linear/kernel": ("model", None),
+}
 _SUBCLASSED_RULES: dict[str, Axes] = {
     "subclassed/block_[0-9]+/(gate|up)/kernel": (None, "model"),
     "subclassed/block_[0-9]+/(gate|up)/bias": ("model",),
@@ -544,6 +588,7 @@ CASES: dict[str, Case] = {
         ),
         Case("vit", vit, _image_batch, _CROSSENTROPY, _BLOCK_RULES, "vit"),
         Case("llama", llama, _llama_batch, _CROSSENTROPY, _LLAMA_RULES, "llama"),
+        Case("gemma", gemma, _llama_batch, _CROSSENTROPY, _GEMMA_RULES, "gemma"),
         Case("subclassed", subclassed, _regression_batch, "MeanSquaredError", _SUBCLASSED_RULES, None),
         Case("tied", tied, _token_batch, _CROSSENTROPY, _TIED_RULES, None),
     )

@@ -31,6 +31,7 @@ from unittest import mock
 import keras
 import torch.distributed as dist
 from keras.src.backend.common import dtypes
+from keras_hub.src.models.gemma import rms_normalization
 from keras_hub.src.models.llama import llama_decoder, llama_layernorm
 
 TIMEOUT_S = 120.0  # for one run
@@ -241,6 +242,7 @@ def _what_tests_patch() -> list[Entry]:
         (dtypes.BIT64_TO_BIT32_DTYPE, "float64"),
         (vars(llama_decoder), "ops"),
         (vars(llama_layernorm), "ops"),
+        (vars(rms_normalization), "ops"),
     )
     return [(namespace, name, namespace[name]) for namespace, name in places]
 

@@ -6,33 +6,40 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tp_planner.api import parallelize, plan, restore
-    from tp_planner.ir.errors import ParallelRuntimeError, PlanError, TpPlannerError
+    from tp_planner.api import parallelize, plan, record, restore
+    from tp_planner.ir.contract import Recording
+    from tp_planner.ir.errors import ContractError, ParallelRuntimeError, PlanError, TpPlannerError
     from tp_planner.ir.plan import Plan
     from tp_planner.runtime.verify import Verification, verify_model_parallel
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ContractError",
     "ParallelRuntimeError",
     "Plan",
     "PlanError",
+    "Recording",
     "TpPlannerError",
     "Verification",
     "parallelize",
     "plan",
+    "record",
     "restore",
     "verify_model_parallel",
 ]
 
 _HOMES = {
+    "ContractError": "tp_planner.ir.errors",
     "ParallelRuntimeError": "tp_planner.ir.errors",
     "Plan": "tp_planner.ir.plan",
     "PlanError": "tp_planner.ir.errors",
+    "Recording": "tp_planner.ir.contract",
     "TpPlannerError": "tp_planner.ir.errors",
     "Verification": "tp_planner.runtime.verify",
     "parallelize": "tp_planner.api",
     "plan": "tp_planner.api",
+    "record": "tp_planner.api",
     "restore": "tp_planner.api",
     "verify_model_parallel": "tp_planner.runtime.verify",
 }

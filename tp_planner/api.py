@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -20,20 +21,29 @@ from tp_planner.ir.plan import Plan
 from tp_planner.planner import make_plan
 from tp_planner.runtime.apply import apply_layers, gathered_value, scatter_from_rank_zero
 from tp_planner.runtime.boundaries import Axis
+from tp_planner.runtime.checking import Recorder, check_first_step, recording
 from tp_planner.runtime.log import log_sharding, logger
 from tp_planner.runtime.model import applied_to, let_go, refuse_jit, take_over
 from tp_planner.runtime.process_group import model_mesh, require_process_group, this_device
 from tp_planner.runtime.rendezvous import exchange, meet
 
 
-def plan(model: keras.Model, layout_map: keras.distribution.LayoutMap, inputs: Any = None) -> Plan:
+def plan(
+    model: keras.Model,
+    layout_map: keras.distribution.LayoutMap,
+    inputs: Any = None,
+    optimizer: str | keras.optimizers.Optimizer | None = None,
+) -> Plan:
     """Return how ``model`` would be sharded under ``layout_map``; needs no device and changes nothing.
 
     Args:
         model: a built Keras model on the torch backend, on any device ("meta" for one that fits nowhere).
         layout_map: regular expressions over variable paths, each with a mesh axis name or None per dim
             (https://keras.io/api/distribution/layout_map). Keys ``<layer path>/output`` name activations.
-        inputs: example inputs for models that do not know theirs; only shapes and dtypes are read.
+        inputs: example inputs; only shapes and dtypes are read. Needed for models that do not know theirs. An open
+            batch dim is planned with size 2: give a batch of the size you train with for its memory.
+        optimizer: makes the update of the simulated training step: a Keras optimizer, or the name of one. By
+            default the one that the model is compiled with, if it is.
 
     Raises:
         PlanError: with every problem of the model, the mesh and the rules.
@@ -43,11 +53,14 @@ def plan(model: keras.Model, layout_map: keras.distribution.LayoutMap, inputs: A
     """
     require_built(model)
     _require_plain(model)
-    return make_plan(model, read_layout_map(layout_map), inputs)
+    return make_plan(model, read_layout_map(layout_map), inputs, read_optimizer(optimizer, model))
 
 
 def parallelize(
-    model: keras.Model, layout_map_or_plan: keras.distribution.LayoutMap | Plan, inputs: Any = None
+    model: keras.Model,
+    layout_map_or_plan: keras.distribution.LayoutMap | Plan,
+    inputs: Any = None,
+    check: Literal["first_step"] | None = None,
 ) -> keras.Model:
     """Shard ``model`` over the devices of its mesh and return it; every process of the job has to call it.
 
@@ -58,12 +71,16 @@ def parallelize(
         model: a built, plain Keras model.
         layout_map_or_plan: a LayoutMap, or a plan that ``plan`` made for this model.
         inputs: as for ``plan``.
+        check: "first_step" compares the collectives of the first training step by Keras with the plan; all ranks
+            raise ContractError if they differ on any.
 
     Raises:
         PlanError: if the layout cannot be planned, the plan does not fit the model, the number of processes is
             not the size of the mesh, or ranks made different plans. The model is then as before on all ranks.
     """
     mesh = layout_map_or_plan.mesh if isinstance(layout_map_or_plan, Plan) else read_layout_map(layout_map_or_plan).mesh
+    if check not in (None, "first_step"):
+        raise PlanError(f"check is {check!r}; it is 'first_step' or None")
     require_process_group(mesh.size)
     chosen = _agree(lambda: _choose(model, layout_map_or_plan, inputs))
     _share_random_state()
@@ -73,10 +90,29 @@ def parallelize(
     for variable in chosen.variables:
         log_sharding(variable, applied.placed[variable.key].variable, axis)
     take_over(model, applied)
+    if check is not None:
+        check_first_step(model, applied)
     if axis.rank == 0:
         for note in chosen.notes:
             logger.warning("[ModelParallel] %s", note)
     return model
+
+
+@contextlib.contextmanager
+def record(model: keras.Model) -> Iterator[Recorder]:
+    """Record the collectives that run inside, for ``Plan.check``; its ``recording`` is there afterwards.
+
+    Raises PlanError for a model that is not parallelized.
+
+    >>> with tp_planner.record(model) as recorder:  # doctest: +SKIP
+    ...     model.train_on_batch(x, y)
+    >>> plan.check(recorder.recording)  # doctest: +SKIP
+    """
+    applied = applied_to(model)
+    if applied is None:
+        raise PlanError(f"model {model.name!r} is not parallelized; there is nothing to record")
+    with recording(model, applied) as recorder:
+        yield recorder
 
 
 def restore(model: keras.Model) -> keras.Model:
@@ -93,6 +129,23 @@ def restore(model: keras.Model) -> keras.Model:
     let_go(model)
     applied.revert(model, gathered_value)
     return model
+
+
+def read_optimizer(
+    optimizer: str | keras.optimizers.Optimizer | None, model: keras.Model
+) -> keras.optimizers.Optimizer | None:
+    """Return the optimizer that a user names; by default the model's own, if it is compiled.
+
+    Raises PlanError for what is no optimizer of Keras.
+    """
+    if optimizer is None:
+        return getattr(model, "optimizer", None)
+    try:
+        return keras.optimizers.get(optimizer)
+    except ValueError:
+        raise PlanError(
+            f"optimizer {optimizer!r} is unknown; give a Keras optimizer or the name of one, such as 'adamw'"
+        ) from None
 
 
 def _require_plain(model: keras.Model) -> None:

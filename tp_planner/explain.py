@@ -70,6 +70,8 @@ def explain(model: keras.Model, layout: Layout, path: str, inputs: Any = None) -
     together = _united([_choices(each, known) for each in equals]) if len(equals) > 1 else []
 
     def tried(choices: Sequence[Placements], subjects: Sequence[Subject]) -> tuple[Alternative, ...]:
+        if plan.axis_size == 1:
+            return ()
         other = [choice for choice in choices if any(stored[key].placement != choice[key] for key in choice)]
         return tuple(_try(choice, model, layout, inputs, plan, subjects) for choice in other)
 

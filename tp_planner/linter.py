@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import keras
 
+from tp_planner.frontend.blocks import find_blocks
 from tp_planner.frontend.layout_map import read_layout_map
 from tp_planner.frontend.survey import survey
 from tp_planner.frontend.trace import require_built, trace
@@ -16,7 +19,14 @@ from tp_planner.ir.layout import Layout
 from tp_planner.ir.plan import Plan
 from tp_planner.passes.check_rules import check_rules
 from tp_planner.passes.correct_layout import Strain, find_strains, propose_corrections
-from tp_planner.passes.lint_layout import Adopted, lint_layout, list_effects, wire_bytes
+from tp_planner.passes.lint_layout import (
+    Adopted,
+    cost,
+    lint_plan,
+    list_effects,
+    sorted_by_severity,
+)
+from tp_planner.passes.lint_rules import lint_rules
 from tp_planner.planner import make_plan
 
 
@@ -39,8 +49,13 @@ def lint(
     return examine(model, layout_map, inputs).findings
 
 
-def examine(model: keras.Model, layout_map: keras.distribution.LayoutMap | Layout, inputs: Any = None) -> LintReport:
-    """Return what ``lint`` finds, with what becomes of every variable.
+def examine(
+    model: keras.Model,
+    layout_map: keras.distribution.LayoutMap | Layout,
+    inputs: Any = None,
+    name: str = "layout",
+) -> LintReport:
+    """Return what ``lint`` finds, with what becomes of every variable; ``name`` is what the layout is called.
 
     A layout with errors is not planned: only what its rules say can then be looked at.
     """
@@ -48,42 +63,68 @@ def examine(model: keras.Model, layout_map: keras.distribution.LayoutMap | Layou
     layout = read_layout_map(layout_map)
     layers, variables = survey(model)
     found = check_rules(layout, variables, {name: layer.path for name, layer in layers.items()})
-    plan, adopted, remaining = None, (), ()
+    findings = lint_rules(layout, layers, variables, found)
+    plan = None
     if not any(finding.severity == "error" for finding in found):
-        plan = make_plan(model, layout, inputs)
-        graph = trace(model, inputs, training=False)
-        adopted, remaining = _correct(model, layout, inputs, plan, graph)
+        graph = trace(model, inputs, blocks=find_blocks(model))
+        try:
+            plan = make_plan(model, layout, inputs)
+            adopted, strains = _correct(layout, plan, graph, _planner(model, inputs))
+            findings += lint_plan(plan, layers, variables, adopted, strains)
+        except PlanError as refusal:
+            findings += (Finding("no-plan", "error", str(refusal)),)
     return LintReport(
+        layout=name,
         model=model.name,
         mesh=layout.mesh,
         rules=layout.rules,
-        findings=lint_layout(layout, layers, variables, found, plan, adopted, remaining),
+        findings=sorted_by_severity(findings),
         variables=list_effects(layout, variables, plan),
     )
 
 
 def _correct(
-    model: keras.Model, layout: Layout, inputs: Any, plan: Plan, graph: ModelGraph
+    layout: Layout, plan: Plan, graph: ModelGraph, plan_of: Callable[[Layout], Plan | None]
 ) -> tuple[tuple[Adopted, ...], tuple[Strain, ...]]:
     """Return the changes that make the plan cheaper, the best one first, and the strains that none of them ends."""
     adopted: list[Adopted] = []
-    while strains := find_strains(plan, graph):
-        tried = [
-            (replanned, correction)
-            for correction in propose_corrections(layout, plan, graph, strains)
-            if (replanned := _plan_of(model, correction.applied_to(layout), inputs)) is not None
-        ]
-        best, correction = min(tried, key=lambda pair: wire_bytes(pair[0]), default=(plan, None))
-        if correction is None or wire_bytes(best) >= wire_bytes(plan):
+    while True:
+        settled = {path for each in adopted for path in each.correction.weights}
+        strains = tuple(strain for strain in find_strains(plan, graph) if settled.isdisjoint(strain.weights))
+        best = _best_change(layout, plan, graph, strains, plan_of)
+        if best is None:
+            return tuple(adopted), strains
+        adopted.append(best)
+        layout, plan = best.correction.applied_to(layout), best.after
+
+
+def _best_change(
+    layout: Layout,
+    plan: Plan,
+    graph: ModelGraph,
+    strains: Sequence[Strain],
+    plan_of: Callable[[Layout], Plan | None],
+) -> Adopted | None:
+    """Return the change that makes the plan cheapest, or the first one that leaves no strain; None if none helps."""
+    best: Adopted | None = None
+    for strain in strains:
+        for correction in propose_corrections(layout, plan, graph, strain):
+            after = plan_of(correction.applied_to(layout))
+            if after is not None and cost(after) < cost(best.after if best else plan):
+                best = Adopted(correction, plan, after)
+        if best is not None and not find_strains(best.after, graph):
             break
-        adopted.append(Adopted(correction, plan, best))
-        layout, plan = correction.applied_to(layout), best
-    return tuple(adopted), strains
+    return best
 
 
-def _plan_of(model: keras.Model, layout: Layout, inputs: Any) -> Plan | None:
-    """Return the plan under a proposed layout, None where it has none."""
-    try:
-        return make_plan(model, layout, inputs)
-    except PlanError:
-        return None
+def _planner(model: keras.Model, inputs: Any) -> Callable[[Layout], Plan | None]:
+    """Return a function that plans the model under a proposed layout, each only once; None where there is no plan."""
+
+    @cache
+    def plan_of(layout: Layout) -> Plan | None:
+        try:
+            return make_plan(model, layout, inputs)
+        except PlanError:
+            return None
+
+    return plan_of

@@ -29,6 +29,10 @@ class ParallelRuntimeError(TpPlannerError, RuntimeError):
     """The ranks of a job disagree, or a parallelized model is used in a way that cannot be right."""
 
 
+class ContractError(ParallelRuntimeError):
+    """A training step communicated other than its plan says."""
+
+
 def in_one_line(error: BaseException) -> str:
     """Return an error of somebody else's code as "Type: message", without Keras's wrapping, colours and arguments."""
     text = re.sub(r"\x1b\[\d*m", "", str(error)).partition("\n\nArguments received")[0]

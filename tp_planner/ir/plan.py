@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from tp_planner.ir.contract import Recording, check_contract
 from tp_planner.ir.layout import LayoutRule
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.placement import Placement, Shape, collective_between
@@ -156,6 +157,21 @@ class Plan:
     def hash(self) -> str:
         """SHA-256 of the JSON form; equal on all ranks that made the same decisions."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def check(self, recorded: Recording) -> None:
+        """Compare the plan's collectives with those of a training step that ran.
+
+        Args:
+            recorded: what ``tp_planner.record`` saw.
+
+        Raises:
+            ContractError: with the first difference, and the layer where it is.
+
+        >>> with tp_planner.record(model) as recorder:  # doctest: +SKIP
+        ...     model.train_on_batch(x, y)
+        >>> plan.check(recorder.recording)  # doctest: +SKIP
+        """
+        check_contract(self.inputs, self.collectives, recorded)
 
     def to_json(self) -> str:
         """Return the plan as JSON text: sorted keys, versioned, byte-identical for equal plans."""

@@ -20,7 +20,7 @@ _ASSUMPTIONS = (
     "low: the efficiencies' high ends; arithmetic, memory traffic and launches of a phase overlap wholly",
     "high: the efficiencies' low ends; nothing overlaps, no op is fused, nothing stays in a cache",
     "both: a collective waits for the ops before it and holds up those after it; rings within one node",
-    "not counted: the loss, metrics, reading the data",
+    "not counted: the loss, metrics, reading the data, and memory that allocators and libraries keep",
 )
 
 
@@ -32,7 +32,7 @@ def estimate_time(plan: Plan, hardware: Hardware) -> TimeEstimate:
     if not plan.step.work:
         raise PlanError(f"the plan of {plan.model!r} has no simulated step to estimate from; plan the model again")
     _require_rates(plan, hardware)
-    running = {work.phase for work in plan.step.work}
+    running = {work.phase for work in plan.step.work} | {collective.phase for collective in plan.collectives}
     phases = tuple(_phase_time(phase, plan, hardware) for phase in _PHASES if phase in running)
     return TimeEstimate(phases, _ASSUMPTIONS + _assumptions_of(plan, hardware))
 

@@ -162,15 +162,23 @@ def _corrected(adopted: Adopted, given: str) -> Finding:
     rules = rules_to_write(correction, before)
     own = {variable.path for variable in before.variables if variable.rule == correction.rule}
     also = "" if correction.rule is None or own <= dict(correction.axes).keys() else _apart(correction.rule, rules)
+    now, then = _plan_costs(before, adopted.after)
     return Finding(
         correction.code,
         "warning",
-        f"{_strain_text(correction.code, correction.rule, correction.weights, before)}. "
-        f"{given} training step takes {_cost(before.collectives)}",
-        f"write {' and '.join(map(str, rules))}{also}: {_cost(adopted.after.collectives)}",
+        f"{_strain_text(correction.code, correction.rule, correction.weights, before)}. {given} training step takes {now}",
+        f"write {' and '.join(map(str, rules))}{also}: {then}",
         correction.rule,
         correction.weights,
     )
+
+
+def _plan_costs(before: Plan, after: Plan) -> tuple[str, str]:
+    """Return what each of two plans costs; what a rank stores where it is not the same."""
+    stored = [
+        f", and it stores {_stored(plan)}" if _stored(before) != _stored(after) else "" for plan in (before, after)
+    ]
+    return _cost(before.collectives) + stored[0], _cost(after.collectives) + stored[1]
 
 
 def _apart(rule: str, rules: Sequence[object]) -> str:

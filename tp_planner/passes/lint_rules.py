@@ -76,14 +76,11 @@ def _shadowed(
 ) -> Iterator[Finding]:
     """Yield the rules that place nothing, because every path that they match is the exact pattern of another rule."""
     rules = well_formed(layout)
-    exact = {rule.pattern for rule in rules}
-    paths = [
-        *(variable.path for variable in variables.values()),
-        *(f"{layer.path}/output" for layer in layers.values()),
-    ]
+    paths = [variable.path for variable in variables.values()]
+    paths += [f"{layer.path}/output" for layer in layers.values()]
     for rule in rules:
-        matched = [path for path in paths if rule.pattern != path and re.fullmatch(rule.pattern, path)]
-        if matched and exact.issuperset(matched) and rule.pattern not in paths:
+        matched = [path for path in paths if path == rule.pattern or re.fullmatch(rule.pattern, path)]
+        if matched and not any(rule in matching_rules(rules, path) for path in matched):
             yield Finding(
                 "shadowed-rule",
                 "warning",

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 from importlib.resources import files
 from itertools import groupby
 
-from tp_planner.ir.placement import Shard, local_shape
-from tp_planner.ir.plan import Plan, RuleReport, VariablePlan
+from tp_planner.ir.figures import figures_of, local_bytes, whole_bytes
+from tp_planner.ir.placement import Placement, Shape, Shard, local_shape
+from tp_planner.ir.plan import Plan, RuleReport
 from tp_planner.ir.step import Collective, MemoryUse
-from tp_planner.report.html_tree import model_tree
-from tp_planner.report.markup import Markup, element, join, tip
+from tp_planner.report.amounts import bytes_text
+from tp_planner.report.html_tree import kind_text, model_tree, searched_text, shape_text
+from tp_planner.report.markup import Markup, bytes_element, element, join, tip
 from tp_planner.report.names import fold_names
 from tp_planner.report.outline import Leaf, Node, outline, walk
-from tp_planner.report.quantities import byte_size, bytes_element, dashed, human_bytes, shape_text
 
 MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "temporaries")
 PHASES = ("forward", "backward", "update")
@@ -68,27 +70,27 @@ def _header(plan: Plan) -> Markup:
         "plan": plan.hash[:12],
     }
     listed = [element("div", element("dt", name), element("dd", value)) for name, value in facts.items()]
-    return element("header", element("h1", plan.model), element("dl", *listed))
+    return element("header", element("p", "tensor-parallel plan"), element("h1", plan.model), element("dl", *listed))
 
 
 def _totals(plan: Plan) -> Markup:
-    whole, local = _stored(plan.variables)
-    peak = plan.step.memory.peak.total
+    figures, whole = figures_of(plan), sum(map(whole_bytes, plan.variables))
+    peak = figures.peak_bytes
     sharded = sum(isinstance(variable.placement, Shard) for variable in plan.variables)
     cards = (
         _card(
             "collectives per step",
-            element("data", str(len(plan.collectives)), value=len(plan.collectives)),
+            element("data", str(figures.collectives), value=figures.collectives),
             *_by_kind(plan.collectives),
         ),
         _card(
             "each rank sends per step",
-            bytes_element(sum(collective.wire_bytes for collective in plan.collectives)),
+            bytes_element(figures.wire_bytes),
             *_sent_by_phase(plan.collectives),
         ),
         _card(
             "variables on rank 0",
-            bytes_element(local),
+            bytes_element(figures.parameter_bytes),
             join("of ", bytes_element(whole), " in the model"),
             f"{sharded} of {len(plan.variables)} variables are sharded",
         ),
@@ -112,7 +114,7 @@ def _by_kind(collectives: Sequence[Collective]) -> list[str]:
     lines = []
     for kind in sorted({kind for kind, _ in counts}):
         phases = ", ".join(f"{counts[kind, phase]} {phase}" for phase in PHASES if counts[kind, phase])  # type: ignore[index]
-        lines.append(f"{dashed(kind)}: {phases}")
+        lines.append(f"{kind_text(kind)}: {phases}")
     implicit = sum(not each.is_planned for each in collectives)
     return [*lines, f"{implicit} implicit" if implicit else "none implicit"]
 
@@ -121,7 +123,7 @@ def _sent_by_phase(collectives: Sequence[Collective]) -> list[str]:
     sent: Counter[str] = Counter()
     for each in collectives:
         sent[each.phase] += each.wire_bytes
-    return [f"{phase}: {humanbytes_element(sent[phase])}" for phase in PHASES if sent[phase]]
+    return [f"{phase}: {bytes_text(sent[phase])}" for phase in PHASES if sent[phase]]
 
 
 def _notes(plan: Plan) -> Markup:
@@ -136,14 +138,20 @@ def _notes(plan: Plan) -> Markup:
 
 def _memory(plan: Plan) -> Markup:
     memory = plan.step.memory
-    whole, _ = _stored(plan.variables)
-    rows = [("one device, variables alone", [("single", whole)])]
-    rows += [(f"{ranks}, variables", [("parameters", size)]) for ranks, size in _ranks_alike(plan)]
+    whole = sum(map(whole_bytes, plan.variables))
+    rows = [("one device: variables", [("single", whole)])]
+    rows += [(f"{ranks}: variables", [("parameters", size)]) for ranks, size in _ranks_alike(plan)]
     if memory.peak.total:
-        rows.append((f"rank 0 at its peak, {memory.peak_phase}", _parts(memory.peak)))
+        rows.append((f"rank 0 at its peak: {memory.peak_phase}", _parts(memory.peak)))
     scale = max(whole, memory.peak.total, 1)
     bars = [
-        element("div", element("span", name), _bar(parts, scale), bytes_element(sum(size for _, size in parts)), class_="bar")
+        element(
+            "div",
+            element("span", name),
+            _bar(parts, scale),
+            bytes_element(sum(size for _, size in parts)),
+            class_="bar",
+        )
         for name, parts in rows
     ]
     details = _memory_table(plan) if memory.peak.total else _quiet("What a step needs beside its variables is unknown.")
@@ -157,15 +165,17 @@ def _parts(use: MemoryUse) -> list[tuple[str, int]]:
 def _ranks_alike(plan: Plan) -> list[tuple[str, int]]:
     """Return how many bytes of variables each rank has, neighbours that have as many together."""
     parts = plan.axis_size
-    kinds = Counter((each.shape, each.placement, each.itemsize) for each in plan.variables)
+    elements: Counter[tuple[Shape, Placement]] = Counter()  # bytes of one element of all variables that are alike
+    for each in plan.variables:
+        elements[each.shape, each.placement] += each.itemsize
     sizes = [
-        sum(byte_size(local_shape(shape, placed, parts, rank), item) * n for (shape, placed, item), n in kinds.items())
+        sum(math.prod(local_shape(shape, placed, parts, rank)) * n for (shape, placed), n in elements.items())
         for rank in range(parts)
     ]
     alike = []
     for size, run in groupby(range(parts), lambda rank: sizes[rank]):
         first, *others = run
-        alike.append((f"each of ranks {first} to {others[-1]}" if others else f"rank {first}", size))
+        alike.append((f"ranks {first} to {others[-1]}, each" if others else f"rank {first}", size))
     return alike
 
 
@@ -176,7 +186,7 @@ def _bar(parts: Sequence[tuple[str, int]], scale: int) -> Markup:
             element("rect", x=_percent(left, scale), width=_percent(size, scale), height="100%", class_=f"fill-{kind}")
         )
         left += size
-    label = ", ".join(f"{kind} {humanbytes_element(size)}" for kind, size in parts)
+    label = ", ".join(f"{kind} {bytes_text(size)}" for kind, size in parts)
     return element("svg", *rects, role="img", aria_label=label)
 
 
@@ -211,7 +221,9 @@ def _quiet(text: str) -> Markup:
 
 def _layer_table(tree: Sequence[Node]) -> Markup:
     heads = [
-        element("th", element("button", head, type="button"), scope="col", aria_sort="ascending" if head == "#" else "none")
+        element(
+            "th", element("button", head, type="button"), scope="col", aria_sort="ascending" if head == "#" else "none"
+        )
         for head in TABLE_HEADS
     ]
     rows = [(leaf, times, name, _figures(leaf, times)) for leaf, times, name in walk(tree)]
@@ -223,7 +235,7 @@ def _layer_table(tree: Sequence[Node]) -> Markup:
             _number(times),
             element("td", element("b", leaf.style, class_=f"badge {leaf.style}") if leaf.style else ""),
             *_figure_cells(figures),
-            data_search=_searched(leaf, name),
+            data_search=searched_text(leaf, name),
         )
         for position, (leaf, times, name, figures) in enumerate(rows, 1)
     ]
@@ -240,14 +252,9 @@ def _layer_table(tree: Sequence[Node]) -> Markup:
     return element("section", element("h2", "Layers"), element("div", table, class_="wide"), id="layers")
 
 
-def _searched(leaf: Leaf, name: str) -> str:
-    class_name = leaf.plan.class_name if leaf.plan else ""
-    return " ".join([name, leaf.style, class_name, *(variable.key for variable in leaf.variables)]).lower()
-
-
 def _figures(leaf: Leaf, times: int) -> tuple[int, int, int, int]:
     """Return the sums of all layers that the leaf stands for: bytes, bytes on rank 0, collectives, bytes sent."""
-    whole, local = _stored(leaf.variables)
+    whole, local = sum(map(whole_bytes, leaf.variables)), sum(map(local_bytes, leaf.variables))
     made = sum(count for _, count in leaf.collectives)
     sent = sum(count * collective.wire_bytes for collective, count in leaf.collectives)
     return whole * times, local * times, made * times, sent * times
@@ -255,7 +262,12 @@ def _figures(leaf: Leaf, times: int) -> tuple[int, int, int, int]:
 
 def _figure_cells(figures: Sequence[int]) -> list[Markup]:
     whole, local, made, sent = figures
-    return [element("td", bytes_element(whole)), element("td", bytes_element(local)), _number(made), element("td", bytes_element(sent))]
+    return [
+        element("td", bytes_element(whole)),
+        element("td", bytes_element(local)),
+        _number(made),
+        element("td", bytes_element(sent)),
+    ]
 
 
 def _number(value: int) -> Markup:
@@ -274,13 +286,13 @@ def _rules(plan: Plan) -> Markup:
 def _rule_cells(report: RuleReport, number: int) -> tuple[Markup, Markup, Markup]:
     placed = [*report.variables, *(f"{name}/output" for name in report.outputs)]
     names = [str(name) for name in fold_names(placed)]
-    said = f"{len(placed)} variable{'s' if len(placed) != 1 else ''}" if not report.outputs else f"{len(placed)} tensors"
+    said = (
+        f"{len(placed)} variable{'s' if len(placed) != 1 else ''}" if not report.outputs else f"{len(placed)} tensors"
+    )
     found = tip(said, f"r{number}", names) if placed else element("b", "nothing", class_="warning")
-    axes = ", ".join("–" if axis is None else axis if isinstance(axis, str) else "+".join(axis) for axis in report.rule.axes)
-    return element("th", element("code", report.rule.pattern), scope="row"), element("td", f"({axes})"), element("td", found)
-
-
-def _stored(variables: Sequence[VariablePlan]) -> tuple[int, int]:
-    """Return the bytes of variables: whole, and on rank 0."""
-    whole = sum(byte_size(variable.shape, variable.itemsize) for variable in variables)
-    return whole, sum(byte_size(variable.local_shape, variable.itemsize) for variable in variables)
+    axes = ", ".join("+".join(axis) if isinstance(axis, tuple) else str(axis) for axis in report.rule.axes)
+    return (
+        element("th", element("code", report.rule.pattern), scope="row"),
+        element("td", f"({axes})"),
+        element("td", found),
+    )

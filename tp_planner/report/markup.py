@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from tp_planner.report.amounts import bytes_text
+
 _VOID = frozenset({"input", "meta"})
 Attribute = str | int | bool | None
 
@@ -15,7 +17,7 @@ class Markup(str):
     __slots__ = ()
 
 
-def element(name: str, *content: str, **attributes: Attribute) -> Markup:
+def element(name: str, /, *content: str, **attributes: Attribute) -> Markup:
     """Return an element; content that is not Markup is escaped, and so is every attribute.
 
     In names of attributes ``_`` stands for ``-``, at the end for nothing. False and None leave an attribute out.
@@ -43,3 +45,8 @@ def tip(content: str, id: str, lines: Sequence[str], class_: str = "") -> Markup
     """Return content that shows lines of explanation while it is pointed at or has the focus."""
     shown = element("span", *(element("span", line) for line in lines), role="tooltip", id=id)
     return element("span", content, shown, class_=f"tip {class_}".rstrip(), tabindex=0, aria_describedby=id)
+
+
+def bytes_element(count: int) -> Markup:
+    """Return a number of bytes to be read, in an element that has the exact number too."""
+    return element("data", bytes_text(count), value=count, title=f"{count} bytes")

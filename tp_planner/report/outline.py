@@ -60,7 +60,7 @@ class Leaf:
         """The placement in which the layer computes on its first input that is not whole."""
         if self.plan is None:
             return Replicate()
-        placements = [*dict(self.plan.sharded_inputs).values()]
+        placements = [placement for _, placement in self.plan.sharded_inputs]
         placements += [boundary.forward.target for _, boundary in self.plan.inputs]
         return next((placement for placement in placements if placement != Replicate()), Replicate())
 
@@ -126,7 +126,7 @@ def _leaves(plan: Plan) -> Iterator[Leaf]:
     for order, layer in enumerate(plan.layers):
         keys = dict.fromkeys([*children.get(layer.path, ()), *(use.variable for use in layer.uses)])
         own = tuple(variables.pop(key) for key in keys if key in variables)
-        borrowed = tuple(key for key in keys if key not in {variable.key for variable in own})
+        borrowed = tuple(use.variable for use in layer.uses if use.variable not in {each.key for each in own})
         remaining = collectives.get(layer.layer, Counter())
         edges = tuple(_edges(layer, remaining, executed))
         if last[layer.layer] is layer:

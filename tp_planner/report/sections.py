@@ -25,12 +25,26 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
+class Item:
+    """A sentence, and others that go into its details."""
+
+    text: str
+    details: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Section:
-    """A title with what stands under it: sentences, and after them a table."""
+    """A title with what stands under it: sentences, then items, then a table."""
 
     title: str
     sentences: tuple[str, ...] = ()
+    items: tuple[Item, ...] = ()
     table: Table | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing stands under the title."""
+        return not (self.sentences or self.items or self.table)
 
 
 def sections_to_text(sections: Sequence[Section]) -> str:
@@ -43,24 +57,27 @@ def sections_to_renderable(sections: Sequence[Section]) -> RenderableType:
     parts: list[RenderableType] = []
     for section in sections:
         parts.append(Text(section.title, "bold"))
-        parts += [Padding(Text(sentence), (0, 0, 0, 2)) for sentence in section.sentences]
+        parts += [Padding(Text(text), (0, 0, 0, indent)) for indent, text in _indented(section)]
         parts.append(Text() if section.table is None else _rich_table(section.table))
     return Group(*parts)
 
 
 def _lines(section: Section) -> Iterator[str]:
     yield section.title
-    for sentence in section.sentences:
+    for indent, text in _indented(section):
+        first, rest = " " * indent, " " * (indent + 2)
         yield from textwrap.wrap(
-            sentence,
-            WIDTH,
-            initial_indent="  ",
-            subsequent_indent="    ",
-            break_long_words=False,
-            break_on_hyphens=False,
+            text, WIDTH, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
         )
     if section.table is not None:
         yield from _table_lines(section.table)
+
+
+def _indented(section: Section) -> Iterator[tuple[int, str]]:
+    yield from ((2, sentence) for sentence in section.sentences)
+    for item in section.items:
+        yield 2, item.text
+        yield from ((6, detail) for detail in item.details)
 
 
 def _table_lines(table: Table) -> Iterator[str]:

@@ -26,10 +26,9 @@ class Site:
 class Frame:
     """One running call: a reader for each variable it uses, and what its hooks keep until it returns."""
 
-    __slots__ = ("cache", "kept", "layer", "readers")
+    __slots__ = ("cache", "kept", "readers")
 
-    def __init__(self, layer: str, readers: dict[int, Reader]) -> None:
-        self.layer = layer
+    def __init__(self, readers: dict[int, Reader]) -> None:
         self.readers = readers
         self.cache: dict[tuple[int, Any], torch.Tensor] = {}
         self.kept: Any = None

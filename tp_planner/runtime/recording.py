@@ -6,13 +6,18 @@ model's own code. What runs at a site of the plan is planned; everything else is
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from typing import Any
 
+import keras
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from tp_planner.frontend.layer_tree import named_layers
 from tp_planner.ir.step import Collective, CollectiveKind, Phase
 from tp_planner.runtime.boundaries import Axis
 from tp_planner.runtime.calls import running
@@ -57,19 +62,15 @@ class CollectiveRecorder(TorchDispatchMode):
         self.collectives: list[Collective] = []
         self._axis, self._name = axis, name
         self._group = axis.mesh.get_group().group_name
-        self._phase: Phase = "forward"
+        self.phase: Phase = "forward"
+        self._calling: list[str] = []  # the layers whose calls are running
         self.asked = ""  # the op on DTensors that is running: what communicates in it does so for this op
 
-    @property
-    def phase(self) -> Phase:
-        """Backward while autograd runs, update afterwards."""
-        if torch._C._current_graph_task_id() != -1:
-            self._phase = "backward"
-        elif self._phase == "backward":
-            self._phase = "update"
-        return self._phase
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch._C._current_graph_task_id() != -1:  # autograd runs
+            self.phase = "backward"
+        elif self.phase == "backward":
+            self.phase = "update"
         if any(issubclass(kind, DTensor) for kind in types):
             return self._run_on_dtensors(func, args, kwargs or {})
         if func.namespace in ("_c10d_functional", "c10d"):
@@ -77,6 +78,22 @@ class CollectiveRecorder(TorchDispatchMode):
             if name not in LOCAL_OPS:
                 self.note(self._collective(str(func), name, args))
         return func(*args, **(kwargs or {}))
+
+    @contextlib.contextmanager
+    def naming_layers(self, model: keras.Model) -> Iterator[None]:
+        """Inside, what communicates without a site is known by the layer that is running."""
+        with contextlib.ExitStack() as stack:
+            for name, layer in named_layers(model).items():
+                enter = functools.partial(self._enter, name)
+                stack.callback(layer.register_forward_pre_hook(enter, prepend=True).remove)
+                stack.callback(layer.register_forward_hook(self._leave, always_call=True).remove)
+            yield
+
+    def _enter(self, name: str, layer: keras.Layer, args: Any) -> None:
+        self._calling.append(name)
+
+    def _leave(self, layer: keras.Layer, args: Any, output: Any) -> None:
+        self._calling.pop()
 
     def note(self, collective: Collective) -> None:
         """Keep a collective that is about to run."""
@@ -90,13 +107,14 @@ class CollectiveRecorder(TorchDispatchMode):
             with self:
                 return func(*args, **kwargs)
         finally:
-            self.asked = ""
+            self._calling: list[str] = []  # the layers whose calls are running
+        self.asked = ""
 
     def _collective(self, op: str, name: str, args: tuple[Any, ...]) -> Collective:
         kind = KINDS.get(name, "other")
-        site, frames = running.site, running.frames
+        site = running.site
         sent = _input_of(kind, name, args)
-        layer = site.layer if site else (frames[-1].layer if frames else "")
+        layer = site.layer if site else (self._calling[-1] if self._calling else "")
         functional = op.startswith("_c10d_functional")
         on_axis = not functional or args[-1] == self._group
         return Collective(

@@ -116,7 +116,7 @@ class LayerCalls:
             )
         for position, boundary, site in self.entries[plan.mode]:
             args, kwargs = self._convert(args, kwargs, position, boundary, site)
-        frame = Frame(plan.layer, self.readers[plan.mode])
+        frame = Frame(self.readers[plan.mode])
         if plan.style == "vocabulary":
             args, frame.kept = self._own_rows(layer, args)
         elif plan.dropout_order:

@@ -1,0 +1,322 @@
+"""Time and memory of planning tensor parallelism for Llama models that fit no device, on one core.
+
+    python benchmarks/plan_time.py [--sizes 8b,70b,405b] [--curve] [--repeat 5] [--output FOLDER]
+
+Every repetition is a fresh process; see benchmarks/README.md for what they measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+MESH = "model=8"
+PRESET = "llama"
+CURVE_LAYERS = (2, 8, 16, 32, 64, 96, 126)
+GIB = 2**30
+
+FOOTNOTE = """\
+Counted: make_plan on a built model, with Adam: two traces, the passes, the proof, the simulated training step.
+Not counted: starting Python, importing Keras, torch and tp_planner, building the model, reading the layout.
+"first" is the first plan of a process, which also loads what torch loads late; "again" the second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """The shape of a Llama model, and what planning it may take."""
+
+    name: str
+    layers: int
+    width: int
+    heads: int
+    hidden: int
+    target_s: float
+    key_value_heads: int = 8
+    vocabulary: int = 128256
+
+
+SIZES = {
+    size.name: size
+    for size in (
+        Size("8b", 32, 4096, 32, 14336, target_s=1.0),
+        Size("70b", 80, 8192, 64, 28672, target_s=2.0),
+        Size("405b", 126, 16384, 128, 53248, target_s=3.0),
+    )
+}
+TARGET_BYTES = 2 * GIB
+
+Measured = Sequence[Mapping[str, Any]]  # what each process measured
+Rows = Sequence[tuple[Size, Measured]]
+
+
+# One process
+
+
+def measure(size: Size) -> dict[str, Any]:
+    """Plan one model twice in this process and return the times in seconds and the memory in bytes."""
+    import torch
+
+    torch.set_num_threads(1)
+    import keras
+    import keras_hub
+
+    from tp_planner.frontend.layout_file import find_layout_file, read_layout_file
+    from tp_planner.ir.mesh import parse_mesh
+
+    keras.config.set_dtype_policy("bfloat16")
+    with keras.device("meta"):
+        model = keras_hub.models.LlamaBackbone(
+            vocabulary_size=size.vocabulary,
+            num_layers=size.layers,
+            num_query_heads=size.heads,
+            num_key_value_heads=size.key_value_heads,
+            hidden_dim=size.width,
+            intermediate_dim=size.hidden,
+        )
+    layout = read_layout_file(find_layout_file(PRESET)).on(parse_mesh(MESH))
+    before = _peak_bytes()
+    first, again = (_plan(model, layout) for _ in range(2))
+    if first["plan_sha256"] != again["plan_sha256"]:
+        raise AssertionError(f"two plans of {size.name} in one process differ")
+    return {
+        "facts": {"torch": torch.__version__, "keras": keras.__version__, "keras_hub": keras_hub.__version__},
+        "parameters": model.count_params(),
+        "bytes_before": before,
+        "bytes_peak": _peak_bytes(),
+        "first": first,
+        "again": again,
+    }
+
+
+def _plan(model: Any, layout: Any) -> dict[str, Any]:
+    """Plan the model as users do, with a clock around the whole and one around the simulation."""
+    from unittest import mock
+
+    import keras
+
+    from tp_planner import planner
+
+    simulations = []
+
+    def simulate(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            simulations.append(time.perf_counter() - start)
+
+    original = planner.simulate
+    with mock.patch.object(planner, "simulate", simulate):
+        start, start_cpu = time.perf_counter(), time.process_time()
+        plan = planner.make_plan(model, layout, optimizer=keras.optimizers.Adam())
+        wall, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+    return {
+        "total_s": wall,
+        "cpu_s": cpu,
+        "simulation_s": sum(simulations),
+        "collectives": len(plan.collectives),
+        "plan_sha256": hashlib.sha256(plan.to_json().encode()).hexdigest(),
+    }
+
+
+def _peak_bytes() -> int:
+    """Return the largest memory of this process so far; Linux counts it in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# All processes
+
+
+def repeat(size: Size, repetitions: int) -> list[dict[str, Any]]:
+    """Return what each of some fresh processes measured, one after the other.
+
+    Raises SystemExit if one of them fails, and AssertionError if their plans differ.
+    """
+    measured = [_measure_in_process(size) for _ in range(repetitions)]
+    if len({each["first"]["plan_sha256"] for each in measured}) > 1:
+        raise AssertionError(f"plans of {size.name} with {size.layers} layers differ between processes")
+    return measured
+
+
+def _measure_in_process(size: Size) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, __file__, "--measure", json.dumps(asdict(size)), "--result", str(result)]
+        if subprocess.run(command, env=_environment()).returncode:
+            raise SystemExit(f"the process that plans {size.name} failed; its error is above")
+        measured: dict[str, Any] = json.loads(result.read_text())
+        return measured
+
+
+def _environment() -> dict[str, str]:
+    """Return this environment with one thread, and this checkout's tp_planner first."""
+    paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        "KERAS_BACKEND": "torch",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+
+
+def facts(measured: Mapping[str, Any], repetitions: int) -> dict[str, Any]:
+    """Return what the numbers depend on."""
+    return {
+        "python": platform.python_version(),
+        **measured["facts"],
+        "machine": _processor(),
+        "cores": os.cpu_count(),
+        "threads": 1,
+        "processes for each size": repetitions,
+        "mesh": MESH,
+        "preset": PRESET,
+        "dtype policy": "bfloat16",
+    }
+
+
+def _processor() -> str:
+    """Return the name of the processor, as far as the system tells it."""
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text().splitlines() if table.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+# The numbers as text and as a picture
+
+
+def table(rows: Rows) -> Iterator[str]:
+    """Yield the lines of a table with one line for each size."""
+    yield (
+        f"  {'model':>6}{'layers':>8}{'parameters':>13}{'first s':>10}{'quartiles':>16}{'CPU s':>8}"
+        f"{'simulation':>12}{'again s':>9}{'collectives':>13}{'peak GiB':>10}{'before':>8}"
+    )
+    for size, measured in rows:
+        lower, median, upper = statistics.quantiles(_each(measured, "first", "total_s"), n=4, method="inclusive")
+        quartiles = f"{lower:.2f} to {upper:.2f}"
+        yield (
+            f"  {size.name:>6}{size.layers:8}{measured[0]['parameters'] / 1e9:11.1f} B{median:10.2f}{quartiles:>16}"
+            f"{_median(measured, 'first', 'cpu_s'):8.2f}{_median(measured, 'first', 'simulation_s'):12.2f}"
+            f"{_median(measured, 'again', 'total_s'):9.2f}{measured[0]['first']['collectives']:13}"
+            f"{_memory(measured, 'bytes_peak'):10.2f}{_memory(measured, 'bytes_before'):8.2f}"
+        )
+
+
+def verdicts(rows: Rows) -> Iterator[str]:
+    """Yield one line for each size: whether its median and its memory are within the targets."""
+    for size, measured in rows:
+        seconds, memory = _median(measured, "first", "total_s"), _memory(measured, "bytes_peak")
+        met = seconds < size.target_s and memory < TARGET_BYTES / GIB
+        yield (
+            f"  {size.name}: {seconds:.2f} s of {size.target_s:g} s, {memory:.2f} GiB of {TARGET_BYTES / GIB:g} GiB: "
+            f"{'within the target' if met else 'MISSED'}"
+        )
+
+
+def _each(measured: Measured, which: str, figure: str) -> list[float]:
+    return [each[which][figure] for each in measured]
+
+
+def _median(measured: Measured, which: str, figure: str) -> float:
+    return statistics.median(_each(measured, which, figure))
+
+
+def _memory(measured: Measured, figure: str) -> float:
+    """Return the largest of the processes' memories in GiB."""
+    largest: int = max(each[figure] for each in measured)
+    return largest / GIB
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """Draw the medians over the number of layers, with the quartiles as bars."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "plan_time"  # the same picture from the same numbers
+    from matplotlib import pyplot
+
+    layers = [size.layers for size, _ in rows]
+    figure, axes = pyplot.subplots(figsize=(6.4, 4))
+    quartiles = [
+        statistics.quantiles(_each(measured, "first", "total_s"), n=4, method="inclusive") for _, measured in rows
+    ]
+    spread = [[q[1] - q[0] for q in quartiles], [q[2] - q[1] for q in quartiles]]
+    axes.errorbar(layers, [q[1] for q in quartiles], yerr=spread, marker="o", capsize=3, label="first plan")
+    axes.plot(layers, [_median(m, "again", "total_s") for _, m in rows], marker="o", label="planned again")
+    axes.plot(
+        layers, [_median(m, "first", "simulation_s") for _, m in rows], marker="o", label="simulation in the first plan"
+    )
+    axes.set(xlabel="decoder layers", ylabel="seconds, one core", title="Planning a Llama of 405B's width for 8 ranks")
+    axes.set(xlim=(0, None), ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="8b,70b,405b", help=f"comma-separated, of {', '.join(SIZES)}")
+    parser.add_argument("--curve", action="store_true", help="also plan 405b's width with 2 to 126 layers")
+    parser.add_argument("--repeat", type=int, default=5, help="processes for each size, at least 2")
+    parser.add_argument("--output", type=Path, help="write every single figure, and the curve, to this folder")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)  # what the processes are started with
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.repeat < 2:
+        parser.error(f"--repeat is {options.repeat}; quartiles need at least 2")
+    unknown = [name for name in options.sizes.split(",") if name not in SIZES]
+    if unknown:
+        parser.error(f"--sizes has {unknown[0]!r}; sizes are {', '.join(SIZES)}")
+    return options
+
+
+def main() -> None:
+    options = arguments()
+    if options.measure:
+        options.result.write_text(json.dumps(measure(Size(**json.loads(options.measure)))))
+        return
+    sizes = [SIZES[name] for name in options.sizes.split(",")]
+    rows = [(size, repeat(size, options.repeat)) for size in sizes]
+    stated = facts(rows[0][1][0], options.repeat)
+    print(", ".join(f"{name} {value}" for name, value in stated.items()))
+    print("", *table(rows), "", *verdicts(rows), sep="\n", flush=True)
+    curve = []
+    if options.curve:
+        of_layers = [replace(SIZES["405b"], name="curve", layers=layers) for layers in CURVE_LAYERS]
+        curve = [(size, repeat(size, options.repeat)) for size in of_layers]
+        print("", *table(curve), sep="\n")
+    print(f"\n{FOOTNOTE}")
+    if options.output:
+        write(options.output, stated, rows, curve)
+
+
+def write(folder: Path, stated: Mapping[str, Any], rows: Rows, curve: Rows) -> None:
+    """Write the figures as JSON, and the curve as a picture where there is one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {
+        **stated,
+        "rows": [{"size": asdict(size), "processes": measured} for size, measured in (*rows, *curve)],
+    }
+    (folder / "plan_time.json").write_text(json.dumps(data, indent=1) + "\n")
+    if curve:
+        draw(curve, folder / "plan_time.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""One model at several degrees: what ``sweep`` finds, and what ``tp-planner sweep`` says of it."""
+
+from __future__ import annotations
+
+import json
+
+import keras
+import pytest
+from typer.testing import CliRunner
+
+from tests import models
+from tp_planner.cli import app
+from tp_planner.ir.degrees import Degree
+from tp_planner.ir.errors import PlanError
+from tp_planner.ir.figures import Figures, figures_of
+from tp_planner.ir.layout import AxisSpec, Layout, LayoutRule
+from tp_planner.ir.mesh import parse_mesh
+from tp_planner.planner import make_plan
+from tp_planner.report.sections import sections_to_text
+from tp_planner.report.sweep import sweep_sections
+from tp_planner.sweep import sweep
+
+PAIR: dict[str, tuple[AxisSpec, ...]] = {
+    "up/kernel": (None, "model"),
+    "up/bias": ("model",),
+    "down/kernel": ("model", None),
+}
+
+
+def rules(of: dict[str, tuple[AxisSpec, ...]]) -> tuple[LayoutRule, ...]:
+    return tuple(LayoutRule(pattern, axes) for pattern, axes in of.items())
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    """Return exit code, stdout and stderr of the command line."""
+    result = CliRunner().invoke(app, arguments)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_degrees_have_the_figures_of_their_plans() -> None:
+    """Every degree is planned on its own, as ``plan`` does it."""
+    model = models.mlp()
+    found = sweep(model, rules(PAIR), "model", [1, 2, 4])
+    plans = [make_plan(model, Layout(parse_mesh(f"model={size}"), rules(PAIR))) for size in (1, 2, 4)]
+    assert [degree.figures for degree in found.degrees] == [figures_of(plan) for plan in plans]
+    assert found.inputs == ("2x16 float32",)
+
+
+def test_indivisible_heads_are_gathered_with_the_reason() -> None:
+    """A degree that does not divide is right and gathers; the reason names the shape and the degree."""
+    case = models.CASES["gpt"]
+    degrees = sweep(models.gpt(blocks=1, heads=4), rules(dict(case.rules)), "model", [4, 8]).degrees
+    assert degrees[0].gathered == ()
+    assert [layer for layer, _ in degrees[1].gathered] == [
+        f"block_0_attention/{name}" for name in ("query", "key", "value", "attention_output")
+    ]
+    assert degrees[1].gathered[0][1] == (
+        "stored sharded, gathered at use: 'block_0_attention/query/kernel' of shape (32, 4, 8) "
+        "does not divide evenly by 8"
+    )
+    assert [layer for layer, _ in degrees[0].left_early] == ["head"]
+
+
+def test_other_axes_of_the_layout_have_size_one() -> None:
+    """A layout for a mesh of two axes is swept over one of them."""
+    found = sweep(models.mlp(), rules({**PAIR, "head/kernel": ("batch", None)}), "model", [2])
+    assert found.other_axes == ("batch",)
+    assert found.degrees[0].figures == sweep(models.mlp(), rules(PAIR), "model", [2]).degrees[0].figures
+
+
+def test_axis_that_no_rule_names_is_refused() -> None:
+    """A sweep over another axis would find the same plan at every size."""
+    with pytest.raises(PlanError) as caught:
+        sweep(models.mlp(), rules(PAIR), "modle", [2])
+    assert str(caught.value) == "no layout rule names mesh axis 'modle'; the rules name 'model'"
+
+
+def test_what_no_size_can_mend_is_told_once() -> None:
+    """What is wrong with the layout at every size is an error, not a table of refusals."""
+    with pytest.raises(PlanError) as caught:
+        sweep(models.mlp(), rules({"up/kernel": ("model",)}), "model", [1, 2])
+    assert str(caught.value) == (
+        "layout rule 'up/kernel' -> (model) has 1 entries, variable 'up/kernel' of shape (16, 64) has 2 dims; "
+        "write one entry per dim"
+    )
+
+
+def test_model_is_as_before() -> None:
+    """Planning at several sizes leaves no trace in the model."""
+    model = models.mlp()
+    before = [keras.ops.convert_to_numpy(weight).copy() for weight in model.weights]
+    sweep(model, rules(PAIR), "model", [2, 3])
+    assert all((old == keras.ops.convert_to_numpy(new)).all() for old, new in zip(before, model.weights, strict=True))
+
+
+# The report
+
+FIGURES = Figures(collectives=11, bytes=2048, wire_bytes=4096, parameter_bytes=8192, peak_bytes=3 * 2**30)
+HEADS = [(f"block_{number}/query", f"'block_{number}/query/kernel' does not divide evenly by 4") for number in (0, 1)]
+DEGREES = (
+    Degree(2, FIGURES, (), (("head", "it is an output"),), ("a note",), ()),
+    Degree(4, FIGURES, tuple(HEADS), (("head", "it is an output"),), ("a note",), ()),
+    Degree(1024, None, (), (), (), ("nothing fits", "nothing at all")),
+)
+REPORT = """\
+'gpt' with sizes 2, 4, 1024 of mesh axis 'model'
+  traced with inputs 2x64 int32
+  the layout names mesh axis 'batch' too: it has size 1 here
+  each row is one training step on one rank
+  gathered: layers whose weights are stored sharded and gathered at use, which is right and slow
+  left early: layers whose sharded output is gathered behind them
+  model  collectives  wire bytes  parameters  peak memory  gathered  left early  verdict
+      2           11    4.00 KiB    8.00 KiB     3.00 GiB         0           1  divides
+      4           11    4.00 KiB    8.00 KiB     3.00 GiB         2           1  gathers
+   1024                                                                          refused
+
+refused
+  at 1024: nothing fits
+  at 1024: nothing at all
+
+why weights are gathered
+  at 4: block_[0-1]/query: 'block_*/query/kernel' does not divide evenly by 4
+
+why outputs are gathered
+  at 2, 4: head: it is an output
+
+notes
+  at 2, 4: a note
+"""
+
+
+def test_report_has_a_row_for_each_degree_and_its_reasons() -> None:
+    """Reasons that hold for several degrees, or for equal blocks, are told once."""
+    swept = sweep(models.mlp(), rules(PAIR), "model", [1])
+    shown = type(swept)("gpt", "model", ("batch",), ("2x64 int32",), DEGREES)
+    assert sections_to_text(sweep_sections(shown)) == REPORT
+
+
+# The command
+
+
+def test_command_sweeps_the_preset() -> None:
+    """Sizes are in order, each once; JSON has the same numbers."""
+    arguments = ("sweep", "tests.models:mlp", "--layout", "mlp", "--sizes", "2, 1,2")
+    code, stdout, stderr = run(*arguments)
+    assert (code, stderr) == (0, "")
+    assert stdout.startswith("'mlp' with sizes 1, 2 of mesh axis 'model'\n  traced with inputs 2x16 float32\n")
+    found = json.loads(run(*arguments, "--json")[1])
+    assert [degree["size"] for degree in found["degrees"]] == [1, 2]
+    assert [degree["figures"]["collectives"] for degree in found["degrees"]] == [0, 1]
+
+
+@pytest.mark.parametrize("sizes", ["", "1,,2", "two", "0,2", "-1", "1.5"])
+def test_sizes_that_are_none_are_refused(sizes: str) -> None:
+    """Sizes are whole numbers of at least 1."""
+    code, stdout, stderr = run("sweep", "tests.models:mlp", "--layout", "mlp", "--sizes", sizes)
+    message = f"sizes {sizes!r} are not of the form size[,size...], e.g. 1,2,4,8; a size is at least 1"
+    assert (code, stdout, stderr) == (2, "", f"error: {message}\n")
