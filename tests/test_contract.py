@@ -222,9 +222,9 @@ def test_collectives_of_the_models_own_code_are_implicit(pools: Pools) -> None:
     assert (
         answers
         == [
-            "the first training step was not as planned: on rank 0, collective 1 of the step should be forward all_reduce "
-            "over 'model' of layer 'down' (output (down output)) but was forward all_reduce over 'model' of layer 'chatty': "
-            "c10d.allreduce_.default caused it"
+            "the first training step was not as planned: on rank 0, collective 1 of the step should be forward "
+            "all_reduce over 'model' of layer 'down' (output (down output)) but was forward all_reduce over 'model' "
+            "of layer 'chatty': c10d.allreduce_.default caused it"
         ]
         * 2
     )

@@ -14,7 +14,7 @@ import keras_hub
 import pytest
 from typer.testing import CliRunner
 
-from tests.models import CASES, PreNormBlock, llama, mlp, tied
+from tests.models import CASES, GatedBlock, llama, mlp, tied
 from tp_planner.cli import app
 from tp_planner.frontend.layout_file import find_layout_file, read_layout_file
 from tp_planner.frontend.trace import trace
@@ -91,10 +91,11 @@ def blocks(number: int = 2, norm: bool = False) -> keras.Model:
 
 
 def towers() -> keras.Model:
-    """Two equal layers of layers, of which one is planned."""
-    features = x = keras.Input((4, 16), name="x")
+    """Two equal layers of layers, of which the planner looks at one."""
+    features = keras.Input((8,), name="x")
+    x = keras.layers.Dense(8, name="stem")(features)
     for name in ("left", "right"):
-        x = PreNormBlock(2, 32, name=name)(x)
+        x = GatedBlock(16, name=name)(x)
     return keras.Model(features, x, name="towers")
 
 
@@ -447,9 +448,9 @@ MISTAKES: dict[str, tuple[Callable[[], keras.Model], Rules, str, Told]] = {
                 "warning",
                 "missing-rule",
                 "no layout rule names 'attention/value/kernel', beside layers that are sharded. A training step "
-                "takes 4 collectives, in which a rank sends 1280 bytes; write 'attention/value/kernel' -> (None, "
-                "model, None) and 'attention/value/bias' -> (model, None): 1 collective, in which a rank sends 512 "
-                "bytes",
+                "takes 4 collectives, in which a rank sends 1280 bytes, and 2752 bytes of variables per rank; "
+                "write 'attention/value/kernel' -> (None, model, None) and 'attention/value/bias' -> (model, "
+                "None): 1 collective, in which a rank sends 512 bytes, and 2208 bytes of variables per rank",
             ),
         ],
     ),
@@ -515,8 +516,9 @@ MISTAKES: dict[str, tuple[Callable[[], keras.Model], Rules, str, Told]] = {
                 "warning",
                 "missing-rule",
                 "no layout rule names 'block_0_down/kernel' and 1 other, beside layers that are sharded. A "
-                "training step takes 3 collectives, in which a rank sends 320 bytes; write "
-                "'block_[0-9]+_down/kernel' -> (model, None): 3 collectives, in which a rank sends 192 bytes",
+                "training step takes 3 collectives, in which a rank sends 320 bytes, and 3264 bytes of variables "
+                "per rank; write 'block_[0-9]+_down/kernel' -> (model, None): 3 collectives, in which a rank sends "
+                "192 bytes, and 2240 bytes of variables per rank",
             ),
         ],
     ),
@@ -529,8 +531,9 @@ MISTAKES: dict[str, tuple[Callable[[], keras.Model], Rules, str, Told]] = {
                 "warning",
                 "missing-rule",
                 "no layout rule names 'up/kernel', beside layers that are sharded. A training step takes 2 "
-                "collectives, in which a rank sends 512 bytes; write 'up/kernel' -> (None, model) and 'up/bias' -> "
-                "(model): 1 collective, in which a rank sends 256 bytes",
+                "collectives, in which a rank sends 512 bytes, and 9632 bytes of variables per rank; write "
+                "'up/kernel' -> (None, model) and 'up/bias' -> (model): 1 collective, in which a rank sends 256 "
+                "bytes, and 7456 bytes of variables per rank",
             ),
         ],
     ),
@@ -561,13 +564,48 @@ MISTAKES: dict[str, tuple[Callable[[], keras.Model], Rules, str, Told]] = {
             ),
         ],
     ),
-    "bias sharded alone": (mlp, {**MLP, "head/bias": ("model",)}, "model=2", []),
-    "down forgotten where that costs memory alone": (mlp, without(MLP, "down/kernel"), "model=2", []),
+    "bias sharded alone": (
+        mlp,
+        {**MLP, "head/bias": ("model",)},
+        "model=2",
+        [
+            (
+                "warning",
+                "bias-mismatch",
+                "'head/kernel' is whole, but its bias is sharded on dim 0, not whole. That takes 1 collective, in "
+                "which a rank sends 16 bytes; take it out of rule 'head/bias'",
+            ),
+        ],
+    ),
+    "down forgotten where that costs memory alone": (
+        mlp,
+        without(MLP, "down/kernel"),
+        "model=2",
+        [
+            (
+                "warning",
+                "missing-rule",
+                "no layout rule names 'down/kernel', beside layers that are sharded. A training step takes 1 "
+                "collective, in which a rank sends 256 bytes, and 11552 bytes of variables per rank; write "
+                "'down/kernel' -> (model, None): 1 collective, in which a rank sends 256 bytes, and 7456 bytes of "
+                "variables per rank",
+            ),
+        ],
+    ),
     "down forgotten in layers of layers": (
         towers,
-        {".*/up/kernel": (None, "model"), ".*/up/bias": ("model",)},
+        {".*/(gate|up)/kernel": (None, "model"), ".*/(gate|up)/bias": ("model",)},
         "model=2",
-        [],
+        [
+            (
+                "warning",
+                "missing-rule",
+                "no layout rule names 'left/down/kernel' and 1 other, beside layers that are sharded. A training "
+                "step takes 6 collectives, in which a rank sends 384 bytes, and 2592 bytes of variables per rank; "
+                "write 'left/down/kernel' -> (model, None) and 'right/down/kernel' -> (model, None): 4 "
+                "collectives, in which a rank sends 256 bytes, and 2080 bytes of variables per rank",
+            ),
+        ],
     ),
     "norms sharded": (
         partial(blocks, norm=True),

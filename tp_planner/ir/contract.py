@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from tp_planner.ir.errors import ContractError
 from tp_planner.ir.placement import Shape
-from tp_planner.ir.step import Collective, Phase
+from tp_planner.ir.step import Collective
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ A log may say that a block does again what an equal one did; ``unfold`` writes t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -169,6 +169,7 @@ class _Unfolding:
         self.log, self.twins = log, twins
         self.out = StepLog(kinds=dict(log.kinds), storages=log.storages)
         self.freed = {event.storage for event in log.events if isinstance(event, Freed)}
+        self.freed_forward = _freed_before_backward(log.events)
         self.spans = _spans(log.events)
         self.gone: set[int] = set()  # storages of the log that went earlier than it says
         self.arrived: dict[int, dict[int, int]] = {}  # by call of a block that ran: output -> storage of its gradient
@@ -213,8 +214,7 @@ class _Unfolding:
         inner = (*chain, event.call)
         self._take_gradients(event, twin.call, inner)
         self._write(*span, inner, own)
-        if event.phase == "backward":
-            self._let_go(inner)
+        self._let_go(inner, self.freed if event.phase == "backward" else self.freed_forward)
 
     def _take_gradients(self, event: Again, twin: int, chain: tuple[int, ...]) -> None:
         """Let the gradients that arrive go when the twin lets go of its own."""
@@ -236,11 +236,23 @@ class _Unfolding:
         elif event.storage not in self.returned:
             copies[event.storage] = self.out.allocate(event.bytes, self.log.kinds.get(event.storage))
 
-    def _let_go(self, chain: tuple[int, ...]) -> None:
-        """Free what a block that has gone backward still holds, if its twin lets go of it at all."""
-        for storage, copy in self.copies.pop(chain, {}).items():
-            if storage in self.freed and copy >= self.log.storages:
+    def _let_go(self, chain: tuple[int, ...], storages: Set[int]) -> None:
+        """Free what a block still holds when it ends, if its twin lets go of it a little later."""
+        copies = self.copies.get(chain, {})
+        for storage in [each for each in copies if each in storages]:
+            copy = copies.pop(storage)
+            if copy >= self.log.storages:
                 self.out.events.append(Freed(copy))
+
+
+def _freed_before_backward(events: Iterable[Event]) -> set[int]:
+    freed: set[int] = set()
+    for event in events:
+        if isinstance(event, Freed):
+            freed.add(event.storage)
+        elif isinstance(event, Began) and event.phase == "backward":
+            break
+    return freed
 
 
 def _spans(events: Iterable[Event]) -> dict[tuple[int, Phase], tuple[int, int]]:

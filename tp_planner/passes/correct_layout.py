@@ -87,8 +87,9 @@ def _columns_with_gathered_outputs(plan: Plan, graph: ModelGraph) -> Iterator[tu
         if layer.style == "column" and layer.output is not None and layer.output.forward.collective == "all_gather"
     ]
     neighbourhood = _Neighbourhood.of(graph)
-    read = {_alike(layer.layer) for layer in gathered if neighbourhood.readers((layer.layer, layer.mode))}
-    yield from (("output-dim", layer) for layer in gathered if _alike(layer.layer) in read)
+    kind = neighbourhood.kind
+    read = {kind(layer.layer) for layer in gathered if neighbourhood.readers((layer.layer, layer.mode))}
+    yield from (("output-dim", layer) for layer in gathered if kind(layer.layer) in read)
 
 
 def _strain(code: str, rule: str, dim: int, members: Sequence[LayerPlan], plan: Plan, graph: ModelGraph) -> Strain:
@@ -133,16 +134,14 @@ def _moves(
 def _additions(plan: Plan, graph: ModelGraph, strain: Strain) -> Iterator[Correction]:
     """Yield rules for weights that none names, of layers beside the strained ones; equal layers get one at once."""
     variables = {variable.key: variable for variable in plan.variables}
+    neighbourhood = _Neighbourhood.of(graph)
     unnamed: dict[str, list[Contraction]] = {}
     for layer in graph.layers.values():
         for _, contraction in layer.contractions[:1]:
             if variables[contraction.main_weight].rule is None:
-                unnamed.setdefault(_alike(layer.name), []).append(contraction)
-    if not unnamed:
-        return
-    neighbourhood = _Neighbourhood.of(graph)
-    strained = {_alike(layer): (layer, mode) for layer, mode in strain.layers}
-    beside = {_alike(name) for layer in strained.values() for name in neighbourhood.beside(layer)}
+                unnamed.setdefault(neighbourhood.kind(layer.name), []).append(contraction)
+    strained = {neighbourhood.kind(layer): (layer, mode) for layer, mode in strain.layers}
+    beside = {neighbourhood.kind(name) for layer in strained.values() for name in neighbourhood.beside(layer)}
     for name, contractions in unnamed.items():
         shapes = [variables[contraction.main_weight].shape for contraction in contractions]
         if name not in beside or len(set(map(len, shapes))) > 1:
@@ -245,6 +244,12 @@ class _Neighbourhood:
         return (
             readers | self._reached(own, self.flow.predecessors)[0] | self._reached(between, self.flow.predecessors)[0]
         )
+
+    def kind(self, layer: str) -> str:
+        """Return what the names of equal layers have in common."""
+        while layer in self.twins:
+            layer = self.twins[layer]
+        return _alike(layer)
 
     def _own(self, layer: LayerMode) -> Sequence[int]:
         name, mode = layer

@@ -163,10 +163,11 @@ def _corrected(adopted: Adopted, given: str) -> Finding:
     own = {variable.path for variable in before.variables if variable.rule == correction.rule}
     also = "" if correction.rule is None or own <= dict(correction.axes).keys() else _apart(correction.rule, rules)
     now, then = _plan_costs(before, adopted.after)
+    strain = _strain_text(correction.code, correction.rule, correction.weights, before)
     return Finding(
         correction.code,
         "warning",
-        f"{_strain_text(correction.code, correction.rule, correction.weights, before)}. {given} training step takes {now}",
+        f"{strain}. {given} training step takes {now}",
         f"write {' and '.join(map(str, rules))}{also}: {then}",
         correction.rule,
         correction.weights,
@@ -174,11 +175,12 @@ def _corrected(adopted: Adopted, given: str) -> Finding:
 
 
 def _plan_costs(before: Plan, after: Plan) -> tuple[str, str]:
-    """Return what each of two plans costs; what a rank stores where it is not the same."""
-    stored = [
-        f", and it stores {_stored(plan)}" if _stored(before) != _stored(after) else "" for plan in (before, after)
-    ]
-    return _cost(before.collectives) + stored[0], _cost(after.collectives) + stored[1]
+    """Return what each of two plans costs, with what a rank stores where that is not the same."""
+    costs = []
+    for plan in (before, after):
+        stored = f", and {_stored(plan)} bytes of variables per rank" if _stored(before) != _stored(after) else ""
+        costs.append(_cost(plan.collectives) + stored)
+    return costs[0], costs[1]
 
 
 def _apart(rule: str, rules: Sequence[object]) -> str:

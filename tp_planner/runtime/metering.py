@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -20,7 +22,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from tp_planner.ir.step import Collective, Phase
 from tp_planner.ir.step_log import Began, Freed, Kernel, StepLog, StorageKind
 from tp_planner.runtime.boundaries import Axis
-from tp_planner.runtime.recording import CollectiveRecorder
+from tp_planner.runtime.recording import LOCAL_OPS, CollectiveRecorder
 
 
 class StepMeter(CollectiveRecorder):
@@ -94,6 +96,9 @@ class StepMeter(CollectiveRecorder):
             self.log.events.append(Began(phase))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "_c10d_functional" and func.__name__.partition(".")[0] in LOCAL_OPS:
+            # Neither makes a tensor on real devices; a fake one would be a new one.
+            return args[0] if isinstance(args[0], FakeTensor) else func(*args, **(kwargs or {}))
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if result is NotImplemented or any(issubclass(kind, DTensor) for kind in types):
             return result
@@ -132,7 +137,8 @@ class StepMeter(CollectiveRecorder):
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
+    leaves = [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
+    return [leaf.elem if isinstance(leaf, AsyncCollectiveTensor) else leaf for leaf in leaves]
 
 
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:

@@ -107,8 +107,7 @@ class CollectiveRecorder(TorchDispatchMode):
             with self:
                 return func(*args, **kwargs)
         finally:
-            self._calling: list[str] = []  # the layers whose calls are running
-        self.asked = ""
+            self.asked = ""
 
     def _collective(self, op: str, name: str, args: tuple[Any, ...]) -> Collective:
         kind = KINDS.get(name, "other")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -58,41 +59,39 @@ class BlockRepeats:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Inside, blocks run or are repeated."""
+        """Inside, blocks run or are repeated; what they leave in reference cycles is collected when they end."""
         with contextlib.ExitStack() as stack:
-            for name in self._calls:
-                layer = self._layers[name]
+            for name, layer in list(self._layers.items())[1:]:
+                if not layer._layers:
+                    continue
                 layer.__dict__["forward"] = functools.partial(self._forward, name, layer.forward)
                 stack.callback(layer.__dict__.pop, "forward")
             yield
 
     def _forward(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call = next(self._calls[name])
+        call = next(self._calls[name]) if name in self._calls else -1
         if call in self._repeats:
             return self._again(self._repeats[call], args, kwargs)
         if call in self._twins:
             return self._watch(call, forward, args, kwargs)
-        return forward(*args, **kwargs)
+        result = forward(*args, **kwargs)
+        gc.collect(0)
+        return result
 
     def _edge(self, call: int, phase: Phase, begins: bool) -> None:
         self._meter.log.events.append(Edge(call, phase, begins))
 
     def _watch(self, call: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         inputs = _once(_tensors((args, kwargs)))
-        saved: set[int] = set()
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            if not isinstance(tensor, DTensor):
-                saved.add(self._meter.storage(tensor))
-            return tensor
-
+        first_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         self._edge(call, "forward", True)
         views = {id(each): self._view(call, each) for each in inputs if each.requires_grad}
         args, kwargs = tree_map(lambda leaf: views.get(id(leaf), leaf), (args, kwargs))
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            result = forward(*args, **kwargs)
+        result = forward(*args, **kwargs)
+        gc.collect(0)
         self._edge(call, "forward", False)
         outputs = _tensors(result)
+        saved = {self._meter.storage(tensor) for tensor in _saved_tensors(outputs, first_node)}
         self.outputs.update(map(self._meter.storage, outputs))
         self._saved[call] = _Saved(self._positions(inputs, saved), self._positions(outputs, saved))
         for position, output in enumerate(outputs):
@@ -153,6 +152,20 @@ class _StandIn(torch.autograd.Function):
                 for (shape, dtype), needed in zip(ctx.inputs, ctx.needs_input_grad[4:], strict=True)
             ]
         return None, None, None, None, *given
+
+
+def _saved_tensors(outputs: list[torch.Tensor], first: int) -> Iterator[torch.Tensor]:
+    """Yield the tensors that the autograd nodes of ``outputs`` keep, those from number ``first`` on."""
+    waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen or node._sequence_nr() < first:
+            continue
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions if following is not None]
+        kept = [getattr(node, name) for name in dir(node) if name.startswith("_saved_") or name == "saved_tensors"]
+        yield from (tensor for tensor in _tensors(kept) if not isinstance(tensor, DTensor))
 
 
 def multiplicities(repeats: Mapping[int, Repeat]) -> Counter[str]:

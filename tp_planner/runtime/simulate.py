@@ -10,13 +10,12 @@ import contextlib
 import functools
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten
 
 from tp_planner.frontend.layer_tree import named_layers, named_variables
@@ -70,12 +69,13 @@ def simulate(
     settings = None if optimizer is None else optimizer.get_config()  # reads values, so before tensors are fake
     meter = StepMeter(axis, plan.axis)
     blocks = BlockRepeats(named_layers(model), graph, repeats, meter)
-    with fake_tensors(), without_garbage_collection():
+    with fake_tensors(), collecting_at_fixed_points():
         arguments = fake_inputs(model, inputs)
         with applied_for_simulation(model, plan, axis, left_out), blocks.watched():
             updating = None if optimizer is None else _adopted(type(optimizer).from_config, settings, axis)
-            step = TrainingStep(model, meter, updating)
-            _hold_left_out_variables(meter, plan, graph, left_out)
+            variables = {key for layer in left_out for key in graph.layers[layer].variables}
+            step = TrainingStep(model, meter, updating, variables)
+            _hold_left_out_variables(meter, plan, variables)
             try:
                 step.run(arguments, multiplicities(repeats))
             except PlanError:
@@ -98,13 +98,20 @@ class TrainingStep:
     """One training step of a parallel model under a meter; the sum of the outputs is its loss.
 
     Args:
-        model: the model; variables without a meter's notice are left out of the step.
+        model: the model.
         meter: writes the log.
         optimizer: makes the update; None for no update.
+        left_out: variables that take no part, by key.
     """
 
-    def __init__(self, model: keras.Model, meter: StepMeter, optimizer: keras.optimizers.Optimizer | None) -> None:
-        self.model, self.meter, self.optimizer = model, meter, optimizer
+    def __init__(
+        self,
+        model: keras.Model,
+        meter: StepMeter,
+        optimizer: keras.optimizers.Optimizer | None,
+        left_out: Set[str] = frozenset(),
+    ) -> None:
+        self.model, self.meter, self.optimizer, self.left_out = model, meter, optimizer, left_out
         self.notes: list[str] = []
         self._slots: list[tuple[Any, Any]] = []
 
@@ -117,7 +124,7 @@ class TrainingStep:
         """
         meter, model = self.meter, self.model
         keys = {id(variable): key for key, variable in named_variables(model).items()}
-        here = [variable for variable in named_variables(model).values() if _is_here(variable)]
+        here = [variable for key, variable in named_variables(model).items() if key not in self.left_out]
         ids = {id(variable) for variable in here}
         trainable = [variable for variable in model.trainable_variables if id(variable) in ids]
         meter.hold((variable._value for variable in here), "parameters")
@@ -125,11 +132,13 @@ class TrainingStep:
         self._build_optimizer(trainable, {id(each): others.get(keys[id(each)], 0) for each in trainable})
         with meter:
             loss = self._forward(arguments)
+            gc.collect(0)
             meter.end_forward()
             if loss is None or not loss.requires_grad:
                 return
             loss.backward()
             del loss
+            gc.collect(0)
             trained = [variable for variable in trainable if variable._value.grad is not None]
             meter.hold((variable._value.grad for variable in trained), "gradients")
             for variable in trained:
@@ -197,22 +206,19 @@ def _blocks_are_independent(
     return all(variable.constraint is None for variable in model.trainable_variables)
 
 
-def _hold_left_out_variables(meter: StepMeter, plan: Plan, graph: ModelGraph, left_out: frozenset[str]) -> None:
+def _hold_left_out_variables(meter: StepMeter, plan: Plan, left_out: Set[str]) -> None:
     """Count the variables of layers that do not run."""
-    keys = {key for layer in left_out for key in graph.layers[layer].variables}
     for variable in plan.variables:
-        if variable.key in keys:
+        if variable.key in left_out:
             meter.log.allocate(math.prod(variable.local_shape) * variable.itemsize, "parameters")
 
 
-def _is_here(variable: Any) -> bool:
-    """Whether a variable takes part in the simulation, with a fake value."""
-    return isinstance(getattr(variable._value, "_local_tensor", variable._value), FakeTensor)
-
-
 @contextlib.contextmanager
-def without_garbage_collection() -> Iterator[None]:
-    """Inside, tensors in reference cycles stay, instead of going whenever the collector happens to run."""
+def collecting_at_fixed_points() -> Iterator[None]:
+    """Inside, tensors in reference cycles, of which Keras makes many, do not go whenever the collector happens to run.
+
+    They go when a block ends, the forward and the backward pass; so every run has the same log.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:

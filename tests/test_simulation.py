@@ -1,0 +1,101 @@
+"""The simulated step is the real one: its memory is what real processes measure, its work what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import torch
+
+import tp_planner
+from tests.models import CASES
+from tests.workers import Pools, WorkerPool, layout_map
+from tp_planner.frontend.layer_tree import named_layers, named_variables
+from tp_planner.ir.step import Memory, Step
+from tp_planner.ir.step_log import memory_of, work_of
+from tp_planner.runtime.metering import StepMeter
+from tp_planner.runtime.model import applied_to
+from tp_planner.runtime.repeats import BlockRepeats
+from tp_planner.runtime.simulate import TrainingStep, collecting_at_fixed_points
+
+BATCH_SIZE = 4
+SIZES: dict[str, Mapping[str, Any]] = {
+    "gpt": {"width": 64, "hidden": 256, "blocks": 3},
+    "llama": {"width": 64, "hidden": 128, "blocks": 3},
+}
+
+
+@dataclass
+class Measured:
+    """A plan's step, and what one rank measured: in the same step, and in one by Keras with a loss and metrics."""
+
+    planned: Step
+    same: Step
+    by_keras: Memory
+
+
+# On the ranks
+
+
+def measure(name: str, dtype: str, optimizer: str) -> Measured:
+    case = CASES[name]
+    x, y = case.batch(np.random.default_rng(2), BATCH_SIZE)
+    model = case.build(dtype, **SIZES.get(name, {}))
+    model.compile(getattr(keras.optimizers, optimizer)(), case.make_loss(), jit_compile=False)
+    plan = tp_planner.plan(model, layout_map(case.rules), inputs=x)
+    tp_planner.parallelize(model, plan)
+    model.train_on_batch(x, y)  # Keras builds optimizer and metrics
+    return Measured(plan.step, metered_step(model, x), metered_training(model, x, y))
+
+
+def metered_step(model: keras.Model, x: Any) -> Step:
+    """Run the step that plans simulate, on real tensors."""
+    applied = applied_to(model)
+    assert applied is not None
+    optimizer = type(model.optimizer).__mro__[2].from_config(model.optimizer.get_config())
+    tp_planner.runtime.optimizer.adopt_optimizer(optimizer, applied.axis)
+    meter = StepMeter(applied.axis, "model")
+    model.zero_grad()
+    with collecting_at_fixed_points(), BlockRepeats(named_layers(model), None, {}, meter).watched():
+        TrainingStep(model, meter, optimizer).run(keras.tree.map_structure(torch.as_tensor, x), {})
+    meter.forget()
+    model.zero_grad()
+    return Step(applied.plan.step.optimizer, memory_of(meter.log), work_of(meter.log))
+
+
+def metered_training(model: keras.Model, x: Any, y: Any) -> Memory:
+    """Train on a batch as users do, slots and variables being there before."""
+    applied = applied_to(model)
+    assert applied is not None
+    meter = StepMeter(applied.axis, "model")
+    meter.hold((variable._value for variable in named_variables(model).values()), "parameters")
+    meter.hold((slot._value for slot in model.optimizer.variables), "optimizer")
+    with meter:
+        model.train_on_batch(x, y)
+    meter.forget()
+    return memory_of(meter.log)
+
+
+# In the parent
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_memory_is_within_five_percent_of_what_is_measured(workers: WorkerPool, name: str) -> None:
+    """The peak of training by Keras, with its loss and metrics, on rank 0 and on the last."""
+    for each in workers.run(measure, name, "float32", "AdamW"):
+        assert each.by_keras.peak.total == pytest.approx(each.planned.memory.peak.total, rel=0.05)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_simulated_step_is_the_real_one(pools: Pools, name: str) -> None:
+    """The same step on real tensors: every kind of memory to the byte, every kernel and every FLOP."""
+    for each in pools(2).run(measure, name, "float32", "AdamW"):
+        assert each.same.memory == each.planned.memory
+        for same, planned in zip(each.same.work, each.planned.work, strict=True):
+            assert (same.phase, same.ops, same.matmul_flops) == (planned.phase, planned.ops, planned.matmul_flops)
+            # Numbers that become tensors are of 8 bytes on fake ones and of 4 on real ones.
+            assert same.memory_bytes == pytest.approx(planned.memory_bytes, rel=1e-3)
