@@ -46,7 +46,12 @@ class Family:
     def build(self, dtype: str = "float32", *, seed: int = 0, **sizes: Any) -> keras.Model:
         """Return the model with its head and random weights; ``sizes`` replace those of the backbone."""
         with building(dtype):
-            return randomize(self.head(self.make_backbone(dtype, **sizes)), seed)
+            backbone = self.make_backbone(dtype, **sizes)
+            model = randomize(self.head(backbone), seed)
+        for variable in model.non_trainable_variables:
+            if variable.name == "embeddings":  # Whisper's positions of the encoder, random in each build
+                variable.assign(np.random.default_rng(seed).standard_normal(tuple(variable.shape)))
+        return model
 
     def make_backbone(self, dtype: str = "float32", **sizes: Any) -> keras.Model:
         """Return the backbone alone, as KerasHub initialises it."""

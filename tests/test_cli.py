@@ -72,6 +72,7 @@ def takes(width):
 size = 3
 """
 
+PRESETS = ", ".join(sorted(path.stem for path in (ROOT / "plans" / "presets").glob("*.toml")))
 PAIR = """\
 Plan for 'pair' on mesh (model=2): layers are split over 'model', 2 ranks
 traced with inputs 2x4 float32
@@ -87,8 +88,12 @@ variables: 4, 3 of them sharded
 bytes of variables: 304 in the model, 160 on rank 0
 
 collectives of one training step: 1 (1 all_reduce)
-  times  phase    collective  layer  where   bytes each
-  1      forward  all_reduce  down   output  32
+  times  phase    collective  layer  where   bytes each  sent each
+  1      forward  all_reduce  down   output  32          32
+
+memory of rank 0 in one training step, no optimizer named: 392 B at the peak, which is in the backward phase
+  at the peak: parameters 160 B, gradients 160 B, optimizer 0 B, activations 36 B, temporaries 36 B
+  each at its own largest: parameters 160 B, gradients 160 B, optimizer 0 B, activations 68 B, temporaries 96 B
 
 why layers are computed so
   column: an output dim of the weight is sharded
@@ -265,7 +270,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "layout": (
         ["shop:pair", "--layout", "mpl"],
-        "'mpl' is neither a file nor a preset; closest preset: 'mlp'; presets: encoder, gpt, llama, mlp, vit",
+        f"'mpl' is neither a file nor a preset; closest preset: 'mlp'; presets: {PRESETS}",
     ),
     "layout that matches nothing": (
         ["shop:pair", "--layout", "other.toml"],
@@ -437,7 +442,7 @@ def test_equal_blocks_are_one_row() -> None:
     assert len(few) == len(many)
     query = next(line for line in many if line.strip().startswith("block_[0-4]_attention/query "))
     assert " ".join(query.split()) == "block_[0-4]_attention/query column kernel 32x4x8 S(1) 32x2x8 in R, grad P->R"
-    assert "  5      backward  all_reduce  block_[0-4]_attention/query             input   4096" in many
+    assert "  5      backward  all_reduce  block_[0-4]_attention/query             input   4096        4096" in many
 
 
 def test_reasons_of_equal_blocks_are_one() -> None:

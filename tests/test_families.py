@@ -22,7 +22,7 @@ import torch.distributed as dist
 import tp_planner
 from tests.families import FAMILIES
 from tests.models import Batch
-from tests.test_parity import Record, begin, differences, gradient_differences
+from tests.test_parity import Arrays, Record, begin, differences, largest
 from tests.test_parity import _whole as whole
 from tests.workers import WorkerPool
 from tp_planner.frontend.layer_tree import named_variables
@@ -77,7 +77,7 @@ def train(model: keras.Model, name: str) -> Record:
     case = FAMILIES[name].case
     record = begin(model, case, "float32", batches(name)[0])
     optimizer = keras.optimizers.AdamW(learning_rate=0.01, weight_decay=0.1, epsilon=1e-3, name="adamw")
-    model.compile(optimizer, case.make_loss(), metrics=[], jit_compile=False)
+    model.compile(optimizer, case.make_loss(), metrics=None, weighted_metrics=None, jit_compile=False)
     record.losses += [float(model.train_on_batch(x, y)) for x, y in batches(name)]
     record.weights = {key: whole(variable._value) for key, variable in named_variables(model).items()}
     return record
@@ -99,9 +99,23 @@ def assert_same_function(ranks: list[Trained]) -> None:
     assert single is not None
     for each in ranks:
         assert differences(each.sharded.outputs, single.outputs, TOLERANCE) == {}
-        assert gradient_differences(each.sharded, single, TOLERANCE) == {}
+        assert gradient_differences(each.sharded.gradients, single.gradients) == {}
         assert each.sharded.losses == pytest.approx(single.losses, rel=TOLERANCE)
         assert differences(each.sharded.weights, single.weights, TOLERANCE) == {}
+
+
+def gradient_differences(found: Arrays, expected: Arrays) -> dict[str, float]:
+    """Return the variables whose gradients differ, and by how much.
+
+    The gradient of a key's bias is zero, because softmax subtracts what all keys share: what is left of it is
+    rounding, which is only compared with the largest gradient of all.
+    """
+    zero = TOLERANCE * largest(expected)
+    return {
+        key: error
+        for key, error in differences(found, expected, TOLERANCE).items()
+        if not (key.endswith("/key/bias") and np.max(np.abs((found[key], expected[key]))) <= zero)
+    }
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -9,19 +9,23 @@ if TYPE_CHECKING:
     from tp_planner.api import parallelize, plan, record, restore
     from tp_planner.ir.contract import Recording
     from tp_planner.ir.errors import ContractError, ParallelRuntimeError, PlanError, TpPlannerError
+    from tp_planner.ir.finding import Finding
     from tp_planner.ir.plan import Plan
+    from tp_planner.linter import lint
     from tp_planner.runtime.verify import Verification, verify_model_parallel
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ContractError",
+    "Finding",
     "ParallelRuntimeError",
     "Plan",
     "PlanError",
     "Recording",
     "TpPlannerError",
     "Verification",
+    "lint",
     "parallelize",
     "plan",
     "record",
@@ -31,12 +35,14 @@ __all__ = [
 
 _HOMES = {
     "ContractError": "tp_planner.ir.errors",
+    "Finding": "tp_planner.ir.finding",
     "ParallelRuntimeError": "tp_planner.ir.errors",
     "Plan": "tp_planner.ir.plan",
     "PlanError": "tp_planner.ir.errors",
     "Recording": "tp_planner.ir.contract",
     "TpPlannerError": "tp_planner.ir.errors",
     "Verification": "tp_planner.runtime.verify",
+    "lint": "tp_planner.linter",
     "parallelize": "tp_planner.api",
     "plan": "tp_planner.api",
     "record": "tp_planner.api",

@@ -7,8 +7,9 @@ is planned like any layout, so that its figures are those of a plan.
 from __future__ import annotations
 
 import difflib
+import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +54,16 @@ class Subject:
     deciding: tuple[str, ...]
 
 
-def explain(model: keras.Model, layout: Layout, path: str, inputs: Any = None) -> PathExplanation:
+def explain(
+    model: keras.Model,
+    layout: Layout,
+    path: str,
+    inputs: Any = None,
+    optimizer: keras.optimizers.Optimizer | None = None,
+) -> PathExplanation:
     """Return why the layer or variable at ``path`` is planned so, with its alternatives; the model is as before.
+
+    ``inputs`` and ``optimizer`` are those of ``make_plan``.
 
     Raises:
         PlanError: if the model has no such path, with the closest ones, or if the layout cannot be planned.
@@ -62,7 +71,8 @@ def explain(model: keras.Model, layout: Layout, path: str, inputs: Any = None) -
     require_built(model)
     known = Survey(*survey(model))
     subject = _find(path, known)
-    plan = make_plan(model, layout, inputs)
+    make = functools.partial(make_plan, model, inputs=inputs, optimizer=optimizer)
+    plan = make(layout)
     concerned = [layer for layer in plan.layers if layer.layer in subject.layers]
     stored = {variable.key: variable for variable in plan.variables}
     equals = _equals(subject, known, stored)
@@ -73,7 +83,7 @@ def explain(model: keras.Model, layout: Layout, path: str, inputs: Any = None) -
         if plan.axis_size == 1:
             return ()
         other = [choice for choice in choices if any(stored[key].placement != choice[key] for key in choice)]
-        return tuple(_try(choice, model, layout, inputs, plan, subjects) for choice in other)
+        return tuple(_try(choice, make, layout, plan, subjects) for choice in other)
 
     return PathExplanation(
         model=plan.model,
@@ -255,7 +265,11 @@ def _united(choices: Sequence[Sequence[Placements]]) -> list[Placements]:
 
 
 def _try(
-    choice: Placements, model: keras.Model, layout: Layout, inputs: Any, plan: Plan, subjects: Sequence[Subject]
+    choice: Placements,
+    make: Callable[[Layout], Plan],
+    layout: Layout,
+    plan: Plan,
+    subjects: Sequence[Subject],
 ) -> Alternative:
     paths = {variable.key: variable.path for variable in plan.variables}
     placements = tuple((key, str(placement)) for key, placement in choice.items())
@@ -265,7 +279,7 @@ def _try(
         if variable.key in choice
     ]
     try:
-        other = make_plan(model, _with_rules(layout, rules), inputs)
+        other = make(_with_rules(layout, rules))
     except PlanError as error:
         return Alternative(placements, (), (), None, "; ".join(error.problems))
     own = {name for subject in subjects for name in subject.layers}

@@ -22,6 +22,7 @@ from tp_planner.passes.choose_styles import choose_styles
 from tp_planner.passes.honor_output_rules import honor_output_rules
 from tp_planner.passes.place_boundaries import close, place_boundaries, write_layer_plans
 from tp_planner.passes.resolve_rules import Resolution, resolve_rules
+from tp_planner.progress import stage
 from tp_planner.runtime.boundaries import Axis
 from tp_planner.runtime.process_group import planning_mesh
 from tp_planner.runtime.prove import prove
@@ -75,17 +76,21 @@ class _Job:
         stored = {key: resolved.placement for key, resolved in self.resolution.variables.items()}
         styles = choose_styles(self.layers, self.variables, stored, parts)
         closings, notes = honor_output_rules(self.resolution.outputs, styles, axis)
+        stage(f"tracing {self.model.name}")
         graphs = [trace(self.model, self.inputs, training=training, blocks=blocks) for training in (True, False)]
         with planning_mesh(parts, axis) as mesh:
             rules, model_axis = DTensorRules(mesh), Axis(mesh, axis, parts, 0)
             while True:
+                stage(f"placing boundaries of {self.model.name}")
                 walks, closings = place_boundaries(graphs, stored, styles, closings, rules, parts)
                 if any(walk.regions_leave_blocks for walk in walks):
                     return None
                 layers = write_layer_plans(graphs, walks, styles, closings)
                 plan = self._write(graphs[0], layers, all(walk.input_gradients for walk in walks), notes)
+                stage(f"proving the plan of {self.model.name}")
                 conflicts = prove(self.model, self.inputs, plan, graphs, walks, model_axis)
                 if not conflicts:
+                    stage(f"simulating a training step of {self.model.name}")
                     found = simulate(self.model, self.inputs, plan, graphs[0], model_axis, self.optimizer)
                     notes = plan.notes + found.notes
                     return replace(plan, collectives=found.collectives, step=found.step, notes=notes)

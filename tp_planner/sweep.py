@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -18,11 +19,16 @@ from tp_planner.planner import make_plan
 
 
 def sweep(
-    model: keras.Model, rules: Sequence[LayoutRule], axis: str, sizes: Sequence[int], inputs: Any = None
+    model: keras.Model,
+    rules: Sequence[LayoutRule],
+    axis: str,
+    sizes: Sequence[int],
+    inputs: Any = None,
+    optimizer: keras.optimizers.Optimizer | None = None,
 ) -> Sweep:
     """Return what becomes of ``model`` under ``rules`` at each of ``sizes`` of ``axis``; the model is as before.
 
-    Other axes that the rules name get size 1.
+    Other axes that the rules name get size 1. ``inputs`` and ``optimizer`` are those of ``make_plan``.
 
     Raises:
         PlanError: if no rule names ``axis``, or if every size is refused for the same reason.
@@ -33,7 +39,8 @@ def sweep(
             f"no layout rule names mesh axis {axis!r}; the rules name {', '.join(map(repr, named)) or 'none'}"
         )
     others = tuple(name for name in named if name != axis)
-    planned = [_plan_at(model, rules, others, axis, size, inputs) for size in sizes]
+    make = functools.partial(make_plan, model, inputs=inputs, optimizer=optimizer)
+    planned = [_plan_at(make, rules, others, axis, size) for size in sizes]
     degrees = tuple(_degree(size, plan) for size, plan in zip(sizes, planned, strict=True))
     plans = [plan for plan in planned if isinstance(plan, Plan)]
     if not plans and len({degree.problems for degree in degrees}) == 1:
@@ -49,11 +56,11 @@ def _axes(rules: Sequence[LayoutRule]) -> tuple[str, ...]:
 
 
 def _plan_at(
-    model: keras.Model, rules: Sequence[LayoutRule], others: Sequence[str], axis: str, size: int, inputs: Any
+    make: Callable[[Layout], Plan], rules: Sequence[LayoutRule], others: Sequence[str], axis: str, size: int
 ) -> Plan | PlanError:
     mesh = Mesh((*((name, 1) for name in others), (axis, size)))  # layers are split over the last axis, if all are 1
     try:
-        return make_plan(model, Layout(mesh, tuple(rules)), inputs)
+        return make(Layout(mesh, tuple(rules)))
     except PlanError as error:
         return error
 

@@ -21,10 +21,21 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Answer in JSON, with e
 
 @contextlib.contextmanager
 def working() -> Iterator[None]:
-    """Choose the backend and report mistakes; what a factory prints meanwhile goes to stderr."""
+    """Choose the backend and report mistakes; what a factory prints meanwhile goes to stderr.
+
+    Where stderr is a terminal it shows what is being done.
+    """
+    from rich.console import Console
+
+    from tp_planner.progress import listening
+
+    console = Console(stderr=True)
     with mistakes_reported():
         choose_backend()
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:
+            if console.is_terminal:
+                status = stack.enter_context(console.status("reading the model"))
+                stack.enter_context(listening(status.update))
             yield
 
 

@@ -20,7 +20,7 @@ ModelArgument = Annotated[
     ),
 ]
 LayoutOption = Annotated[
-    str, typer.Option(metavar="FILE_OR_PRESET", help="A layout file, or a preset: encoder, gpt, llama, mlp, vit.")
+    str, typer.Option(metavar="FILE_OR_PRESET", help="A layout file, or the name of a preset, such as gpt or llama.")
 ]
 MeshOption = Annotated[str, typer.Option(metavar="AXIS=SIZE[,...]", help="The device mesh, e.g. model=8.")]
 InputOption = Annotated[
@@ -29,6 +29,15 @@ InputOption = Annotated[
         metavar="[NAME=]SHAPE[:DTYPE]",
         help="An input to plan for, e.g. 2x128:int32; once for each input of a model that does not know its own.",
     ),
+]
+
+BatchOption = Annotated[
+    int | None,
+    typer.Option(metavar="SIZE", min=1, help="Plan for batches of this size, for a model whose batch dim is open."),
+]
+OptimizerOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="The optimizer of the simulated training step, e.g. adamw: its slots count."),
 ]
 
 

@@ -7,8 +7,16 @@ from typing import Annotated
 import typer
 
 from tp_planner.cli.answer import JsonOption, show, working
-from tp_planner.cli.app import InputOption, LayoutOption, MeshOption, ModelArgument, app
-from tp_planner.cli.load import load_layout, load_model, read_inputs
+from tp_planner.cli.app import (
+    BatchOption,
+    InputOption,
+    LayoutOption,
+    MeshOption,
+    ModelArgument,
+    OptimizerOption,
+    app,
+)
+from tp_planner.cli.load import load_layout, load_model_and_inputs, load_optimizer
 
 
 @app.command("explain")
@@ -20,6 +28,8 @@ def explain_command(
     layout: LayoutOption,
     mesh: MeshOption,
     input: InputOption = None,
+    batch: BatchOption = None,
+    optimizer: OptimizerOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show why the layer or variable at PATH of MODEL is planned as it is, and what the alternatives cost.
@@ -31,6 +41,7 @@ def explain_command(
         from tp_planner.report.explain import explanation_sections
 
         rules = load_layout(layout, mesh)
-        specs = read_inputs(input or [])
-        explanation = explain(load_model(model), rules, path, specs)
+        updating = load_optimizer(optimizer)
+        built, specs = load_model_and_inputs(model, input or [], batch)
+        explanation = explain(built, rules, path, specs, updating)
     show(explanation, explanation_sections(explanation), as_json)

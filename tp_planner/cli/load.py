@@ -27,6 +27,31 @@ _INPUT = re.compile(r"(?:(?P<name>\w+)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w
 _FORMS = "give the path of a .keras file, or package.module:factory"
 
 
+def load_model_and_inputs(text: str, inputs: Sequence[str], batch: int | None) -> tuple[keras.Model, Any]:
+    """Return the model, and what to trace it with: the given inputs, or its own with a batch of this size."""
+    if inputs and batch is not None:
+        raise mistake("--batch and --input exclude each other; give the batch as the first size of each --input")
+    specs = read_inputs(inputs)
+    model = load_model(text)
+    if batch is None:
+        return model, specs
+    from tp_planner.frontend.trace import batched_inputs
+
+    return model, batched_inputs(model, batch)
+
+
+def load_optimizer(name: str | None) -> keras.optimizers.Optimizer | None:
+    """Return the Keras optimizer of this name, with its default settings."""
+    import keras
+
+    if name is None:
+        return None
+    try:
+        return keras.optimizers.get(name)
+    except ValueError:
+        raise mistake(f"optimizer {name!r} is none of Keras's; write for example adamw, sgd or lion") from None
+
+
 def load_layout(layout: str, mesh: str) -> Layout:
     """Return the layout in a file, or of a preset, on a mesh."""
     from tp_planner.frontend.layout_file import find_layout_file, read_layout_file

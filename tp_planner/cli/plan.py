@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tp_planner.cli.answer import working
 from tp_planner.cli.app import (
+    BatchOption,
     InputOption,
     LayoutOption,
     MeshOption,
     ModelArgument,
+    OptimizerOption,
     app,
-    choose_backend,
-    mistakes_reported,
     write,
 )
-from tp_planner.cli.load import load_layout, load_model, read_inputs
+from tp_planner.cli.load import load_layout, load_model_and_inputs, load_optimizer
 
 if TYPE_CHECKING:
+    from tp_planner.ir.hardware import Hardware
     from tp_planner.ir.plan import Plan
 
 
@@ -31,27 +31,49 @@ def plan_command(
     layout: LayoutOption,
     mesh: MeshOption,
     input: InputOption = None,
+    batch: BatchOption = None,
+    optimizer: OptimizerOption = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE_OR_NAME", help="Estimate a step's time on this hardware: a100, cpu, h100, h200 or a profile."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write the plan as JSON instead of as tables.")] = False,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan as JSON to FILE, too.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan as a page to look at, too.")] = None,
 ) -> None:
-    """Show how MODEL would be sharded: every layer, variable and collective, with the reasons.
+    """Show how MODEL would be sharded: every layer, variable and collective, with the reasons, and the memory.
 
     Needs no devices, starts no processes and allocates no weights.
     """
-    with mistakes_reported():
-        choose_backend()
-        with contextlib.redirect_stdout(sys.stderr):  # a factory may print; the plan has stdout to itself
-            from tp_planner.planner import make_plan
+    with working():
+        from tp_planner.planner import make_plan
+        from tp_planner.report.estimate import estimate_lines
+        from tp_planner.report.html import plan_to_html
 
-            rules = load_layout(layout, mesh)
-            specs = read_inputs(input or [])
-            plan = make_plan(load_model(model), rules, specs)
+        rules = load_layout(layout, mesh)
+        updating = load_optimizer(optimizer)
+        profile = None if hardware is None else _profile(hardware)
+        built, specs = load_model_and_inputs(model, input or [], batch)
+        plan = make_plan(built, rules, specs, updating)
+        estimate = [] if profile is None else estimate_lines(plan, profile)
         if output is not None:
             write(output, plan.to_json())
+        if html is not None:
+            write(html, plan_to_html(plan), "--html")
     if as_json:
         typer.echo(plan.to_json(), nl=False)
     else:
         _print_report(plan)
+        for line in ["", *estimate] if estimate else []:
+            typer.echo(line)
+
+
+def _profile(text: str) -> Hardware:
+    from tp_planner.frontend.hardware_file import find_hardware_file, read_hardware_file
+
+    return read_hardware_file(find_hardware_file(text))
 
 
 def _print_report(plan: Plan) -> None:

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from tp_planner.cli.answer import JsonOption, show, working
-from tp_planner.cli.app import InputOption, LayoutOption, ModelArgument, app, mistake
-from tp_planner.cli.load import load_layout, load_model, read_inputs
+from tp_planner.cli.app import BatchOption, InputOption, LayoutOption, ModelArgument, OptimizerOption, app, mistake
+from tp_planner.cli.load import load_layout, load_model_and_inputs, load_optimizer
 
 
 @app.command("sweep")
@@ -18,6 +18,8 @@ def sweep_command(
     axis: Annotated[str, typer.Option(metavar="AXIS", help="The mesh axis whose size is varied.")] = "model",
     sizes: Annotated[str, typer.Option(metavar="SIZE[,...]", help="The sizes of the axis to plan.")] = "1,2,4,8,16",
     input: InputOption = None,
+    batch: BatchOption = None,
+    optimizer: OptimizerOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what becomes of MODEL at several sizes of a mesh axis, and which sizes fit its dims.
@@ -30,8 +32,9 @@ def sweep_command(
 
         wanted = _sizes(sizes)
         rules = load_layout(layout, f"{axis}=1").rules
-        specs = read_inputs(input or [])
-        swept = sweep(load_model(model), rules, axis, wanted, specs)
+        updating = load_optimizer(optimizer)
+        built, specs = load_model_and_inputs(model, input or [], batch)
+        swept = sweep(built, rules, axis, wanted, specs, updating)
     show(swept, sweep_sections(swept), as_json)
 
 

@@ -132,6 +132,23 @@ def fake_inputs(model: keras.Model, inputs: Any) -> Any:
     return keras.tree.map_structure(_fake_tensor, inputs)
 
 
+def batched_inputs(model: keras.Model, batch: int) -> Any:
+    """Return the model's own input specification with ``batch`` as the size of the open batch dims.
+
+    Raises PlanError if a batch dim is of another size, or the inputs are unknown.
+    """
+
+    def batched(spec: Any) -> keras.InputSpec:
+        shape = tuple(spec.shape)
+        if shape and shape[0] not in (None, batch):
+            raise PlanError(
+                f"an input of model {model.name!r} has batch size {shape[0]}, not {batch}; build it with an open one"
+            )
+        return keras.InputSpec(shape=(batch, *shape[1:]) if shape else shape, dtype=spec.dtype)
+
+    return keras.tree.map_structure(batched, _declared_inputs(model))
+
+
 def _fake_tensor(spec: Any) -> torch.Tensor:
     sizes = [OPEN_DIM if size is None else size for size in spec.shape]
     if sizes and spec.shape[0] is None:

@@ -12,11 +12,13 @@ from typing import TypeVar
 
 from tp_planner.ir.placement import Replicate, Shape, Shard
 from tp_planner.ir.plan import Boundary, LayerPlan, Plan, Transition, VariablePlan
+from tp_planner.ir.step import Collective
+from tp_planner.report.amounts import bytes_text
 from tp_planner.report.names import FoldedName, fold_names, without_numbers_of
 
 VARIABLE_HEADS = ("variable", "shape", "stored", "per rank")
 Key = TypeVar("Key")
-COLLECTIVE_HEADS = ("times", "phase", "collective", "layer", "where", "bytes each")
+COLLECTIVE_HEADS = ("times", "phase", "collective", "layer", "where", "bytes each", "sent each")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +72,11 @@ def layer_rows(plan: Plan) -> list[LayerRow]:
 
 def collective_rows(plan: Plan) -> list[tuple[str, ...]]:
     """Return the cells under ``COLLECTIVE_HEADS`` for each group of equal collectives of a training step."""
-    counts = Counter((c.layer, c.phase, c.kind, _place(c.place), str(c.bytes)) for c in plan.collectives)
-    folded = _fold(
-        ((times, phase, kind, place, size), layer) for (layer, phase, kind, place, size), times in counts.items()
+    counts = Counter(
+        (c.layer, (c.phase, c.kind), (_where(c), str(c.bytes), str(c.wire_bytes))) for c in plan.collectives
     )
-    return [
-        (str(times * len(name.members)), phase, kind, str(name), place, size)
-        for (times, phase, kind, place, size), name in folded
-    ]
+    folded = _fold(((times, what, cells), layer) for (layer, what, cells), times in counts.items())
+    return [(str(times * len(name.members)), *what, str(name), *cells) for (times, what, cells), name in folded]
 
 
 def style_reasons(plan: Plan) -> list[Explanation]:
@@ -99,6 +98,20 @@ def summary(plan: Plan) -> list[str]:
     return [
         f"variables: {len(plan.variables)}, {sharded} of them sharded",
         f"bytes of variables: {whole} in the model, {local} on rank 0",
+    ]
+
+
+def memory_lines(plan: Plan) -> list[str]:
+    """Return what rank 0 holds in one training step, one sentence a line."""
+    memory, optimizer = plan.step.memory, plan.step.optimizer or "no optimizer named"
+    kinds = ("parameters", "gradients", "optimizer", "activations", "temporaries")
+    peak = ", ".join(f"{kind} {bytes_text(getattr(memory.peak, kind))}" for kind in kinds)
+    largest = ", ".join(f"{kind} {bytes_text(getattr(memory.largest, kind))}" for kind in kinds)
+    return [
+        f"memory of rank 0 in one training step, {optimizer}: {bytes_text(memory.peak.total)} at the peak, which is in "
+        f"the {memory.peak_phase} phase",
+        f"  at the peak: {peak}",
+        f"  each at its own largest: {largest}",
     ]
 
 
@@ -198,9 +211,15 @@ def _adds(backward: Transition, forward: Transition) -> bool:
     return backward.source != backward.target or (forward.source == forward.target != backward.source)
 
 
-def _place(place: str) -> str:
-    """Return where in the layer a collective stands: its input, its output or a variable, without their paths."""
-    return place.partition(" (")[0].rpartition("/")[2]
+def _where(collective: Collective) -> str:
+    """Return where in the layer a collective stands: its input, its output or a variable, without their paths.
+
+    One that no boundary asks for is implicit: the op is named that causes it.
+    """
+    if not collective.is_planned:
+        return f"implicit: {collective.cause}"
+    words, _, path = collective.place.partition(" (")[0].rpartition(" ")
+    return f"{words} {path.rpartition('/')[2]}".strip()
 
 
 def _shape(shape: Shape) -> str:

@@ -20,6 +20,7 @@ from tp_planner.report.rows import (
     collectives_heading,
     heading,
     layer_rows,
+    memory_lines,
     style_reasons,
     summary,
     variable_reasons,
@@ -42,6 +43,7 @@ def plan_to_renderable(plan: Plan) -> RenderableType:
     parts: list[RenderableType] = [Text(first, "bold"), *map(Text, rest), _layer_table(layer_rows(plan))]
     parts += [*map(Text, summary(plan)), Text()]
     parts += [Text(collectives_heading(plan), "bold"), _collective_table(collective_rows(plan))]
+    parts += [*map(Text, memory_lines(plan)), Text()]
     parts += _explanations("why layers are computed so", style_reasons(plan))
     parts += _explanations("why variables are stored so", variable_reasons(plan))
     if plan.notes:

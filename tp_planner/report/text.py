@@ -16,6 +16,7 @@ from tp_planner.report.rows import (
     collectives_heading,
     heading,
     layer_rows,
+    memory_lines,
     style_reasons,
     summary,
     variable_reasons,
@@ -32,6 +33,7 @@ def plan_to_text(plan: Plan) -> str:
     sections = [heading(plan), _table(layers), summary(plan)]
     collectives = collective_rows(plan)
     sections.append([collectives_heading(plan), *(_table([COLLECTIVE_HEADS, *collectives]) if collectives else [])])
+    sections.append(memory_lines(plan))
     sections.append(["why layers are computed so", *_explained(style_reasons(plan))])
     sections.append(["why variables are stored so", *_explained(variable_reasons(plan))])
     if plan.notes:
