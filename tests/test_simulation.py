@@ -17,10 +17,11 @@ from tests.workers import Pools, WorkerPool, layout_map
 from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.ir.step import Memory, Step
 from tp_planner.ir.step_log import memory_of, work_of
+from tp_planner.runtime.collector import without_collector
 from tp_planner.runtime.metering import StepMeter
 from tp_planner.runtime.model import applied_to
 from tp_planner.runtime.repeats import BlockRepeats
-from tp_planner.runtime.simulate import TrainingStep, collecting_at_fixed_points
+from tp_planner.runtime.simulate import TrainingStep
 
 BATCH_SIZE = 4
 SIZES: dict[str, Mapping[str, Any]] = {
@@ -60,7 +61,7 @@ def metered_step(model: keras.Model, x: Any) -> Step:
     tp_planner.runtime.optimizer.adopt_optimizer(optimizer, applied.axis)
     meter = StepMeter(applied.axis, "model")
     model.zero_grad()
-    with collecting_at_fixed_points(), BlockRepeats(named_layers(model), None, {}, meter).watched():
+    with without_collector(), BlockRepeats(named_layers(model), None, {}, meter).watched():
         TrainingStep(model, meter, optimizer).run(keras.tree.map_structure(torch.as_tensor, x), {})
     meter.forget()
     model.zero_grad()

@@ -24,6 +24,7 @@ from tp_planner.passes.place_boundaries import close, place_boundaries, write_la
 from tp_planner.passes.resolve_rules import Resolution, resolve_rules
 from tp_planner.progress import stage
 from tp_planner.runtime.boundaries import Axis
+from tp_planner.runtime.collector import without_collector
 from tp_planner.runtime.process_group import planning_mesh
 from tp_planner.runtime.prove import prove
 from tp_planner.runtime.sharding_rules import DTensorRules
@@ -45,7 +46,7 @@ def make_plan(
         PlanError: with everything that is wrong with the model, the mesh or the rules.
     """
     require_built(model)
-    with naming_once(model):
+    with naming_once(model), without_collector():
         layers, variables = survey(model)
         resolution = resolve_rules(layout, variables, {name: layer.path for name, layer in layers.items()})
         job = _Job(model, layout, inputs, optimizer, layers, variables, resolution)
@@ -77,7 +78,7 @@ class _Job:
         styles = choose_styles(self.layers, self.variables, stored, parts)
         closings, notes = honor_output_rules(self.resolution.outputs, styles, axis)
         stage(f"tracing {self.model.name}")
-        graphs = [trace(self.model, self.inputs, training=training, blocks=blocks) for training in (True, False)]
+        graphs = self._trace(blocks)
         with planning_mesh(parts, axis) as mesh:
             rules, model_axis = DTensorRules(mesh), Axis(mesh, axis, parts, 0)
             while True:
@@ -95,6 +96,14 @@ class _Job:
                     notes = plan.notes + found.notes
                     return replace(plan, collectives=found.collectives, step=found.step, notes=notes)
                 closings = close(closings, conflicts)
+
+    def _trace(self, blocks: Blocks) -> list[ModelGraph]:
+        """Return the trace of a training call, and that of an inference call if it does anything else."""
+        training, inference = (
+            trace(self.model, self.inputs, training=training, blocks=blocks) for training in (True, False)
+        )
+        same = replace(inference, training=True) == training
+        return [training] if same else [training, inference]
 
     def unrolled_plan(self) -> Plan:
         """Return the plan, made from all layers one by one."""

@@ -81,6 +81,7 @@ class Recorder(TorchDispatchMode):
         self._twins: dict[Any, tuple[int, Any]] = {}  # by all that has to be equal: the call, and its outputs
         self._takers: dict[int, dict[int, Any]] = {}  # by tensor with a gradient: who took it, by call
         self.repeats: dict[int, Repeat] = {}
+        self._bases: dict[MadeTensor, torch.Tensor] = {}  # what the outputs of blocks that do not run are views of
         # Called with the keys of the variables of a block that is about to run.
         self.prepare: Callable[[list[str]], None] = lambda keys: None
         self._trainable = trainable
@@ -220,8 +221,9 @@ class Recorder(TorchDispatchMode):
                 )
                 for handle in handles:
                     stack.callback(handle.remove)
-                if callable(getattr(layer, "activation", None)):
-                    stack.enter_context(self._watching_activation(layer))
+                if callable(layer.__dict__.get("activation")):
+                    stack.callback(layer.__dict__.__setitem__, "activation", layer.activation)
+                    layer.__dict__["activation"] = self._watching_activation(name, layer.activation)
             for name in dict.fromkeys([*self._blocks.signatures, *(repeat.block for repeat in repeats)]):
                 layer = self._layers[name]
                 layer.__dict__["forward"] = functools.partial(self._forward, name, layer.forward)
@@ -263,20 +265,13 @@ class Recorder(TorchDispatchMode):
             call.id, call.layer, call.parent, call.mode, call.inputs, ids, span, call.core_output
         )
 
-    @contextlib.contextmanager
-    def _watching_activation(self, layer: keras.Layer) -> Iterator[None]:
-        activation = layer.activation
-
+    def _watching_activation(self, layer: str, activation: Callable[..., Any]) -> Callable[..., Any]:
         def watched(x: Any, *args: Any, **kwargs: Any) -> Any:
-            if isinstance(x, torch.Tensor) and self._stack and self._stack[-1].layer == self._names[id(layer)]:
+            if isinstance(x, torch.Tensor) and self._stack and self._stack[-1].layer == layer:
                 self._stack[-1].core_output = self.tensor_id(x)
             return activation(x, *args, **kwargs)
 
-        layer.__dict__["activation"] = watched
-        try:
-            yield
-        finally:
-            layer.__dict__["activation"] = activation
+        return watched
 
     # --- equal blocks ----------------------------------------------------------------------------------
 
@@ -339,7 +334,7 @@ class Recorder(TorchDispatchMode):
         self.repeats[repeat.call] = repeat
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         with self.paused():
-            outputs = stand_in_outputs(repeat)
+            outputs = stand_in_outputs(repeat, self._bases)
         inputs = tuple(self.tensor_id(leaf) for leaf in tensors)
         made = tuple(self.tensor_id(leaf) for leaf in tree_flatten(outputs)[0] if isinstance(leaf, torch.Tensor))
         arguments = tuple(TensorRef(position) for position in range(len(inputs)))
@@ -347,10 +342,10 @@ class Recorder(TorchDispatchMode):
         return outputs
 
 
-def stand_in_outputs(repeat: Repeat) -> Any:
-    """Return empty tensors nested like the outputs of the block that is repeated."""
+def stand_in_outputs(repeat: Repeat, bases: dict[MadeTensor, torch.Tensor]) -> Any:
+    """Return empty tensors nested like the outputs of the block that is repeated; views of ``bases``, which grows."""
     structure, leaves = repeat.outputs
-    return tree_unflatten([_empty(leaf) for leaf in leaves], structure)
+    return tree_unflatten([_empty(leaf, bases) for leaf in leaves], structure)
 
 
 def _made(leaf: Any) -> Any:
@@ -360,8 +355,10 @@ def _made(leaf: Any) -> Any:
     return MadeTensor(tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.requires_grad)
 
 
-def _empty(leaf: Any) -> Any:
+def _empty(leaf: Any, bases: dict[MadeTensor, torch.Tensor]) -> Any:
     if not isinstance(leaf, MadeTensor):
         return leaf
-    tensor = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device="cpu")
-    return tensor.requires_grad_().view_as(tensor) if leaf.requires_grad else tensor
+    if leaf not in bases:
+        base = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device="cpu")
+        bases[leaf] = base.requires_grad_(leaf.requires_grad)
+    return bases[leaf].view_as(bases[leaf])

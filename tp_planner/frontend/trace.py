@@ -92,7 +92,9 @@ def fake_tensors() -> Iterator[None]:
     """Run Keras on fake CPU tensors: no arithmetic, no memory, no random numbers drawn."""
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     no_generator = mock.patch("keras.src.backend.torch.random.torch_seed_generator", lambda seed: None)
-    with keras.device("cpu"), no_generator, quiet_torch(), torch.enable_grad(), fake_mode:
+    # Fake views then work out strides by arithmetic, not by the walk over prims that symbolic shapes need.
+    plain_views = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with keras.device("cpu"), no_generator, quiet_torch(), torch.enable_grad(), plain_views, fake_mode:
         yield
 
 

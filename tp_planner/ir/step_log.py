@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tp_planner.ir.step import Collective, Memory, MemoryUse, Phase, Work
 
@@ -16,23 +16,21 @@ StorageKind = Literal["parameters", "gradients", "optimizer", "activations", "te
 PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
 
 
-@dataclass(frozen=True, slots=True)
-class Allocated:
+# Tuples, because a log has a few hundred thousand of them.
+class Allocated(NamedTuple):
     """A storage of ``bytes`` came to be."""
 
     storage: int
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Freed:
+class Freed(NamedTuple):
     """A storage is gone."""
 
     storage: int
 
 
-@dataclass(frozen=True, slots=True)
-class Kernel:
+class Kernel(NamedTuple):
     """An op computed, ``times`` times: FLOPs of matrix products by dtype, and bytes read and written each time."""
 
     phase: Phase

@@ -6,11 +6,10 @@ that is planned like another does not run; the log says that it does again what 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,7 @@ from tp_planner.ir.step_log import Twin, collectives_of, memory_of, unfold, work
 from tp_planner.passes.place_boundaries import tensor_names_again
 from tp_planner.runtime.apply import applied_for_simulation
 from tp_planner.runtime.boundaries import Axis
+from tp_planner.runtime.collector import without_collector
 from tp_planner.runtime.metering import StepMeter
 from tp_planner.runtime.optimizer import adopt_optimizer, updates_all_at_once
 from tp_planner.runtime.repeats import BlockRepeats, multiplicities
@@ -69,7 +69,7 @@ def simulate(
     settings = None if optimizer is None else optimizer.get_config()  # reads values, so before tensors are fake
     meter = StepMeter(axis, plan.axis)
     blocks = BlockRepeats(named_layers(model), graph, repeats, meter)
-    with fake_tensors(), collecting_at_fixed_points():
+    with fake_tensors(), without_collector():
         arguments = fake_inputs(model, inputs)
         with applied_for_simulation(model, plan, axis, left_out), blocks.watched():
             updating = None if optimizer is None else _adopted(type(optimizer).from_config, settings, axis)
@@ -211,21 +211,6 @@ def _hold_left_out_variables(meter: StepMeter, plan: Plan, left_out: Set[str]) -
     for variable in plan.variables:
         if variable.key in left_out:
             meter.log.allocate(math.prod(variable.local_shape) * variable.itemsize, "parameters")
-
-
-@contextlib.contextmanager
-def collecting_at_fixed_points() -> Iterator[None]:
-    """Inside, tensors in reference cycles, of which Keras makes many, do not go whenever the collector happens to run.
-
-    They go when a block ends, the forward and the backward pass; so every run has the same log.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _adopted(make: Callable[[Any], keras.optimizers.Optimizer], settings: Any, axis: Axis) -> Any:
