@@ -47,9 +47,31 @@ class Blocks:
     home_of_variable: Mapping[str, str]
 
     @classmethod
+    def of(
+        cls,
+        signatures: Mapping[str, int],
+        layers: Mapping[str, tuple[str, ...]],
+        variables: Mapping[str, tuple[str, ...]],
+    ) -> Blocks:
+        """Return the blocks of these names, outer ones before those inside them."""
+        home_of_layer: dict[str, str] = {}
+        home_of_variable: dict[str, str] = {}
+        for block in signatures:
+            home_of_layer.update(dict.fromkeys(layers[block][1:], block))
+            home_of_variable.update(dict.fromkeys(variables[block], block))
+        return cls(signatures, layers, variables, home_of_layer, home_of_variable)
+
+    @classmethod
     def none(cls) -> Blocks:
         """Return that no layers are equal."""
         return cls({}, {}, {}, {}, {})
+
+    def without(self, block: str) -> Blocks:
+        """Return the blocks but for this one and those equal to it."""
+        number = self.signatures[block]
+        return Blocks.of(
+            {name: each for name, each in self.signatures.items() if each != number}, self.layers, self.variables
+        )
 
 
 def find_blocks(model: keras.Model, distinguish: Callable[[str], Hashable] = lambda name: None) -> Blocks:
@@ -71,17 +93,10 @@ def find_blocks(model: keras.Model, distinguish: Callable[[str], Hashable] = lam
     equal = {name: alone[name] for name, signature in signatures.items() if counts[signature] > 1}
     keys = {id(variable): key for key, variable in named_variables(model).items()}
     own = {name: tuple(keys[id(v)] for v in own_variables(layers[name])) for inner in equal.values() for name in inner}
-    home_of_layer: dict[str, str] = {}
-    home_of_variable: dict[str, str] = {}
-    for block, inner in equal.items():  # inner blocks come after those around them
-        home_of_layer.update(dict.fromkeys(inner[1:], block))
-        home_of_variable.update({key: block for name in inner for key in own[name]})
-    return Blocks(
+    return Blocks.of(
         {name: numbers[signatures[name]] for name in equal},
         equal,
         {block: tuple(key for name in inner for key in own[name]) for block, inner in equal.items()},
-        home_of_layer,
-        home_of_variable,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,10 @@ class CapturedVariable(Exception):
 
 
 class BlockNotAlone(Exception):
-    """A layer or variable inside a block that may be repeated is used from outside of the block."""
+    """A block cannot stand for others, nor others for it: it is called twice, or used in parts from outside.
+
+    The recorder's ``not_alone`` is its name; Keras makes errors anew on their way, with a message of its own.
+    """
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Recorder(TorchDispatchMode):
         blocks: which of its layers are equal; by default each is run.
         trainable: keys of the variables that are trained now.
         repeats: calls that repeat another, from an earlier recording: just these do so again.
+        left_out: layers that are not run, by name, from an earlier recording.
     """
 
     def __init__(
@@ -74,10 +78,11 @@ class Recorder(TorchDispatchMode):
         blocks: Blocks | None = None,
         trainable: frozenset[str] = frozenset(),
         repeats: Mapping[int, Repeat] | None = None,
+        left_out: Set[str] = frozenset(),
     ) -> None:
         super().__init__()
         self._blocks = blocks if blocks is not None else Blocks.none()
-        self._known_repeats = repeats
+        self._known_repeats, self._left_out = repeats, left_out
         self._twins: dict[Any, tuple[int, Any]] = {}  # by all that has to be equal: the call, and its outputs
         self._takers: dict[int, dict[int, Any]] = {}  # by tensor with a gradient: who took it, by call
         self.repeats: dict[int, Repeat] = {}
@@ -95,6 +100,8 @@ class Recorder(TorchDispatchMode):
         self._ids: dict[int, int] = {}
         self.with_grad: set[int] = set()
         self.trained: set[int] = set()
+        self._called: set[str] = set()  # blocks
+        self.not_alone = ""
         self._constants: dict[int, Any] = {}
         self._stack: list[_OpenCall] = []
         self._paused = 0
@@ -117,14 +124,15 @@ class Recorder(TorchDispatchMode):
                 self._constants[known] = self._constant(tensor)
         variable = self.tensors[known].variable
         if variable is not None:
-            self._must_be_inside(self._blocks.home_of_variable.get(variable), f"variable {variable!r}")
+            self._must_be_inside(self._blocks.home_of_variable.get(variable))
         if tensor.requires_grad:
             self.with_grad.add(known)
         return known
 
-    def _must_be_inside(self, block: str | None, what: str) -> None:
+    def _must_be_inside(self, block: str | None) -> None:
         if block is not None and all(call.layer != block for call in self._stack):
-            raise BlockNotAlone(f"{what} is used outside of {block!r}")
+            self.not_alone = block
+            raise BlockNotAlone
 
     def _constant(self, tensor: torch.Tensor) -> Any:
         """Return the value of a real tensor that the model's code made or kept."""
@@ -210,10 +218,9 @@ class Recorder(TorchDispatchMode):
     def watching_layers(self) -> Iterator[None]:
         """Hook every layer of the model; the hooks are gone afterwards, whatever happens."""
         with contextlib.ExitStack() as stack:
-            repeats = (self._known_repeats or {}).values()
-            skipped = {layer for repeat in repeats for _, layer in repeat.layers} - {repeat.block for repeat in repeats}
+            repeats = {repeat.block for repeat in (self._known_repeats or {}).values()}
             for name, layer in self._layers.items():
-                if name in skipped:
+                if name in self._left_out and name not in repeats:
                     continue
                 handles = (
                     layer.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
@@ -224,7 +231,7 @@ class Recorder(TorchDispatchMode):
                 if callable(layer.__dict__.get("activation")):
                     stack.callback(layer.__dict__.__setitem__, "activation", layer.activation)
                     layer.__dict__["activation"] = self._watching_activation(name, layer.activation)
-            for name in dict.fromkeys([*self._blocks.signatures, *(repeat.block for repeat in repeats)]):
+            for name in sorted({*self._blocks.signatures, *repeats}):
                 layer = self._layers[name]
                 layer.__dict__["forward"] = functools.partial(self._forward, name, layer.forward)
                 stack.callback(layer.__dict__.pop, "forward")
@@ -232,7 +239,12 @@ class Recorder(TorchDispatchMode):
 
     def _enter(self, layer: keras.Layer, args: Any, kwargs: Any) -> None:
         name = self._names[id(layer)]
-        self._must_be_inside(self._blocks.home_of_layer.get(name), f"layer {name!r}")
+        self._must_be_inside(self._blocks.home_of_layer.get(name))
+        if name in self._blocks.signatures:
+            if name in self._called:
+                self.not_alone = name
+                raise BlockNotAlone
+            self._called.add(name)
         leaves = keras.tree.flatten((args, kwargs))
         inputs = tuple(
             (position, self.tensor_id(leaf)) for position, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)
@@ -339,6 +351,8 @@ class Recorder(TorchDispatchMode):
         made = tuple(self.tensor_id(leaf) for leaf in tree_flatten(outputs)[0] if isinstance(leaf, torch.Tensor))
         arguments = tuple(TensorRef(position) for position in range(len(inputs)))
         self._write(REPEAT, (arguments, {}), inputs, made)
+        twin = self.calls[repeat.twin].outputs
+        self.trained.update(tensor for tensor, other in zip(made, twin, strict=True) if other in self.trained)
         return outputs
 
 

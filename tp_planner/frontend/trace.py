@@ -58,7 +58,8 @@ def trace(
                 recorder.prepare([key for key in variables if key not in inside])
                 outputs = run_recorded(model, arguments, recorder, training)
         except BlockNotAlone:
-            return trace(model, inputs, training=training)
+            assert blocks is not None
+            return trace(model, inputs, training=training, blocks=blocks.without(recorder.not_alone))
         except CapturedVariable as error:
             raise PlanError(
                 f"model {model.name!r} cannot be planned: {in_one_line(error).partition(': ')[2]}"

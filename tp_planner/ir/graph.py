@@ -144,7 +144,7 @@ class ModelGraph:
     @property
     def repeated_layers(self) -> frozenset[str]:
         """The layers of which no call was run, because they are inside blocks that repeat others."""
-        ran = {call.layer for call in self.calls.values()} - {repeat.block for repeat in self.repeats.values()}
+        ran = {call.layer for call in self.calls.values() if call.id not in self.repeats}
         return frozenset(layer for repeat in self.repeats.values() for _, layer in repeat.layers) - ran
 
     @cached_property

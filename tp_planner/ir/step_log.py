@@ -226,8 +226,8 @@ class _Unfolding:
     def _storage_again(self, event: Allocated | Freed, chain: tuple[int, ...]) -> None:
         copies = self.copies.setdefault(chain, {})
         if isinstance(event, Freed):
-            if event.storage in copies:
-                copy = copies.pop(event.storage)
+            copy = copies.pop(event.storage, None)
+            if copy is not None and copy not in self.gone:
                 self.out.events.append(Freed(copy))
                 if copy < self.log.storages:
                     self.gone.add(copy)

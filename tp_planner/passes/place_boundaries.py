@@ -137,7 +137,8 @@ def tensor_names_again(repeat: Repeat, graph: ModelGraph) -> dict[str, str]:
     taken = zip(graph.calls[repeat.twin].inputs, graph.calls[repeat.call].inputs, strict=True)
     outside = {graph.tensor_name(twin): graph.tensor_name(tensor) for (_, twin), (_, tensor) in taken}
     inside = {f"{twin} output": f"{layer} output" for twin, layer in repeat.layers}
-    return outside | inside | dict(repeat.variables)
+    # A layer that is called on its own output has one name for both: what it takes comes from outside.
+    return inside | dict(repeat.variables) | outside
 
 
 def _layer_plan(

@@ -82,7 +82,7 @@ def reduce_to_shard(summand: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor
     padded = _padded(summand, dim, sizes[0] * axis.size)
     chunk = _done(_reduce_scatter(padded, "sum", dim, axis.mesh))
     own = sizes[axis.rank]
-    return chunk if chunk.shape[dim] == own else chunk.narrow(dim, 0, own).contiguous()
+    return chunk if chunk.shape[dim] == own else chunk.narrow(dim, 0, own).clone(memory_format=torch.contiguous_format)
 
 
 def _padded(tensor: torch.Tensor, dim: int, length: int) -> torch.Tensor:

@@ -63,7 +63,7 @@ def repeated_layers(graphs: Sequence[ModelGraph]) -> frozenset[str]:
 
 
 def _compare_run(model: keras.Model, arguments: Any, graph: ModelGraph, walk: Walk, parts: int) -> list[Conflict]:
-    recorder = Recorder(model, repeats=graph.repeats)
+    recorder = Recorder(model, repeats=graph.repeats, left_out=graph.repeated_layers)
     failure: Exception | None = None
     try:
         with mock.patch.object(running, "converting", recorder.paused):

@@ -29,10 +29,11 @@ from tp_planner.runtime.metering import StepMeter
 
 @dataclass(frozen=True)
 class _Saved:
-    """Which of a block's input and output tensors its backward pass needs, by position."""
+    """Which of a block's input and output tensors its backward pass needs, and which outputs have one, by position."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    with_gradient: tuple[int, ...]
 
 
 class BlockRepeats:
@@ -52,6 +53,7 @@ class BlockRepeats:
         self._layers, self._graph, self._repeats, self._meter = layers, graph, repeats, meter
         self._twins = {repeat.twin for repeat in repeats.values()}
         self._saved: dict[int, _Saved] = {}
+        self._anchor: torch.Tensor | None = None  # lets blocks go backward of which no input has a gradient
         blocks = {graph.calls[call].layer for call in (*repeats, *self._twins)}
         self._calls = {
             block: iter([call.id for call in graph.calls.values() if call.layer == block]) for block in sorted(blocks)
@@ -60,6 +62,7 @@ class BlockRepeats:
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """Inside, blocks run or are repeated; what they leave in reference cycles is collected when they end."""
+        self._anchor = torch.empty((), device="cpu", requires_grad=True)
         with contextlib.ExitStack() as stack:
             for name, layer in list(self._layers.items())[1:]:
                 if not layer._layers:
@@ -93,15 +96,16 @@ class BlockRepeats:
         outputs = _tensors(result)
         saved = {self._meter.storage(tensor) for tensor in _saved_tensors(outputs, first_node)}
         self.outputs.update(map(self._meter.storage, outputs))
-        self._saved[call] = _Saved(self._positions(inputs, saved), self._positions(outputs, saved))
+        with_gradient = tuple(position for position, output in enumerate(outputs) if output.requires_grad)
+        self._saved[call] = _Saved(self._positions(inputs, saved), self._positions(outputs, saved), with_gradient)
         for position, output in enumerate(outputs):
             if output.requires_grad:
                 output.register_hook(functools.partial(self._arrive, call, position))
         return result
 
     def _arrive(self, call: int, output: int, gradient: torch.Tensor) -> None:
-        storage = self._meter.storage(gradient)
-        self._meter.log.events.append(Edge(call, "backward", True, ((output, storage),)))
+        own = ((output, self._meter.storage(gradient)),) if _fills_its_storage(gradient) else ()
+        self._meter.log.events.append(Edge(call, "backward", True, own))
 
     def _view(self, call: int, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor as the block's own: its gradients are added inside, and complete when the block ends.
@@ -121,7 +125,9 @@ class BlockRepeats:
         self._meter.log.events.append(Again(repeat.call, "forward"))
         structure, leaves = repeat.outputs
         made = [leaf for leaf in leaves if isinstance(leaf, MadeTensor)]
-        stand_in = functools.partial(_StandIn.apply, self._meter, repeat.call, made, self._saved[repeat.twin])
+        stand_in = functools.partial(
+            _StandIn.apply, self._meter, repeat.call, made, self._saved[repeat.twin], self._anchor
+        )
         tensors = iter(stand_in(*_once(_tensors((args, kwargs)))))
         return tree_unflatten([next(tensors) if isinstance(leaf, MadeTensor) else leaf for leaf in leaves], structure)
 
@@ -130,28 +136,30 @@ class _StandIn(torch.autograd.Function):
     """Returns empty outputs, and on the way back empty gradients; keeps alive what the block would."""
 
     @staticmethod
-    def forward(ctx: Any, meter: StepMeter, call: int, made: Any, saved: _Saved, *inputs: torch.Tensor) -> Any:
+    def forward(
+        ctx: Any, meter: StepMeter, call: int, made: Any, saved: _Saved, anchor: Any, *inputs: torch.Tensor
+    ) -> Any:
         with meter.not_counting():
             outputs = [torch.empty_strided(each.shape, each.stride, dtype=each.dtype, device="cpu") for each in made]
         kept = [inputs[position] for position in saved.inputs] + [outputs[position] for position in saved.outputs]
         ctx.save_for_backward(*kept)
         ctx.mark_non_differentiable(
-            *(output for output, each in zip(outputs, made, strict=True) if not each.requires_grad)
+            *(output for position, output in enumerate(outputs) if position not in saved.with_gradient)
         )
         ctx.meter, ctx.call, ctx.inputs = meter, call, [(each.shape, each.dtype) for each in inputs]
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        arrived = [(output, grad) for output, grad in enumerate(gradients) if grad is not None]
-        numbers = tuple((output, ctx.meter.storage(gradient)) for output, gradient in arrived)
-        ctx.meter.log.events.append(Again(ctx.call, "backward", numbers))
+        arrived = [(output, gradient) for output, gradient in enumerate(gradients) if gradient is not None]
+        own = [(output, ctx.meter.storage(gradient)) for output, gradient in arrived if _fills_its_storage(gradient)]
+        ctx.meter.log.events.append(Again(ctx.call, "backward", tuple(own)))
         with ctx.meter.not_counting():
             given = [
                 torch.empty(shape, dtype=dtype, device="cpu") if needed else None
-                for (shape, dtype), needed in zip(ctx.inputs, ctx.needs_input_grad[4:], strict=True)
+                for (shape, dtype), needed in zip(ctx.inputs, ctx.needs_input_grad[5:], strict=True)
             ]
-        return None, None, None, None, *given
+        return None, None, None, None, None, *given
 
 
 def _saved_tensors(outputs: list[torch.Tensor], first: int) -> Iterator[torch.Tensor]:
@@ -178,6 +186,11 @@ def multiplicities(repeats: Mapping[int, Repeat]) -> Counter[str]:
             runs = twins[runs]
         found[runs] += 1
     return found
+
+
+def _fills_its_storage(tensor: torch.Tensor) -> bool:
+    """Whether no other tensor can lie in the same storage beside this one."""
+    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
 
 
 def _once(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -229,7 +229,8 @@ class _Gathered(torch.autograd.Function):
             with standing_at(ctx.site):
                 shard = reduce_to_shard(gradient, ctx.placement.dim, ctx.axis)
         else:
-            shard = own_shard(gradient, ctx.placement, ctx.axis).contiguous()
+            # A copy: a slice would keep the whole gradient's storage.
+            shard = own_shard(gradient, ctx.placement, ctx.axis).clone(memory_format=torch.contiguous_format)
         return DTensor(shard, ctx.spec, requires_grad=False), None, None, None
 
 
