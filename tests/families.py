@@ -1,4 +1,4 @@
-"""KerasHub's model families, tiny: how to build and feed each, and the preset that shards it.
+"""KerasHub's model families, tiny: how to build and feed each, the preset that shards it, and published sizes.
 
 The models are KerasHub's own tasks where it has one, so that the output head is there too. Each has heads,
 key-value heads and experts enough for four ranks.
@@ -6,8 +6,11 @@ key-value heads and experts enough for four ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import keras
@@ -16,10 +19,17 @@ import numpy as np
 
 from tests.models import Axes, Batch, Case, building, randomize
 from tp_planner.frontend.layout_file import find_layout_file, read_layout_file
+from tp_planner.ir.layout import Layout
+from tp_planner.ir.mesh import Mesh
+from tp_planner.ir.plan import Plan
+from tp_planner.ir.step import Collective
+from tp_planner.planner import make_plan
 
 Sizes = Mapping[str, Any]
 
 VOCABULARY, LENGTH, CLASSES, WIDTH = 64, 12, 4, 32
+SECOND_BLOCK = re.compile(r"(?P<stack>.*?)_(layer|block)_1/.*")
+TABLE_HEAD = ("| family | preset | forward | backward |", "|---|---|---|---|")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +37,7 @@ class Family:
     """One family: its backbone's class and tiny sizes, what makes a model of it, batches, and its preset."""
 
     name: str
+    title: str
     backbone: str
     sizes: Sizes
     head: Callable[[keras.Model], keras.Model]
@@ -36,12 +47,12 @@ class Family:
     @property
     def case(self) -> Case:
         """Return the family as a case of the zoo, with the preset as its rules."""
-        return Case(self.name, self.build, self.batch, "SparseCategoricalCrossentropy", self.rules, self.preset)
+        rules: dict[str, Axes] = {rule.pattern: rule.axes for rule in self.layout(1).rules}  # type: ignore[misc]
+        return Case(self.name, self.build, self.batch, "SparseCategoricalCrossentropy", rules, self.preset)
 
-    @property
-    def rules(self) -> dict[str, Axes]:
-        rules = read_layout_file(find_layout_file(self.preset)).rules
-        return {rule.pattern: rule.axes for rule in rules}  # type: ignore[misc]  # no preset lists axes
+    def layout(self, parts: int) -> Layout:
+        """Return the preset on a mesh of so many ranks."""
+        return read_layout_file(find_layout_file(self.preset)).on(Mesh((("batch", 1), ("model", parts))))
 
     def build(self, dtype: str = "float32", *, seed: int = 0, **sizes: Any) -> keras.Model:
         """Return the model with its head and random weights; ``sizes`` replace those of the backbone."""
@@ -96,7 +107,10 @@ def _text(rng: np.random.Generator, size: int, prefix: str = "") -> dict[str, np
     lengths = rng.integers(2, LENGTH + 1, size)
     lengths[0] = min(lengths[0], LENGTH - 1)
     mask = np.arange(LENGTH) < lengths[:, None]
-    return {f"{prefix}token_ids": _integers(rng, VOCABULARY, size, LENGTH), f"{prefix}padding_mask": mask.astype("int32")}
+    return {
+        f"{prefix}token_ids": _integers(rng, VOCABULARY, size, LENGTH),
+        f"{prefix}padding_mask": mask.astype("int32"),
+    }
 
 
 def _language_batch(rng: np.random.Generator, size: int) -> Batch:
@@ -157,24 +171,65 @@ _WHISPER = {"num_mels": 8, "max_encoder_sequence_length": 16, "max_decoder_seque
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("gpt2", "GPT2Backbone", {**_PLAIN, **_POSITIONS}, _causal_lm, _language_batch, "gpt2"),
-        Family("opt", "OPTBackbone", {**_PLAIN, **_POSITIONS}, _causal_lm, _language_batch, "opt"),
-        Family("bert", "BertBackbone", {**_PLAIN, **_POSITIONS}, _text_classifier, _segment_batch, "bert"),
-        Family("roberta", "RobertaBackbone", {**_PLAIN, **_POSITIONS}, _text_classifier, _text_class_batch, "roberta"),
-        Family("vit", "ViTBackbone", _VIT, _image_classifier, _image_batch, "vit"),
-        Family("llama3", "Llama3Backbone", _GROUPED, _causal_lm, _language_batch, "llama"),
-        Family("mistral", "MistralBackbone", {**_GROUPED, "sliding_window": 4}, _causal_lm, _language_batch, "mistral"),
-        Family("phi3", "Phi3Backbone", _GROUPED, _causal_lm, _language_batch, "phi3"),
-        Family("qwen2.5", "QwenBackbone", _GROUPED, _causal_lm, _language_batch, "qwen"),
-        Family("qwen3", "Qwen3Backbone", {**_GROUPED, "head_dim": 8}, _causal_lm, _language_batch, "qwen3"),
-        Family("gemma", "GemmaBackbone", {**_GROUPED, "head_dim": 8}, _causal_lm, _language_batch, "gemma"),
-        Family("gemma2", "GemmaBackbone", {**_GROUPED, "head_dim": 8, **_GEMMA_2}, _causal_lm, _language_batch, "gemma"),
-        Family("gemma3", "Gemma3Backbone", {**_GROUPED, "head_dim": 8, **_GEMMA_3}, _causal_lm, _language_batch, "gemma"),
-        Family("t5", "T5Backbone", _PLAIN, _tied_logits, _translation_batch, "t5"),
-        Family("whisper", "WhisperBackbone", {**_PLAIN, **_WHISPER}, _tied_logits, _speech_batch, "whisper"),
-        Family("mixtral", "MixtralBackbone", {**_GROUPED, "num_experts": 4}, _causal_lm, _language_batch, "mixtral"),
+        Family("gpt2", "GPT-2", "GPT2Backbone", {**_PLAIN, **_POSITIONS}, _causal_lm, _language_batch, "gpt2"),
+        Family("opt", "OPT", "OPTBackbone", {**_PLAIN, **_POSITIONS}, _causal_lm, _language_batch, "opt"),
+        Family("bert", "BERT", "BertBackbone", {**_PLAIN, **_POSITIONS}, _text_classifier, _segment_batch, "bert"),
+        Family(
+            "roberta",
+            "RoBERTa",
+            "RobertaBackbone",
+            {**_PLAIN, **_POSITIONS},
+            _text_classifier,
+            _text_class_batch,
+            "roberta",
+        ),
+        Family("vit", "ViT", "ViTBackbone", _VIT, _image_classifier, _image_batch, "vit"),
+        Family("llama3", "Llama 3", "Llama3Backbone", _GROUPED, _causal_lm, _language_batch, "llama"),
+        Family(
+            "mistral",
+            "Mistral",
+            "MistralBackbone",
+            {**_GROUPED, "sliding_window": 4},
+            _causal_lm,
+            _language_batch,
+            "mistral",
+        ),
+        Family("phi3", "Phi-3", "Phi3Backbone", _GROUPED, _causal_lm, _language_batch, "phi3"),
+        Family("qwen2.5", "Qwen 2.5", "QwenBackbone", _GROUPED, _causal_lm, _language_batch, "qwen"),
+        Family("qwen3", "Qwen 3", "Qwen3Backbone", {**_GROUPED, "head_dim": 8}, _causal_lm, _language_batch, "qwen3"),
+        Family("gemma", "Gemma", "GemmaBackbone", {**_GROUPED, "head_dim": 8}, _causal_lm, _language_batch, "gemma"),
+        Family(
+            "gemma2",
+            "Gemma 2",
+            "GemmaBackbone",
+            {**_GROUPED, "head_dim": 8, **_GEMMA_2},
+            _causal_lm,
+            _language_batch,
+            "gemma",
+        ),
+        Family(
+            "gemma3",
+            "Gemma 3",
+            "Gemma3Backbone",
+            {**_GROUPED, "head_dim": 8, **_GEMMA_3},
+            _causal_lm,
+            _language_batch,
+            "gemma",
+        ),
+        Family("t5", "T5", "T5Backbone", _PLAIN, _tied_logits, _translation_batch, "t5"),
+        Family("whisper", "Whisper", "WhisperBackbone", {**_PLAIN, **_WHISPER}, _tied_logits, _speech_batch, "whisper"),
+        Family(
+            "mixtral",
+            "Mixtral",
+            "MixtralBackbone",
+            {**_GROUPED, "num_experts": 4},
+            _causal_lm,
+            _language_batch,
+            "mixtral",
+        ),
         Family(
             "qwen3_moe",
+            "Qwen 3 MoE",
             "Qwen3MoeBackbone",
             {**_GROUPED, "head_dim": 8, "num_experts": 4, "top_k": 2, "moe_intermediate_dim": WIDTH},
             _causal_lm,
@@ -185,13 +240,53 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# What a block communicates
+
+
+@cache
+def plan_of(name: str, parts: int) -> Plan:
+    """Return the tiny family's plan by its preset on so many ranks; any process plans for all of them."""
+    family = FAMILIES[name]
+    inputs, _ = family.batch(np.random.default_rng(0), 2)
+    return make_plan(family.build(), family.layout(parts), inputs)
+
+
+def table_rows(family: Family, plan: Plan) -> Iterator[str]:
+    """Yield the family's rows of the table in plans/README.md: collectives of a block, one row for each stack."""
+    stacks: dict[str, list[Collective]] = {}
+    for each in plan.collectives:
+        if block := SECOND_BLOCK.match(each.layer):
+            stacks.setdefault(block["stack"], []).append(each)
+    for stack, collectives in sorted(stacks.items(), reverse=True):
+        title = family.title if len(stacks) == 1 else f"{family.title} {stack.rpartition('_')[2]}"
+        forward, backward = (_counted(collectives, phase) for phase in ("forward", "backward"))
+        yield f"| {title} | `{family.preset}` | {forward} | {backward} |"
+
+
+def _counted(collectives: list[Collective], phase: str) -> str:
+    """Return how many of each kind there are, those of activations before those for weights."""
+    kinds = Counter(
+        (not each.place.startswith(("input", "output")), each.kind) for each in collectives if each.phase == phase
+    )
+    return (
+        "-"
+        if not kinds
+        else ", ".join(
+            f"{count} {kind.replace('_', '-')}{' for weights' if for_weights else ''}"
+            for (for_weights, kind), count in sorted(
+                kinds.items(), key=lambda item: (item[0][0], item[0][1] != "all_reduce")
+            )
+        )
+    )
+
+
 # Published sizes: dims of the checkpoints that KerasHub has of each family, but for the number of layers.
 
 _PLAIN_KEYS = ("num_heads", "hidden_dim", "intermediate_dim", "vocabulary_size")
 _GROUPED_KEYS = ("num_query_heads", "num_key_value_heads", "hidden_dim", "intermediate_dim", "vocabulary_size")
 _HEAD_KEYS = (*_GROUPED_KEYS, "head_dim")
 
-PUBLISHED: dict[str, tuple[tuple[str, ...], dict[str, tuple[int, ...]]]] = {
+PUBLISHED: dict[str, tuple[tuple[str, ...], dict[str, tuple[Any, ...]]]] = {
     "gpt2": (
         _PLAIN_KEYS,
         {
@@ -226,8 +321,12 @@ PUBLISHED: dict[str, tuple[tuple[str, ...], dict[str, tuple[int, ...]]]] = {
     ),
     "roberta": (_PLAIN_KEYS, {"base": (12, 768, 3072, 50265), "large": (16, 1024, 4096, 50265)}),
     "vit": (
-        ("num_heads", "hidden_dim", "mlp_dim", "patch_size"),
-        {"base": (12, 768, 3072, 16), "large": (16, 1024, 4096, 16), "huge": (16, 1280, 5120, 14)},
+        ("num_heads", "hidden_dim", "mlp_dim", "patch_size", "image_shape"),
+        {
+            "base": (12, 768, 3072, 16, (224, 224, 3)),
+            "large": (16, 1024, 4096, 16, (384, 384, 3)),
+            "huge": (16, 1280, 5120, 14, (224, 224, 3)),
+        },
     ),
     "llama3": (
         (*_GROUPED_KEYS, "tie_word_embeddings"),

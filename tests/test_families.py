@@ -1,16 +1,11 @@
-"""KerasHub's families and their presets: two all-reduces each way per attention or feed-forward, the same function.
-
-The table in plans/README.md is what the tests expect. Ranks train each family with the first step checked against
-the plan, in float32.
-"""
+"""KerasHub's families under their presets: the same function, what a block communicates, every published size."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -18,23 +13,23 @@ import keras_hub
 import numpy as np
 import pytest
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 import tp_planner
-from tests.families import FAMILIES
+from tests.families import FAMILIES, PUBLISHED, plan_of, table_rows
 from tests.models import Batch
 from tests.test_parity import Arrays, Record, begin, differences, largest
-from tests.test_parity import _whole as whole
-from tests.workers import WorkerPool
+from tests.workers import Pools, WorkerPool
 from tp_planner.frontend.layer_tree import named_variables
-from tp_planner.frontend.layout_file import find_layout_file, read_layout_file
-from tp_planner.ir.mesh import Mesh
+from tp_planner.frontend.survey import survey
 from tp_planner.ir.plan import Plan
-from tp_planner.planner import make_plan
+from tp_planner.passes.choose_styles import choose_styles
+from tp_planner.passes.resolve_rules import resolve_rules
 
 TOLERANCE = 1e-5
 STEPS = 3
 BATCH_SIZE = 2
-LAST_BLOCK = re.compile(r".*(layer|block)_1/.*")
+README = Path(__file__).parent.parent / "plans" / "README.md"
 
 
 @dataclass
@@ -43,14 +38,6 @@ class Trained:
 
     single: Record | None
     sharded: Record
-
-
-@cache
-def plan_of(name: str, parts: int) -> Plan:
-    """Return the plan of the tiny family by its preset; plans are the same on every rank, so one process makes them."""
-    family = FAMILIES[name]
-    layout = read_layout_file(find_layout_file(family.preset)).on(Mesh((("batch", 1), ("model", parts))))
-    return make_plan(family.build(), layout, batches(name)[0][0])
 
 
 def batches(name: str) -> list[Batch]:
@@ -62,13 +49,29 @@ def batches(name: str) -> list[Batch]:
 # On the ranks
 
 
-def train_both(name: str, sizes: Mapping[str, Any], plan: Plan | None, map_of: str = "") -> Trained:
-    """Train the family alone on rank 0, then by the plan, or by the layout map of a KerasHub backbone."""
+def train_both(name: str, plan: Plan) -> Trained:
+    """Train the family alone on rank 0, then sharded by the plan."""
+    return _train_both(name, {}, plan)
+
+
+def train_variant(name: str, sizes: Mapping[str, Any]) -> Trained:
+    """Do so with other sizes and the family's preset."""
+    return _train_both(name, sizes, FAMILIES[name].layout(dist.get_world_size()))
+
+
+def train_by_hub_map(name: str, backbone: str) -> Trained:
+    """Do so with the layout map that a backbone of KerasHub gives for a mesh (1, ranks)."""
+    size = dist.get_world_size()
+    mesh = keras.distribution.DeviceMesh((1, size), ("batch", "model"), [f"cpu:{rank}" for rank in range(size)])
+    return _train_both(name, {}, getattr(keras_hub.models, backbone).get_layout_map(mesh))
+
+
+def _train_both(name: str, sizes: Mapping[str, Any], layout_or_plan: Any) -> Trained:
     single = None
     if dist.get_rank() == 0:
         single = train(FAMILIES[name].build(**sizes), name)
     model = FAMILIES[name].build(seed=dist.get_rank(), **sizes)  # rank 0's weights are the truth
-    tp_planner.parallelize(model, plan or hub_layout_map(map_of), inputs=batches(name)[0][0], check="first_step")
+    tp_planner.parallelize(model, layout_or_plan, inputs=batches(name)[0][0], check="first_step")
     return Trained(single, train(model, name))
 
 
@@ -77,17 +80,15 @@ def train(model: keras.Model, name: str) -> Record:
     case = FAMILIES[name].case
     record = begin(model, case, "float32", batches(name)[0])
     optimizer = keras.optimizers.AdamW(learning_rate=0.01, weight_decay=0.1, epsilon=1e-3, name="adamw")
-    model.compile(optimizer, case.make_loss(), metrics=None, weighted_metrics=None, jit_compile=False)
-    record.losses += [float(model.train_on_batch(x, y)) for x, y in batches(name)]
-    record.weights = {key: whole(variable._value) for key, variable in named_variables(model).items()}
+    model.compile(optimizer, case.make_loss(), jit_compile=False)
+    record.losses += [float(np.ravel(model.train_on_batch(x, y))[0]) for x, y in batches(name)]
+    record.weights = {key: _whole(variable) for key, variable in named_variables(model).items()}
     return record
 
 
-def hub_layout_map(backbone: str) -> keras.distribution.LayoutMap:
-    """Return the layout map that a backbone of KerasHub gives for a mesh (1, ranks)."""
-    size = dist.get_world_size()
-    mesh = keras.distribution.DeviceMesh((1, size), ("batch", "model"), [f"cpu:{rank}" for rank in range(size)])
-    return getattr(keras_hub.models, backbone).get_layout_map(mesh)
+def _whole(variable: keras.Variable) -> np.ndarray:
+    value = variable._value
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().numpy().copy()
 
 
 # In the parent
@@ -119,5 +120,95 @@ def gradient_differences(found: Arrays, expected: Arrays) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_x(workers: WorkerPool, name: str) -> None:
-    assert_same_function(workers.run(train_both, name, {}, plan_of(name, workers.size)))
+def test_same_function(workers: WorkerPool, name: str) -> None:
+    """A sharded family trains as on a single device, and its first step communicates what the plan says."""
+    assert_same_function(workers.run(train_both, name, plan_of(name, workers.size)))
+
+
+VARIANTS = {
+    "gemma with one key-value head": ("gemma", {"num_key_value_heads": 1}),
+    "llama3 with tied embeddings": ("llama3", {"tie_word_embeddings": True}),
+    "t5 without gate": ("t5", {"use_gated_activation": False}),
+}
+
+
+@pytest.mark.parametrize(("name", "sizes"), VARIANTS.values(), ids=VARIANTS)
+def test_same_function_of_variants(pools: Pools, name: str, sizes: Mapping[str, Any]) -> None:
+    """So do variants of a family, some without a variable that the preset names."""
+    assert_same_function(pools(2).run(train_variant, name, sizes))
+
+
+HUB_MAPS = {
+    "gemma": "GemmaBackbone",
+    "llama3": "Llama3Backbone",
+    "qwen2.5": "QwenBackbone",
+    "qwen3_moe": "Qwen3MoeBackbone",
+}
+
+
+@pytest.mark.parametrize(("name", "backbone"), HUB_MAPS.items())
+def test_same_function_by_the_layout_maps_of_keras_hub(pools: Pools, name: str, backbone: str) -> None:
+    """KerasHub's own LayoutMap, taken as it is on a mesh (1, 2), gives the same function too."""
+    assert_same_function(pools(2).run(train_by_hub_map, name, backbone))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_collectives_of_a_block(name: str, ranks: int) -> None:
+    """A block communicates what plans/README.md says, on any number of ranks, and nothing in a plan is implicit."""
+    family, plan = FAMILIES[name], plan_of(name, ranks)
+    rows = re.findall(rf"^\| {family.title}(?: encoder| decoder)? \|.*$", README.read_text(encoding="utf-8"), re.M)
+
+    assert rows == list(table_rows(family, plan))
+    assert [each for each in plan.collectives if not each.is_planned] == []
+
+
+# Published sizes
+
+RANKS = 8
+WHOLE = re.compile(r".*/sparse_feedforward_gate_dense/kernel")  # the router of a mixture of experts
+BLOCK = re.compile(r"(.*/)?(transformer|decoder)_(\w+_)?(layer|block)_\d+/.*|.*self_attention/embeddings")
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        pytest.param(name, dict(zip(keys, dims, strict=True)), id=f"{name} {size}")
+        for name, (keys, rows) in PUBLISHED.items()
+        for size, dims in rows.items()
+    ],
+)
+def test_published_size(name: str, sizes: dict[str, Any]) -> None:
+    """The preset names every matrix in the blocks, no rule is left over, and what does not divide is gathered."""
+    family = FAMILIES[name]
+    with keras.device("meta"):
+        model = family.make_backbone(num_layers=1, **sizes)
+    layers, variables = survey(model)
+    resolution = resolve_rules(family.layout(RANKS), variables, {key: layer.path for key, layer in layers.items()})
+    stored = {key: resolved.placement for key, resolved in resolution.variables.items()}
+    styles = choose_styles(layers, variables, stored, RANKS)
+
+    assert resolution.notes == ()
+    assert [
+        variable.path
+        for key, variable in variables.items()
+        if BLOCK.fullmatch(variable.path)
+        and len(variable.shape) > 1
+        and resolution.variables[key].rule is None
+        and not WHOLE.fullmatch(variable.path)
+    ] == []
+    gathered = {
+        layer.rpartition("/")[2]: choice.reason for (layer, _), choice in styles.items() if choice.style == "gathered"
+    }
+    assert set(gathered) == uneven(name, sizes)
+    assert all(reason.endswith(f" does not divide evenly by {RANKS}") for reason in gathered.values())
+
+
+def uneven(name: str, sizes: Mapping[str, Any]) -> set[str]:
+    """Return the layers whose heads are too few or too many for the ranks; widths and vocabularies all divide."""
+    heads = sizes.get("num_heads", sizes.get("num_query_heads"))
+    by_heads, by_kv_heads = {"query", "attention_output"}, {"key", "value"}
+    if name == "t5":  # whose projections have heads and head size in one dim
+        by_heads, by_kv_heads = {"self_attention"}, set()
+    too_few = set() if heads % RANKS == 0 else by_heads
+    return too_few | (set() if sizes.get("num_key_value_heads", heads) % RANKS == 0 else by_kv_heads)

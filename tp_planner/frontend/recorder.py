@@ -141,6 +141,8 @@ class Recorder(TorchDispatchMode):
                 f"layer {self.running_layer!r} uses a tensor of shape {tuple(tensor.shape)} that was computed from a "
                 f"variable when the model was built and does not follow it; compute it in a layer's call instead"
             )
+        if tensor.is_meta:  # made while the model was built on the meta device
+            return "unknown"
         with no_dispatch():
             return tuple(tensor.reshape(-1)[:CONSTANT_SIZE].tolist())
 

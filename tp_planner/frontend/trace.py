@@ -14,8 +14,10 @@ from unittest import mock
 
 import keras
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_flatten
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
 
 from tp_planner.frontend.blocks import Blocks
 from tp_planner.frontend.layer_tree import named_variables
@@ -95,8 +97,22 @@ def fake_tensors() -> Iterator[None]:
     no_generator = mock.patch("keras.src.backend.torch.random.torch_seed_generator", lambda seed: None)
     # Fake views then work out strides by arithmetic, not by the walk over prims that symbolic shapes need.
     plain_views = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    with keras.device("cpu"), no_generator, quiet_torch(), torch.enable_grad(), plain_views, fake_mode:
+    with keras.device("cpu"), no_generator, quiet_torch(), torch.enable_grad(), plain_views, fake_mode, _MetaOnCpu():
         yield
+
+
+class _MetaOnCpu(TorchDispatchMode):
+    """Takes tensors that a model made while it was built on the meta device for fake CPU tensors."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(type(leaf) in (torch.Tensor, torch.nn.Parameter, list, tuple) for leaf in args):
+            args = tree_map(self._on_cpu, args)
+        return func(*args, **(kwargs or {}))
+
+    def _on_cpu(self, leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor) and leaf.is_meta and not isinstance(leaf, FakeTensor | DTensor):
+            return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="cpu")
+        return leaf
 
 
 class FakeVariables:

@@ -1,0 +1,83 @@
+"""Every Keras layer that has weights computes the same on shards of them as on a single device.
+
+Here each layer meets two layouts on two processes; ``make sweep`` goes through every dim of every variable.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import keras
+import numpy as np
+import pytest
+
+from tests.layer_parity import compare_sample, compute, differences
+from tests.layer_zoo import CASES, WIDTHS, WITHOUT_WEIGHTS, layers_with_weights, missing_cases, weights
+from tests.workers import Pools
+
+LAYERS = sorted({case.layer for case in CASES.values()})
+
+
+class Unknown(keras.layers.Layer):
+    def build(self, input_shape: tuple[int, ...]) -> None:
+        self.scale = self.add_weight(shape=input_shape[-1:])
+
+
+def test_every_layer_has_a_case() -> None:
+    """A layer of Keras that has weights is in the zoo, and what is not in the zoo says why."""
+    assert missing_cases(keras.layers) == []
+    assert sorted(layers_with_weights(keras.layers)) == sorted({*LAYERS, *WITHOUT_WEIGHTS})
+
+
+def test_new_layer_has_no_case() -> None:
+    """A layer with weights that Keras adds is noticed, under the name that is exported."""
+    namespace = SimpleNamespace(Dense=keras.layers.Dense, NewLayer=Unknown, ReLU=keras.layers.ReLU)
+    assert missing_cases(namespace) == ["no case for keras.layers.NewLayer"]
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.trains])
+def test_every_weight_matters(name: str) -> None:
+    """What is trained has a gradient that can be compared, but for a key's bias: it adds the same to all scores."""
+    case = CASES[name]
+    model = case.build(WIDTHS[0])
+    found = compute(model, case)
+    trained = [f"gradient of {variable.path}" for variable in weights(model) if variable.trainable]
+    largest = {gradient: np.abs(found[gradient]).max() for gradient in trained}
+    assert [gradient for gradient, size in largest.items() if size < 1e-4] in ([], ["gradient of layer/key/bias"])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_sharded_layer(pools: Pools, layer: str, width: int) -> None:
+    """Outputs, loss, gradients and state are those of the single device, and the layer can be restored."""
+    names = [name for name, case in CASES.items() if case.layer == layer]
+    for outcomes in pools(2).run(compare_sample, names, width):
+        assert [str(outcome) for outcome in outcomes if not outcome.passed] == []
+
+
+DIFFERENCES = {
+    "nothing": ({}, []),
+    "rounding": ({"output": np.array([1.0, 2.0 + 1e-11])}, []),
+    "more than rounding": ({"output": np.array([1.0, 2.0 + 2.1e-8])}, ["output differs by 1.0e-08"]),
+    "no number": ({"output": np.array([1.0, np.nan])}, ["output differs by nan"]),
+    "rounding in float32": ({"gradient of b": np.array([1.0 + 1e-6], "float32")}, []),
+    "more than rounding in float32": (
+        {"gradient of b": np.array([1.5], "float32")},
+        ["gradient of b differs by 4.5e-01"],
+    ),
+    "rounding of a gradient that is zero": ({"gradient of c": np.array([1e-12])}, []),
+    "an integer": ({"seed": np.array([2, 3])}, ["seed differs by 3.2e-01"]),
+    "a gradient too many": ({"gradient of d": np.ones(1)}, ["gradient of d is there only on shards"]),
+}
+
+
+@pytest.mark.parametrize(("changed", "expected"), DIFFERENCES.values(), ids=DIFFERENCES)
+def test_differences(changed: dict[str, np.ndarray], expected: list[str]) -> None:
+    """Only rounding is forgiven, in proportion to the dtype and to the largest gradient."""
+    single = {
+        "output": np.array([1.0, 2.0]),
+        "gradient of b": np.array([1.0], "float32"),
+        "gradient of c": np.array([0.0]),
+        "seed": np.array([1, 3]),
+    }
+    assert list(differences(single | changed, single, input_gradients=True)) == expected
