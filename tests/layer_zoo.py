@@ -28,9 +28,9 @@ NEIGHBOURS = ("before", "after")
 class LayerCase:
     """One layer, in one of the ways to use it.
 
-    ``make`` returns the layer, called "layer", for a width. Its input is (batch, *leading, width), or (batch, *leading)
-    of tokens where no Dense is ``before``. ``call`` calls it, for layers that take more than one tensor. ``trains`` says
-    whether Keras itself can train it.
+    ``make`` returns the layer, called "layer", for a width. Its input is (batch, *leading, width), or tokens
+    (batch, *leading) where no layer is ``before``. ``call`` calls it, for layers that take more than one tensor.
+    ``trains`` says whether Keras itself can train it.
     """
 
     layer: str  # its name in keras.layers
@@ -170,7 +170,7 @@ def _adapted(width: int) -> keras.Layer:
     return layer
 
 
-_SEQUENCE, _IMAGE, _VOLUME = (5,), (4, 5), (3, 4, 3)
+_STEPS, _SEQUENCE, _IMAGE, _VOLUME = (2,), (5,), (4, 5), (3, 4, 3)
 _TOKEN_IDS: dict[str, Any] = {"leading": (5,), "before": None}
 
 _ALL = (
@@ -276,7 +276,7 @@ _ALL = (
     LayerCase("Conv1DTranspose", "", lambda n: layers.Conv1DTranspose(n, 3, strides=2, name="layer"), _SEQUENCE),
     LayerCase("Conv2DTranspose", "", lambda n: layers.Conv2DTranspose(n, 2, padding="same", name="layer"), _IMAGE),
     LayerCase("Conv3DTranspose", "", lambda n: layers.Conv3DTranspose(n, 2, name="layer"), _VOLUME),
-    LayerCase("DepthwiseConv1D", "", lambda n: layers.DepthwiseConv1D(3, depth_multiplier=2, name="layer"), _SEQUENCE),
+    LayerCase("DepthwiseConv1D", "", lambda n: layers.DepthwiseConv1D(3, depth_multiplier=2, name="layer"), (5,)),
     LayerCase("DepthwiseConv2D", "", lambda n: layers.DepthwiseConv2D(2, activation="relu", name="layer"), _IMAGE),
     LayerCase(
         "SeparableConv1D", "", lambda n: layers.SeparableConv1D(n, 3, depth_multiplier=2, name="layer"), _SEQUENCE
@@ -309,28 +309,30 @@ _ALL = (
     LayerCase("PReLU", "", lambda n: layers.PReLU(name="layer"), _SEQUENCE),
     LayerCase("PReLU", "with a shared axis", lambda n: layers.PReLU(shared_axes=[1], name="layer"), _IMAGE),
     # Recurrent layers
-    LayerCase("SimpleRNN", "", lambda n: layers.SimpleRNN(n, return_sequences=True, name="layer"), (3,)),
+    LayerCase("SimpleRNN", "", lambda n: layers.SimpleRNN(n, return_sequences=True, name="layer"), _STEPS),
     LayerCase("SimpleRNNCell", "", lambda n: layers.SimpleRNNCell(n, name="layer"), call=_cell_on_own_states(1)),
-    LayerCase("GRU", "", lambda n: layers.GRU(n, name="layer"), (3,)),
+    LayerCase("GRU", "", lambda n: layers.GRU(n, name="layer"), _STEPS),
     LayerCase(
         "GRU",
         "with the reset before",
         lambda n: layers.GRU(n, reset_after=False, go_backwards=True, name="layer"),
-        (3,),
+        _STEPS,
     ),
     LayerCase("GRUCell", "", lambda n: layers.GRUCell(n, name="layer"), call=_cell_on_own_states(1)),
-    LayerCase("LSTM", "", lambda n: layers.LSTM(n, return_sequences=True, name="layer"), (3,)),
-    LayerCase("LSTM", "of a masked sequence", lambda n: layers.LSTM(n, name="layer"), (3,), layers.Embedding),
-    LayerCase("LSTM", "with dropout", lambda n: layers.LSTM(n, dropout=0.2, recurrent_dropout=0.3, name="layer"), (3,)),
+    LayerCase("LSTM", "", lambda n: layers.LSTM(n, return_sequences=True, name="layer"), _STEPS),
+    LayerCase("LSTM", "of a masked sequence", lambda n: layers.LSTM(n, name="layer"), _STEPS, layers.Embedding),
+    LayerCase(
+        "LSTM", "with dropout", lambda n: layers.LSTM(n, dropout=0.2, recurrent_dropout=0.3, name="layer"), _STEPS
+    ),
     LayerCase(
         "LSTM",
         "with a state that stays",
         lambda n: layers.LSTM(n, stateful=True, name="layer"),
-        (2,),
+        _STEPS,
         trains=False,  # Keras itself assigns the state in place, which backward on torch refuses
     ),
     LayerCase("LSTMCell", "", lambda n: layers.LSTMCell(n, name="layer"), call=_cell_on_own_states(2)),
-    LayerCase("RNN", "", lambda n: layers.RNN(layers.GRUCell(n, name="cell"), name="layer"), (2,)),
+    LayerCase("RNN", "", lambda n: layers.RNN(layers.GRUCell(n, name="cell"), name="layer"), _STEPS),
     LayerCase(
         "StackedRNNCells",
         "",
@@ -338,23 +340,26 @@ _ALL = (
             layers.StackedRNNCells([layers.LSTMCell(n, name="first"), layers.SimpleRNNCell(n, name="second")]),
             name="layer",
         ),
-        (2,),
+        _STEPS,
     ),
     LayerCase(
-        "Bidirectional", "", lambda n: layers.Bidirectional(layers.LSTM(n, return_sequences=True), name="layer"), (3,)
+        "Bidirectional", "", lambda n: layers.Bidirectional(layers.LSTM(n, return_sequences=True), name="layer"), _STEPS
     ),
     LayerCase(
-        "Bidirectional", "averaged", lambda n: layers.Bidirectional(layers.GRU(n), merge_mode="ave", name="layer"), (2,)
+        "Bidirectional",
+        "averaged",
+        lambda n: layers.Bidirectional(layers.GRU(n), merge_mode="ave", name="layer"),
+        _STEPS,
     ),
     LayerCase("ConvLSTM1D", "", lambda n: layers.ConvLSTM1D(n, 2, name="layer"), (2, 4)),
     LayerCase("ConvLSTM2D", "", lambda n: layers.ConvLSTM2D(n, 2, padding="same", name="layer"), (2, 3, 3)),
     LayerCase("ConvLSTM3D", "", lambda n: layers.ConvLSTM3D(n, 2, name="layer"), (2, 3, 2, 3)),
-    LayerCase("TimeDistributed", "of Dense", lambda n: layers.TimeDistributed(layers.Dense(n), name="layer"), (3,)),
+    LayerCase("TimeDistributed", "of Dense", lambda n: layers.TimeDistributed(layers.Dense(n), name="layer"), _STEPS),
     LayerCase(
         "TimeDistributed",
         "of BatchNormalization",
         lambda n: layers.TimeDistributed(layers.BatchNormalization(), name="layer"),
-        (3, 2),
+        (2, 3),
     ),
     # Signals
     LayerCase(
