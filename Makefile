@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export KERAS_BACKEND := torch
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check demo bench clean
+.PHONY: help setup test check demo sweep bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -37,6 +37,10 @@ check: $(INSTALLED) ## Run the linter, the formatter's check, the type checker a
 
 demo: $(INSTALLED) ## Train a small GPT on two processes and compare it with one
 	$(PYTHON) -m tp_planner.demo
+
+sweep: $(INSTALLED) ## Run the slow tests: every layer and every family, on 2 and on 4 processes
+	$(PYTHON) -m pytest -q -m slow
+	$(PYTHON) benchmarks/sweep_layers.py
 
 bench: $(INSTALLED) ## Time training steps against hand-written tensor parallelism
 	$(PYTHON) benchmarks/step_time.py

@@ -74,7 +74,8 @@ BREACHES: dict[str, tuple[Callable[[list[Collective]], Any], str]] = {
     "one of the way back is missing": (
         lambda ran: ran.pop(),
         "backward all_reduce over 'model' of layer 'block_0_attention/query' (input (block_0_attention_norm output)) "
-        "is in the plan, and did not run",
+        "is in the plan, and did not run; plan again if layers were frozen since; a plan takes the sum of all outputs "
+        "for the loss",
     ),
     "one is implicit": (
         implicit,
@@ -83,7 +84,7 @@ BREACHES: dict[str, tuple[Callable[[list[Collective]], Any], str]] = {
     "one runs twice": (
         lambda ran: ran.append(ran[-1]),
         "backward all_reduce over 'model' of layer 'block_0_attention/query' (input (block_0_attention_norm output)) "
-        "ran, and is not in the plan",
+        "ran 2 times, and is in the plan 1 times; record one training step, of one forward and one backward pass",
     ),
     "one has another size": (
         other_size,
@@ -117,6 +118,31 @@ def test_bytes_grow_with_the_batch_and_no_other_way() -> None:
 
     with pytest.raises(tp_planner.ContractError, match="moved 8192 bytes, not 4096 or 12288"):
         plan.check(recorded(plan, twice, batch=6))
+
+
+def test_a_layer_called_at_two_sizes_may_move_both() -> None:
+    """Each call has a size of its own: both may run, and neither in place of the other."""
+    inputs = keras.Input((8, 12))
+    up, down = keras.layers.Dense(16, name="up"), keras.layers.Dense(12, name="down")
+    half = keras.layers.AveragePooling1D(2)(down(up(inputs)))
+    rules = (LayoutRule("up/kernel", (None, "model")), LayoutRule("down/kernel", ("model", None)))
+    plan = make_plan(keras.Model(inputs, down(up(half))), Layout(Mesh((("model", 2),)), rules))
+    plan.check(Recording(plan.inputs, plan.collectives))
+    sizes = [each.bytes for each in plan.collectives if each.layer == "down"]
+    assert sizes == [2 * 8 * 12 * 4, 2 * 4 * 12 * 4]
+
+    small = tuple(replace(each, bytes=sizes[1]) if each.layer == "down" else each for each in plan.collectives)
+    with pytest.raises(tp_planner.ContractError, match=r"'down' .* moved 384 bytes, not 768"):
+        plan.check(Recording(plan.inputs, small))
+
+
+def test_a_step_outside_of_the_recording_is_refused() -> None:
+    plan = gpt_plan()
+    with pytest.raises(tp_planner.ContractError) as refusal:
+        plan.check(Recording((), ()))
+    assert str(refusal.value) == (
+        "the model was not called while the step was recorded; call it inside tp_planner.record"
+    )
 
 
 def test_inputs_of_other_shapes_are_refused() -> None:
@@ -168,6 +194,25 @@ def test_updates_that_communicate_are_planned(pools: Pools, optimizer: str) -> N
     assert pools(2).run(train_checked, "mlp", {}, None, optimizer)[0] > with_adam
 
 
+def train_with_loss_scaling() -> tuple[bool, list[str]]:
+    """Train a checked first step whose update communicates after it has looked at a value."""
+    case = CASES["mlp"]
+    model = case.build("float32")
+    adam = keras.optimizers.Adam(global_clipnorm=0.1)
+    model.compile(keras.optimizers.LossScaleOptimizer(adam), case.make_loss(), jit_compile=False)
+    plan = tp_planner.plan(model, layout_map(case.rules))
+    tp_planner.parallelize(model, plan, check="first_step")
+    model.train_on_batch(*case.batch(np.random.default_rng(2), 4))
+    return plan.step.whole_update, [note for note in plan.notes if "depends on values" in note]
+
+
+def test_an_update_that_cannot_be_simulated_is_not_compared(pools: Pools) -> None:
+    """The plan says that it does not know the whole update, and the check leaves it out."""
+    whole_update, notes = pools(2).run(train_with_loss_scaling)[0]
+    assert not whole_update
+    assert len(notes) == 1
+
+
 @pytest.mark.parametrize(
     ("name", "layer", "message"),
     [
@@ -181,7 +226,8 @@ def test_updates_that_communicate_are_planned(pools: Pools, optimizer: str) -> N
             "gpt",
             "block_1_up",
             "the first training step was not as planned: on rank 0, backward all_reduce over 'model' of layer "
-            "'block_1_up' (input (block_1_mlp_norm output)) is in the plan, and did not run",
+            "'block_1_up' (input (block_1_mlp_norm output)) is in the plan, and did not run; plan again if layers were "
+            "frozen since; a plan takes the sum of all outputs for the loss",
         ),
     ],
 )

@@ -19,7 +19,7 @@ import tp_planner
 from tests.families import FAMILIES, PUBLISHED, plan_of, table_rows
 from tests.models import Batch
 from tests.test_parity import Arrays, Record, begin, differences, largest
-from tests.workers import Pools, WorkerPool
+from tests.workers import Pools
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.frontend.survey import survey
 from tp_planner.ir.plan import Plan
@@ -29,6 +29,7 @@ from tp_planner.passes.resolve_rules import resolve_rules
 TOLERANCE = 1e-5
 STEPS = 3
 BATCH_SIZE = 2
+FEW = ("llama3", "t5", "qwen3_moe")  # that the usual run trains on four processes, too
 README = Path(__file__).parent.parent / "plans" / "README.md"
 
 
@@ -120,9 +121,17 @@ def gradient_differences(found: Arrays, expected: Arrays) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_same_function(workers: WorkerPool, name: str) -> None:
+def test_same_function(pools: Pools, name: str) -> None:
     """A sharded family trains as on a single device, and its first step communicates what the plan says."""
-    assert_same_function(workers.run(train_both, name, plan_of(name, workers.size)))
+    assert_same_function(pools(2).run(train_both, name, plan_of(name, 2)))
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
+def test_same_function_on_four_processes(pools: Pools, name: str) -> None:
+    """So it does on more processes, where some dims do not divide any more."""
+    assert_same_function(pools(4).run(train_both, name, plan_of(name, 4)))
 
 
 VARIANTS = {

@@ -33,7 +33,11 @@ InputOption = Annotated[
 
 BatchOption = Annotated[
     int | None,
-    typer.Option(metavar="SIZE", min=1, help="Plan for batches of this size, for a model whose batch dim is open."),
+    typer.Option(
+        metavar="SIZE",
+        min=1,
+        help="Plan for batches of this size. Other dims that a model leaves open are 16: give --input for these.",
+    ),
 ]
 OptimizerOption = Annotated[
     str | None,

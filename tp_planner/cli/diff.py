@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tp_planner.cli.answer import JsonOption, show, working
-from tp_planner.cli.app import InputOption, app, mistake
-from tp_planner.cli.load import load_layout, load_model, read_inputs
+from tp_planner.cli.app import BatchOption, InputOption, OptimizerOption, app, mistake
+from tp_planner.cli.load import load_layout, load_model_and_inputs, load_optimizer
 
 if TYPE_CHECKING:
     from tp_planner.ir.plan import Plan
@@ -30,6 +30,8 @@ def diff_command(
         str | None, typer.Option(metavar="AXIS=SIZE[,...]", help="The device mesh to plan layouts for, e.g. model=8.")
     ] = None,
     input: InputOption = None,
+    batch: BatchOption = None,
+    optimizer: OptimizerOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what differs between two plans, decision by decision, from the first to the second.
@@ -41,13 +43,15 @@ def diff_command(
         from tp_planner.passes.compare_plans import compare_plans
         from tp_planner.report.diff import difference_sections
 
-        specs = read_inputs(input or [])
-        difference = compare_plans(*(_plan(text, model, mesh, specs) for text in (before, after)))
+        plans = [_plan(text, model, mesh, input or [], batch, optimizer) for text in (before, after)]
+        difference = compare_plans(*plans)
     show(difference, difference_sections(difference, before, after), as_json)
     raise typer.Exit(0 if difference.is_empty else 1)
 
 
-def _plan(text: str, model: str | None, mesh: str | None, specs: Any) -> Plan:
+def _plan(
+    text: str, model: str | None, mesh: str | None, inputs: list[str], batch: int | None, optimizer: str | None
+) -> Plan:
     if text.endswith(".json"):
         return _read(Path(text))
     if model is None or mesh is None:
@@ -55,7 +59,9 @@ def _plan(text: str, model: str | None, mesh: str | None, specs: Any) -> Plan:
         raise mistake(f"{text!r} is not a .json file, so it is a layout to plan: give {missing} too")
     from tp_planner.planner import make_plan
 
-    return make_plan(load_model(model), load_layout(text, mesh), specs)
+    rules, updating = load_layout(text, mesh), load_optimizer(optimizer)
+    built, specs = load_model_and_inputs(model, inputs, batch)
+    return make_plan(built, rules, specs, updating)
 
 
 def _read(path: Path) -> Plan:

@@ -24,8 +24,8 @@ def check_contract(inputs: Sequence[tuple[Shape, str]], planned: Sequence[Collec
     """Raise ContractError with the first difference between what was planned and what ran.
 
     On the way forward the order counts too; on the way back it follows from the loss, which a plan does not know.
-    Where the batch is another than the planned one, a collective moves as many bytes as planned, or so many times
-    more or fewer.
+    Where the batch is another than the planned one, what crosses a boundary may have as many bytes as planned, or so
+    many times more or fewer; what does not depend on inputs has as many.
 
     Args:
         inputs: shape and dtype name of the inputs that the plan was made for.
@@ -33,9 +33,6 @@ def check_contract(inputs: Sequence[tuple[Shape, str]], planned: Sequence[Collec
         recorded: what ran.
     """
     factor = _batch_factor(inputs, recorded.inputs)
-    expected = [_signed(each) for each in planned]
-    ran = [_signed(each) for each in recorded.collectives]
-    sizes = {_signed(each): each.bytes for each in planned}
     for position, (each, found) in enumerate(zip(planned, recorded.collectives, strict=False)):
         if each.phase != "forward" or found.phase != "forward":
             break
@@ -43,17 +40,48 @@ def check_contract(inputs: Sequence[tuple[Shape, str]], planned: Sequence[Collec
             raise ContractError(
                 f"collective {position + 1} of the step should be {_said(each)} but was {_said(found)}{_why(found)}"
             )
-    missing, extra = Counter(expected) - Counter(ran), Counter(ran) - Counter(expected)
+    _check_counts(planned, recorded.collectives)
+    _check_sizes(planned, recorded.collectives, factor)
+
+
+def _check_counts(planned: Sequence[Collective], ran: Sequence[Collective]) -> None:
+    expected, found = Counter(map(_signed, planned)), Counter(map(_signed, ran))
     for each in planned:
-        if missing[_signed(each)]:
-            raise ContractError(f"{_said(each)} is in the plan, and did not run")
-    for found in recorded.collectives:
-        if extra[_signed(found)]:
-            raise ContractError(f"{_said(found)} ran, and is not in the plan{_why(found)}")
-        size = sizes[_signed(found)]
-        if found.bytes not in (size, size * factor):
-            expected_sizes = dict.fromkeys((str(size), str(size * factor)))
-            raise ContractError(f"{_said(found)} moved {found.bytes} bytes, not {' or '.join(expected_sizes)}")
+        if found[_signed(each)] < expected[_signed(each)]:
+            raise ContractError(f"{_said(each)} is in the plan, and did not run{_next_step(each)}")
+    for each in ran:
+        known = expected[_signed(each)]
+        if found[_signed(each)] > known > 0:
+            raise ContractError(
+                f"{_said(each)} ran {found[_signed(each)]} times, and is in the plan {known} times; "
+                f"record one training step, of one forward and one backward pass"
+            )
+        if not known:
+            raise ContractError(f"{_said(each)} ran, and is not in the plan{_why(each)}{_next_step(each)}")
+
+
+def _check_sizes(planned: Sequence[Collective], ran: Sequence[Collective], factor: Fraction) -> None:
+    sizes: dict[Collective, list[int]] = {}
+    for each in planned:
+        sizes.setdefault(_signed(each), []).append(each.bytes)
+    for each in ran:
+        known = sizes[_signed(each)]
+        factors = (Fraction(1), factor) if each.place.startswith(("input ", "output ")) else (Fraction(1),)
+        fitting = [size for size in known if each.bytes in [size * times for times in factors]]
+        if not fitting:
+            allowed = dict.fromkeys(str(size * times) for size in known for times in factors)
+            raise ContractError(f"{_said(each)} moved {each.bytes} bytes, not {' or '.join(allowed)}")
+        known.remove(fitting[0])
+
+
+def _next_step(collective: Collective) -> str:
+    if collective.cause:
+        return ""
+    if collective.phase == "update":
+        return "; plan with optimizer=, the one that makes the update"
+    if collective.phase == "backward":
+        return "; plan again if layers were frozen since; a plan takes the sum of all outputs for the loss"
+    return ""
 
 
 def _signed(collective: Collective) -> Collective:
@@ -69,6 +97,8 @@ def _batch_factor(planned: Sequence[tuple[Shape, str]], found: Sequence[tuple[Sh
     factors = {
         Fraction(other[0], one[0]) for (one, _), (other, _) in zip(planned, found, strict=False) if one and other
     }
+    if not found:
+        raise ContractError("the model was not called while the step was recorded; call it inside tp_planner.record")
     if not same_but_batch or len(factors) > 1:
         raise ContractError(
             f"the step ran on inputs {_shapes(found)}, the plan was made for {_shapes(planned)}; "

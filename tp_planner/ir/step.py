@@ -102,12 +102,14 @@ class Work:
 class Step:
     """One simulated training step: forward, backward, and the update by ``optimizer`` ("" for none).
 
-    The sum of the model's outputs stands in for the loss.
+    The sum of the model's outputs stands in for the loss. ``whole_update`` says that the update was simulated to its
+    end; an optimizer that looks at values cannot be.
     """
 
     optimizer: str
     memory: Memory
     work: tuple[Work, ...]
+    whole_update: bool = True
 
 
 _NOTHING = MemoryUse(0, 0, 0, 0, 0)
@@ -119,6 +121,7 @@ def encode_step(step: Step) -> dict[str, Any]:
     memory = step.memory
     return {
         "optimizer": step.optimizer,
+        "whole_update": step.whole_update,
         "memory": {
             "largest": _encode_use(memory.largest),
             "peak": _encode_use(memory.peak),
@@ -146,6 +149,7 @@ def decode_step(data: Mapping[str, Any]) -> Step:
             Work(work["phase"], tuple(sorted(work["matmul_flops"].items())), work["memory_bytes"], work["ops"])
             for work in data["work"]
         ),
+        data["whole_update"],
     )
 
 

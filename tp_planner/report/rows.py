@@ -108,8 +108,8 @@ def memory_lines(plan: Plan) -> list[str]:
     peak = ", ".join(f"{kind} {bytes_text(getattr(memory.peak, kind))}" for kind in kinds)
     largest = ", ".join(f"{kind} {bytes_text(getattr(memory.largest, kind))}" for kind in kinds)
     return [
-        f"memory of rank 0 in one training step, {optimizer}: {bytes_text(memory.peak.total)} at the peak, which is in "
-        f"the {memory.peak_phase} phase",
+        f"memory of rank 0 in one training step, {optimizer}, the loss not counted: "
+        f"{bytes_text(memory.peak.total)} at the peak, {memory.peak_phase}",
         f"  at the peak: {peak}",
         f"  each at its own largest: {largest}",
     ]

@@ -91,7 +91,7 @@ def simulate(
     }
     log = unfold(meter.log, twins, frozenset(blocks.outputs))
     name = "" if optimizer is None else type(optimizer).__name__
-    return Simulation(collectives_of(log), Step(name, memory_of(log), work_of(log)), tuple(step.notes))
+    return Simulation(collectives_of(log), Step(name, memory_of(log), work_of(log), not step.notes), tuple(step.notes))
 
 
 class TrainingStep:
