@@ -43,8 +43,17 @@ def main() -> int:
     failures = [outcome for outcome in outcomes if not outcome.passed]
     for outcome in failures:
         print(f"\n{outcome}")
+    print_refusals(outcomes)
     print(f"\n{table(outcomes)}\n\n{count(outcomes)}")
     return 1 if failures else 0
+
+
+def print_refusals(outcomes: Iterable[Outcome]) -> None:
+    """Print each message with which layouts are refused, as they should be, once for each case."""
+    for case, detail in sorted(
+        {(each.case, each.detail) for each in outcomes if each.verdict == "refused" and each.passed}
+    ):
+        print(f"\n{case}, some layouts: refused: {detail}")
 
 
 def sweep(names: Sequence[str], processes: int) -> Iterator[list[Outcome]]:
@@ -87,16 +96,16 @@ def table(outcomes: Sequence[Outcome]) -> str:
     "dims" are those of its variables in all its cases, "on shards" how many of them are computed on shards where they
     divide by 2; the other columns count layouts, in both widths and on all numbers of processes.
     """
-    rows = [HEADER]
-    for layer in sorted({CASES[outcome.case].layer for outcome in outcomes}):
-        rows.append(row(layer, [outcome for outcome in outcomes if CASES[outcome.case].layer == layer]))
-    widths = [max(len(str(each[column])) for each in rows) for column in range(len(HEADER))]
-    return "\n".join(
-        "  ".join(
-            str(cell).rjust(width) if index else str(cell).ljust(width)
-            for index, (cell, width) in enumerate(zip(each, widths, strict=True))
-        )
-        for each in rows
+    layers = sorted({CASES[outcome.case].layer for outcome in outcomes})
+    rows = [HEADER] + [row(layer, [each for each in outcomes if CASES[each.case].layer == layer]) for layer in layers]
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join(line(cells, widths) for cells in rows)
+
+
+def line(cells: Sequence[str | int], widths: Sequence[int]) -> str:
+    name, *numbers = (str(cell) for cell in cells)
+    return "  ".join(
+        [name.ljust(widths[0]), *(each.rjust(width) for each, width in zip(numbers, widths[1:], strict=True))]
     )
 
 
@@ -112,7 +121,7 @@ def row(layer: str, outcomes: Sequence[Outcome]) -> tuple[str | int, ...]:
         len(outcomes),
         found["equal"],
         found["refused"],
-        found["different"] + found["failed"],
+        sum(not outcome.passed for outcome in outcomes),
     )
 
 

@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import keras
@@ -30,7 +31,7 @@ class LayerCase:
 
     ``make`` returns the layer, called "layer", for a width. Its input is (batch, *leading, width), or tokens
     (batch, *leading) where no layer is ``before``. ``call`` calls it, for layers that take more than one tensor.
-    ``trains`` says whether Keras itself can train it.
+    ``trains`` says whether Keras itself can train it; ``refusal`` is a pattern of what some layouts are refused with.
     """
 
     layer: str  # its name in keras.layers
@@ -40,6 +41,7 @@ class LayerCase:
     before: type[keras.Layer] | None = layers.Dense
     call: Callable[[keras.Layer, Any], Any] = lambda layer, x: layer(x)
     trains: bool = True
+    refusal: str | None = None
 
     @property
     def name(self) -> str:
@@ -119,9 +121,15 @@ def layers_with_weights(namespace: Any) -> Iterator[str]:
         if inspect.isclass(each) and issubclass(each, keras.Layer):
             names.setdefault(each, []).append(name)
     for layer, aliases in names.items():
-        bases = [base for base in layer.__mro__ if issubclass(base, keras.Layer) and base is not keras.Layer]
-        if any(_MAKES_WEIGHTS.search(inspect.getsource(base)) for base in bases):
+        if any(map(_makes_weights, layer.__mro__)):
             yield layer.__name__ if layer.__name__ in aliases else aliases[0]
+
+
+@cache
+def _makes_weights(layer: type) -> bool:
+    if not issubclass(layer, keras.Layer) or layer is keras.Layer:
+        return False
+    return bool(_MAKES_WEIGHTS.search(inspect.getsource(layer)))
 
 
 def missing_cases(namespace: Any) -> list[str]:
@@ -286,6 +294,12 @@ _ALL = (
     LayerCase("BatchNormalization", "", lambda n: layers.BatchNormalization(name="layer"), _IMAGE),
     LayerCase("BatchNormalization", "on axis 1", lambda n: layers.BatchNormalization(axis=1, name="layer"), (8, 3)),
     LayerCase("BatchNormalization", "with renorm", lambda n: layers.BatchNormalization(renorm=True, name="layer")),
+    LayerCase(
+        "BatchNormalization",
+        "called twice",
+        lambda n: layers.BatchNormalization(name="layer"),
+        call=lambda layer, x: layer(layer(x)),
+    ),
     LayerCase("LayerNormalization", "", lambda n: layers.LayerNormalization(name="layer"), _SEQUENCE),
     LayerCase(
         "LayerNormalization", "of two axes", lambda n: layers.LayerNormalization(axis=[1, 2], name="layer"), _SEQUENCE
@@ -330,6 +344,7 @@ _ALL = (
         lambda n: layers.LSTM(n, stateful=True, name="layer"),
         _STEPS,
         trains=False,  # Keras itself assigns the state in place, which backward on torch refuses
+        refusal="a training step of model 'model' cannot be simulated: RuntimeError: one of the variables needed .*",
     ),
     LayerCase("LSTMCell", "", lambda n: layers.LSTMCell(n, name="layer"), call=_cell_on_own_states(2)),
     LayerCase("RNN", "", lambda n: layers.RNN(layers.GRUCell(n, name="cell"), name="layer"), _STEPS),

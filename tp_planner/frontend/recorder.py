@@ -180,7 +180,9 @@ class Recorder(TorchDispatchMode):
 
         arguments = tree_map(reference, (args, kwargs))
         result = func(*args, **kwargs)
-        outputs = [self._add(leaf) for leaf in tree_flatten(result)[0] if isinstance(leaf, torch.Tensor)]
+        made = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, torch.Tensor)]
+        # A variable that an op assigns remains that variable.
+        outputs = [self._add(leaf, self._variable_of.get(id(leaf))) for leaf in made]
         constants = tuple(self._constants[number] for number in inputs if number in self._constants)
         is_random = torch.Tag.nondeterministic_seeded in func.tags
         self._write(str(func), arguments, tuple(inputs), tuple(outputs), is_random, constants)

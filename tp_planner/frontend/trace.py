@@ -97,8 +97,21 @@ def fake_tensors() -> Iterator[None]:
     no_generator = mock.patch("keras.src.backend.torch.random.torch_seed_generator", lambda seed: None)
     # Fake views then work out strides by arithmetic, not by the walk over prims that symbolic shapes need.
     plain_views = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    with keras.device("cpu"), no_generator, quiet_torch(), torch.enable_grad(), plain_views, fake_mode, _MetaOnCpu():
+    no_values = mock.patch("keras.src.backend.torch.core.cond", _cond_without_values)
+    with contextlib.ExitStack() as stack:
+        for context in (keras.device("cpu"), no_generator, no_values, quiet_torch(), torch.enable_grad(), plain_views):
+            stack.enter_context(context)
+        stack.enter_context(fake_mode)
+        stack.enter_context(_MetaOnCpu())
         yield
+
+
+_cond = keras.src.backend.torch.core.cond
+
+
+def _cond_without_values(pred: Any, true_fn: Any, false_fn: Any) -> Any:
+    """Take one branch where the condition is a fake tensor, which has no value: the one Keras's layers train in."""
+    return false_fn() if isinstance(pred, FakeTensor) else _cond(pred, true_fn, false_fn)
 
 
 class _MetaOnCpu(TorchDispatchMode):

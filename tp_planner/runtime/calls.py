@@ -33,6 +33,11 @@ class Frame:
         self.cache: dict[tuple[int, Any], torch.Tensor] = {}
         self.kept: Any = None
 
+    def forget(self, variable: int) -> None:
+        """Read a variable anew the next time, for it has another value."""
+        for key in [key for key in self.cache if key[0] == variable]:
+            del self.cache[key]
+
 
 class _Running(threading.local):
     def __init__(self) -> None:

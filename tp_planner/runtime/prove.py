@@ -16,6 +16,7 @@ import keras
 import torch
 from torch.utils._pytree import tree_flatten
 
+from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.frontend.recorder import Recorder
 from tp_planner.frontend.trace import fake_inputs, fake_tensors, run_recorded
 from tp_planner.ir.errors import in_one_line
@@ -51,9 +52,12 @@ def prove(
     conflicts: list[Conflict] = []
     with fake_tensors():
         arguments = fake_inputs(model, inputs)
+        # Made before the variables are fake: a torch module inside the model reads its own parameters.
+        recorders = [Recorder(model, repeats=graph.repeats, left_out=graph.repeated_layers) for graph in graphs]
         with applied_for_simulation(model, plan, axis, repeated_layers(graphs)):
-            for graph, walk in zip(graphs, walks, strict=True):
-                conflicts += _compare_run(model, arguments, graph, walk, axis.size)
+            for graph, walk, recorder in zip(graphs, walks, recorders, strict=True):
+                recorder.know(named_variables(model))
+                conflicts += _compare_run(model, arguments, graph, walk, recorder, axis.size)
     return conflicts
 
 
@@ -62,8 +66,9 @@ def repeated_layers(graphs: Sequence[ModelGraph]) -> frozenset[str]:
     return frozenset.intersection(*(graph.repeated_layers for graph in graphs))
 
 
-def _compare_run(model: keras.Model, arguments: Any, graph: ModelGraph, walk: Walk, parts: int) -> list[Conflict]:
-    recorder = Recorder(model, repeats=graph.repeats, left_out=graph.repeated_layers)
+def _compare_run(
+    model: keras.Model, arguments: Any, graph: ModelGraph, walk: Walk, recorder: Recorder, parts: int
+) -> list[Conflict]:
     failure: Exception | None = None
     try:
         with mock.patch.object(running, "converting", recorder.paused):

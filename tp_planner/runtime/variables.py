@@ -112,6 +112,8 @@ class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
             value = torch.as_tensor(np.ascontiguousarray(_numpy_for_torch(value)))
         with torch.no_grad():
             target.copy_(value)
+        for frame in running.frames:  # what was read before is no longer the value
+            frame.forget(id(self))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         gathering = self._stored.gathering
