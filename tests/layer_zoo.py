@@ -141,6 +141,18 @@ def missing_cases(namespace: Any) -> list[str]:
 # The cases
 
 
+class RunningMean(layers.Layer):
+    """Subtracts a running mean of the batches, this one included."""
+
+    def build(self, input_shape: tuple[int, ...]) -> None:
+        self.mean = self.add_weight(shape=input_shape[-1:], trainable=False, name="mean")
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        if training:
+            self.mean.assign(0.9 * self.mean + 0.1 * keras.ops.mean(x, axis=0))
+        return x - self.mean
+
+
 def _heads(width: int) -> int:
     return 4 if width == 8 else 3
 
@@ -231,6 +243,7 @@ _ALL = (
             torch.nn.Linear(n, n, dtype=torch.float64), output_shape=(BATCH_SIZE, n), name="layer"
         ),
     ),
+    LayerCase("Layer", "that reads what it has assigned", lambda n: RunningMean(name="layer")),
     # Attention
     LayerCase(
         "MultiHeadAttention",

@@ -27,7 +27,7 @@ class Unknown(keras.layers.Layer):
 def test_every_layer_has_a_case() -> None:
     """A layer of Keras that has weights is in the zoo, and what is not in the zoo says why."""
     assert missing_cases(keras.layers) == []
-    assert sorted(layers_with_weights(keras.layers)) == sorted({*LAYERS, *WITHOUT_WEIGHTS})
+    assert sorted(layers_with_weights(keras.layers)) == sorted({*LAYERS, *WITHOUT_WEIGHTS} - {"Layer"})
 
 
 def test_new_layer_has_no_case() -> None:
