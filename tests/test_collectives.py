@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tp_planner
 from tests.models import CASES
-from tests.workers import Pools, WorkerPool, layout_map
+from tests.workers import Pools, layout_map
 from tp_planner.ir.plan import LayerPlan, Plan
 
 # Case and sizes: the zoo as it is, and what is gathered at use or read by more than one rank.
@@ -162,9 +162,10 @@ def test_recorder_sees_collectives_of_every_origin(pools: Pools) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_plan_lists_exactly_the_collectives_that_run(workers: WorkerPool, model: str) -> None:
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_plan_lists_exactly_the_collectives_that_run(pools: Pools, model: str, size: int) -> None:
     """One training step by Keras runs what is planned and no more, on every rank; a prediction its forward part."""
-    ranks = workers.run(run_one_step, *MODELS[model])
+    ranks = pools(size).run(run_one_step, *MODELS[model])
 
     assert forward(ranks[0].planned)
     for each in ranks:

@@ -47,7 +47,7 @@ def test_every_weight_matters(name: str) -> None:
     assert [gradient for gradient, size in largest.items() if size < 1e-4] in ([], ["gradient of layer/key/bias"])
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [WIDTHS[0], *(pytest.param(width, marks=pytest.mark.slow) for width in WIDTHS[1:])])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_sharded_layer(pools: Pools, layer: str, width: int) -> None:
     """Outputs, loss, gradients and state are those of the single device, and the layer can be restored."""

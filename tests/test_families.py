@@ -29,7 +29,16 @@ from tp_planner.passes.resolve_rules import resolve_rules
 TOLERANCE = 1e-5
 STEPS = 3
 BATCH_SIZE = 2
-FEW = ("llama3", "t5", "qwen3_moe")  # that the usual run trains on four processes, too
+# Families that the usual run trains; `make sweep` trains the others, too.
+ON_TWO = {"bert", "gemma", "gpt2", "llama3", "qwen3_moe", "t5"}
+ON_FOUR = {"llama3"}
+
+
+def usual(names: set[str]) -> list[Any]:
+    """Return all families, those not among ``names`` marked as slow."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+
+
 README = Path(__file__).parent.parent / "plans" / "README.md"
 
 
@@ -120,15 +129,13 @@ def gradient_differences(found: Arrays, expected: Arrays) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", usual(ON_TWO))
 def test_same_function(pools: Pools, name: str) -> None:
     """A sharded family trains as on a single device, and its first step communicates what the plan says."""
     assert_same_function(pools(2).run(train_both, name, plan_of(name, 2)))
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.parametrize("name", usual(ON_FOUR))
 def test_same_function_on_four_processes(pools: Pools, name: str) -> None:
     """So it does on more processes, where some dims do not divide any more."""
     assert_same_function(pools(4).run(train_both, name, plan_of(name, 4)))

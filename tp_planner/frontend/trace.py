@@ -109,6 +109,13 @@ def fake_tensors() -> Iterator[None]:
 _cond = keras.src.backend.torch.core.cond
 
 
+@contextlib.contextmanager
+def conditions_need_values() -> Iterator[None]:
+    """Inside fake_tensors, a condition on a fake tensor fails, as on any tensor without a value."""
+    with mock.patch("keras.src.backend.torch.core.cond", _cond):
+        yield
+
+
 def _cond_without_values(pred: Any, true_fn: Any, false_fn: Any) -> Any:
     """Take one branch where the condition is a fake tensor, which has no value: the one Keras's layers train in."""
     return false_fn() if isinstance(pred, FakeTensor) else _cond(pred, true_fn, false_fn)

@@ -48,6 +48,7 @@ def _of_plan(plan: Plan) -> Properties:
         "inputs": ", ".join(f"{_shape(shape)} {dtype}" for shape, dtype in plan.inputs),
         "gradients of the inputs": "right" if plan.input_gradients else "not right",
         "optimizer": plan.step.optimizer,
+        "whole update": str(plan.step.whole_update),
         "phase of the memory peak": plan.step.memory.peak_phase,
     }
 

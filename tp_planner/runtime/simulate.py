@@ -18,7 +18,7 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from tp_planner.frontend.layer_tree import named_layers, named_variables
-from tp_planner.frontend.trace import fake_inputs, fake_tensors
+from tp_planner.frontend.trace import conditions_need_values, fake_inputs, fake_tensors
 from tp_planner.ir.errors import PlanError, in_one_line
 from tp_planner.ir.graph import ModelGraph
 from tp_planner.ir.plan import Plan
@@ -148,7 +148,7 @@ class TrainingStep:
 
     def _update(self, optimizer: keras.optimizers.Optimizer, trained: list[Any]) -> None:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), conditions_need_values():
                 optimizer.apply([variable._value.grad for variable in trained], trained)
         except Exception as error:  # an optimizer may look at values, which fake tensors do not have
             self.notes.append(
