@@ -45,15 +45,27 @@ def recorded(plan: Plan, change: Callable[[list[Collective]], Any] = lambda ran:
 def test_what_was_planned_may_run() -> None:
     """The planned step passes, with the planned batch and with others, and whatever the order of the gradients."""
     plan = gpt_plan()
-    plan.check(recorded(plan))
-    plan.check(recorded(plan, batch=6))
-    plan.check(recorded(plan, batch=1))
     backward = [position for position, each in enumerate(plan.collectives) if each.phase == "backward"]
 
     def swapped(ran: list[Collective]) -> None:
         ran[backward[0]], ran[backward[-1]] = ran[backward[-1]], ran[backward[0]]
 
-    plan.check(recorded(plan, swapped))
+    steps = [recorded(plan), recorded(plan, batch=6), recorded(plan, batch=1), recorded(plan, swapped)]
+    assert [breach_of(plan, step) for step in steps] == ["", "", "", ""]
+
+
+def breach_of(plan: Plan, step: Recording) -> str:
+    try:
+        plan.check(step)
+    except tp_planner.ContractError as error:
+        return str(error)
+    return ""
+
+
+def test_only_a_recording_is_compared() -> None:
+    with pytest.raises(tp_planner.PlanError) as refusal:
+        gpt_plan().check(object())  # type: ignore[arg-type]
+    assert str(refusal.value) == "expected a Recording, got object; give recorder.recording"
 
 
 def implicit(ran: list[Collective]) -> None:

@@ -117,7 +117,10 @@ def conditions_need_values() -> Iterator[None]:
 
 
 def _cond_without_values(pred: Any, true_fn: Any, false_fn: Any) -> Any:
-    """Take one branch where the condition is a fake tensor, which has no value: the one Keras's layers train in."""
+    """Take the branch for False where the condition is a fake tensor, which has no value.
+
+    Of Keras's layers only SpectralNormalization asks: whether its kernel is all zero, which no trained one is.
+    """
     return false_fn() if isinstance(pred, FakeTensor) else _cond(pred, true_fn, false_fn)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tp_planner.ir.contract import Recording, check_contract
+from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import LayoutRule
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.placement import Placement, Shape, collective_between
@@ -166,18 +167,19 @@ class Plan:
 
         Raises:
             ContractError: with the first difference, and the layer where it is.
+            PlanError: for what is no recording.
 
         >>> with tp_planner.record(model) as recorder:  # doctest: +SKIP
         ...     model.train_on_batch(x, y)
         >>> plan.check(recorder.recording)  # doctest: +SKIP
         """
-        seen: Recording = getattr(recorded, "recording", recorded)
+        if not isinstance(recorded, Recording):
+            raise PlanError(f"expected a Recording, got {type(recorded).__name__}; give recorder.recording")
+        planned, ran = self.collectives, recorded.collectives
         if not self.step.whole_update:
-            ran = tuple(each for each in seen.collectives if each.phase != "update")
-            planned = tuple(each for each in self.collectives if each.phase != "update")
-            check_contract(self.inputs, planned, Recording(seen.inputs, ran))
-        else:
-            check_contract(self.inputs, self.collectives, seen)
+            planned = tuple(each for each in planned if each.phase != "update")
+            ran = tuple(each for each in ran if each.phase != "update")
+        check_contract(self.inputs, planned, Recording(recorded.inputs, ran))
 
     def to_json(self) -> str:
         """Return the plan as JSON text: sorted keys, versioned, byte-identical for equal plans."""
