@@ -265,9 +265,7 @@ def table_rows(family: Family, plan: Plan) -> Iterator[str]:
 
 def _counted(collectives: list[Collective], phase: str) -> str:
     """Return how many of each kind there are, those of activations before those for weights."""
-    kinds = Counter(
-        (not each.place.startswith(("input", "output")), each.kind) for each in collectives if each.phase == phase
-    )
+    kinds = Counter((not each.of_activation, each.kind) for each in collectives if each.phase == phase)
     return (
         "-"
         if not kinds

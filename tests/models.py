@@ -203,6 +203,76 @@ class GatedBlock(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("zoo")
+class HandwrittenAttention(keras.layers.Layer):
+    """Causal attention in plain ops, as people write it: heads are numbers in the code, weights have no rank of heads.
+
+    Query heads share key-value heads, and each head has a learned slope for distances.
+    """
+
+    def __init__(self, heads: int, kv_heads: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.heads, self.kv_heads = heads, kv_heads
+
+    def build(self, input_shape: Shape) -> None:
+        _, self.length, self.width = input_shape
+        self.size = self.width // self.heads
+        policy = {"dtype": self.dtype_policy}
+        self.query = keras.layers.Dense(self.width, name="query", **policy)
+        self.key = keras.layers.Dense(self.kv_heads * self.size, name="key", **policy)
+        self.value = keras.layers.Dense(self.kv_heads * self.size, name="value", **policy)
+        self.merge = keras.layers.Dense(self.width, name="merge", **policy)
+        for layer in (self.query, self.key, self.value, self.merge):
+            layer.build(input_shape)
+        self.slopes = self.add_weight(shape=(self.heads,), initializer="normal", name="slopes")
+
+    def call(self, x: Any) -> Any:
+        ops = keras.ops
+        query = ops.reshape(self.query(x), (-1, self.length, self.heads, self.size))
+        key, value = (
+            ops.reshape(each(x), (-1, self.length, self.kv_heads, self.size)) for each in (self.key, self.value)
+        )
+        key, value = (ops.repeat(each, self.heads // self.kv_heads, axis=2) for each in (key, value))
+        query, key, value = (ops.transpose(each, (0, 2, 1, 3)) for each in (query, key, value))
+        position = ops.arange(self.length)
+        distance = ops.cast(position[None, :] - position[:, None], query.dtype)
+        scores = ops.matmul(query, ops.swapaxes(key, 2, 3)) / float(self.size) ** 0.5
+        scores = scores + ops.tanh(self.slopes)[:, None, None] * distance
+        scores = ops.where(distance > 0, -1e9, scores)
+        attended = ops.einsum("bhqk,bhkd->bqhd", ops.softmax(scores, axis=-1), value)
+        return self.merge(ops.reshape(attended, (-1, self.length, self.width)))
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "heads": self.heads, "kv_heads": self.kv_heads}
+
+
+@keras.saving.register_keras_serializable("zoo")
+class Experts(keras.layers.Layer):
+    """Every expert works on every token; the router says how much each counts."""
+
+    def __init__(self, experts: int, hidden: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.experts, self.hidden = experts, hidden
+
+    def build(self, input_shape: Shape) -> None:
+        width = input_shape[-1]
+        self.router = keras.layers.Dense(self.experts, name="router", dtype=self.dtype_policy)
+        self.router.build(input_shape)
+        self.up = self.add_weight(shape=(self.experts, width, self.hidden), name="up")
+        self.bias = self.add_weight(shape=(self.experts, self.hidden), name="bias")
+        self.down = self.add_weight(shape=(self.experts, self.hidden, width), name="down")
+
+    def call(self, x: Any) -> Any:
+        ops = keras.ops
+        share = ops.softmax(self.router(x))
+        hidden = ops.gelu(ops.einsum("bld,edh->belh", x, self.up) + self.bias[:, None, :])
+        made = ops.einsum("belh,ehd->beld", hidden, self.down)
+        return ops.sum(made * ops.transpose(share, (0, 2, 1))[..., None], axis=1)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "experts": self.experts, "hidden": self.hidden}
+
+
+@keras.saving.register_keras_serializable("zoo")
 class GatedModel(keras.Model):
     """A subclassed model of gated blocks, with a train step written in torch's style."""
 
@@ -440,6 +510,32 @@ def gemma(
         return randomize(keras.Model(inputs, logits, name="gemma"), seed)
 
 
+def handwritten(
+    dtype: str = "float32",
+    *,
+    vocabulary: int = 64,
+    length: int = 16,
+    width: int = 32,
+    heads: int = 4,
+    kv_heads: int = 4,
+    experts: int = 4,
+    hidden: int = 16,
+    blocks: int = 2,
+    seed: int = 0,
+) -> keras.Model:
+    """A decoder with experts whose layers are written in plain ops: logits per token."""
+    with building(dtype):
+        tokens = keras.Input((length,), dtype="int32", name="tokens")
+        x = keras.layers.Embedding(vocabulary, width, name="token_embedding")(tokens)
+        for block in range(blocks):
+            normed = keras.layers.LayerNormalization(name=f"block_{block}_attention_norm")(x)
+            x = x + HandwrittenAttention(heads, kv_heads, name=f"block_{block}_attention")(normed)
+            normed = keras.layers.LayerNormalization(name=f"block_{block}_experts_norm")(x)
+            x = x + Experts(experts, hidden, name=f"block_{block}_experts")(normed)
+        logits = keras.layers.Dense(vocabulary, name="head")(x)
+        return randomize(keras.Model(tokens, logits, name="handwritten"), seed)
+
+
 def subclassed(
     dtype: str = "float32",
     *,
@@ -563,6 +659,16 @@ _GEMMA_RULES: dict[str, Axes] = {
     "decoder_block_[0-9]+/ffw_gating(_2)?/kernel": (None, "model"),
     "decoder_block_[0-9]+/ffw_linear/kernel": ("model", None),
 }
+_HANDWRITTEN_RULES: dict[str, Axes] = {
+    "token_embedding/embeddings": ("model", None),
+    ".*_attention/(query|key|value)/kernel": (None, "model"),
+    ".*_attention/(query|key|value)/bias": ("model",),
+    ".*_attention/merge/kernel": ("model", None),
+    ".*_experts/(up|down)": ("model", None, None),
+    ".*_experts/bias": ("model", None),
+    "head/kernel": (None, "model"),
+    "head/bias": ("model",),
+}
 _SUBCLASSED_RULES: dict[str, Axes] = {
     "subclassed/block_[0-9]+/(gate|up)/kernel": (None, "model"),
     "subclassed/block_[0-9]+/(gate|up)/bias": ("model",),
@@ -589,6 +695,7 @@ CASES: dict[str, Case] = {
         Case("vit", vit, _image_batch, _CROSSENTROPY, _BLOCK_RULES, "vit"),
         Case("llama", llama, _llama_batch, _CROSSENTROPY, _LLAMA_RULES, "llama"),
         Case("gemma", gemma, _llama_batch, _CROSSENTROPY, _GEMMA_RULES, "gemma"),
+        Case("handwritten", handwritten, _token_batch, _CROSSENTROPY, _HANDWRITTEN_RULES, None),
         Case("subclassed", subclassed, _regression_batch, "MeanSquaredError", _SUBCLASSED_RULES, None),
         Case("tied", tied, _token_batch, _CROSSENTROPY, _TIED_RULES, None),
     )

@@ -145,8 +145,8 @@ def test_alternatives_are_planned_as_a_layout_of_that_kind() -> None:
 
 def test_alternatives_name_the_other_layers_that_change(up: PathExplanation) -> None:
     """What another choice does to the neighbours is told, in equal blocks too."""
-    assert [each.changed for each in up.alternatives] == [("block_1/gate", "block_1/down")] * 2
-    both = ("block_0/gate", "block_0/down", "block_1/gate", "block_1/down")
+    assert [each.changed for each in up.alternatives] == [("block_1",)] * 2
+    both = ("block_0", "block_1")
     assert [each.changed for each in up.alternatives_for_equals] == [both] * 2
 
 

@@ -448,7 +448,7 @@ MISTAKES: dict[str, tuple[Callable[[], keras.Model], Rules, str, Told]] = {
                 "warning",
                 "missing-rule",
                 "no layout rule names 'attention/value/kernel', beside layers that are sharded. A training step "
-                "takes 4 collectives, in which a rank sends 1280 bytes, and 2752 bytes of variables per rank; "
+                "takes 2 collectives, in which a rank sends 768 bytes, and 2752 bytes of variables per rank; "
                 "write 'attention/value/kernel' -> (None, model, None) and 'attention/value/bias' -> (model, "
                 "None): 1 collective, in which a rank sends 512 bytes, and 2208 bytes of variables per rank",
             ),
@@ -463,8 +463,8 @@ MISTAKES: dict[str, tuple[Callable[[], keras.Model], Rules, str, Told]] = {
                 "warning",
                 "output-dim",
                 "layout rule 'block_[0-9]+_down/kernel' shards dim 1 of 'block_0_down/kernel' and 1 other; the "
-                "output is made whole (an output dim of the weight is sharded; gathered: aten.add.Tensor in "
-                "'blocks' needs its inputs placed in another way). A training step takes 9 collectives, in which a "
+                "output is made whole (an output dim of the weight is sharded; gathered: layer 'block_1_up' takes it "
+                "as R, it arrives as S(1)). A training step takes 9 collectives, in which a "
                 "rank sends 928 bytes; write 'block_[0-9]+_down/kernel' -> (model, None): 3 collectives, in which "
                 "a rank sends 192 bytes",
             ),

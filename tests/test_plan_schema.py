@@ -18,7 +18,7 @@ from jsonschema.exceptions import best_match
 from tests.models import CASES
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
-from tp_planner.ir.plan import Boundary, LayerPlan, Plan, Style, VariablePlan
+from tp_planner.ir.plan import Boundary, FunctionPlan, LayerPlan, Plan, Style, VariablePlan
 from tp_planner.ir.plan_json import FORMAT_VERSION
 from tp_planner.ir.step import Collective, CollectiveKind, Memory, MemoryUse, Phase, Step, Work
 from tp_planner.planner import make_plan
@@ -60,6 +60,7 @@ TYPES: dict[str, tuple[type, dict[str, str]]] = {
     "": (Plan, {}),
     "variable": (VariablePlan, {}),
     "boundary": (Boundary, {}),
+    "function": (FunctionPlan, {}),
     "layer": (LayerPlan, {"class_name": "class"}),
     "collective": (Collective, {}),
     "memory_use": (MemoryUse, {}),

@@ -78,29 +78,40 @@ class _Job:
         styles = choose_styles(self.layers, self.variables, stored, parts)
         closings, notes = honor_output_rules(self.resolution.outputs, styles, axis)
         stage(f"tracing {self.model.name}")
-        graphs = self._trace(blocks)
+        graphs, start = self._trace(blocks), closings
         with planning_mesh(parts, axis) as mesh:
             rules, model_axis = DTensorRules(mesh), Axis(mesh, axis, parts, 0)
             while True:
                 stage(f"placing boundaries of {self.model.name}")
-                walks, closings = place_boundaries(graphs, stored, styles, closings, rules, parts)
-                if any(walk.regions_leave_blocks for walk in walks):
-                    return None
-                layers = write_layer_plans(graphs, walks, styles, closings)
-                plan = self._write(graphs[0], layers, all(walk.input_gradients for walk in walks), notes)
-                stage(f"proving the plan of {self.model.name}")
-                conflicts = prove(self.model, self.inputs, plan, graphs, walks, model_axis)
-                if not conflicts:
-                    stage(f"simulating a training step of {self.model.name}")
-                    found = simulate(self.model, self.inputs, plan, graphs[0], model_axis, self.optimizer)
-                    notes = plan.notes + found.notes
-                    return replace(plan, collectives=found.collectives, step=found.step, notes=notes)
-                closings = close(closings, conflicts)
+                placing = place_boundaries(graphs, stored, styles, closings, rules, parts)
+                walks, closings = placing.walks, placing.closings
+                conflicts = [conflict for conflict in placing.conflicts if conflict.in_code]
+                if not conflicts or graphs[0].functions is not None:
+                    if any(walk.regions_leave_blocks for walk in walks):
+                        return None
+                    layers = write_layer_plans(graphs, walks, styles, closings)
+                    plan = self._write(graphs[0], layers, all(walk.input_gradients for walk in walks), notes)
+                    stage(f"proving the plan of {self.model.name}")
+                    conflicts = prove(self.model, self.inputs, plan, graphs, walks, model_axis)
+                    if not conflicts:
+                        return self._simulated(plan, graphs[0], model_axis)
+                if graphs[0].functions is not None:
+                    closings = close(closings, conflicts)
+                else:  # boundaries at the functions inside layers may do
+                    stage(f"tracing functions of {self.model.name}")
+                    graphs, closings = self._trace(blocks, functions=True), start
 
-    def _trace(self, blocks: Blocks) -> list[ModelGraph]:
+    def _simulated(self, plan: Plan, graph: ModelGraph, axis: Axis) -> Plan:
+        """Return the plan with what its training step takes."""
+        stage(f"simulating a training step of {self.model.name}")
+        found = simulate(self.model, self.inputs, plan, graph, axis, self.optimizer)
+        return replace(plan, collectives=found.collectives, step=found.step, notes=plan.notes + found.notes)
+
+    def _trace(self, blocks: Blocks, functions: bool = False) -> list[ModelGraph]:
         """Return the trace of a training call, and that of an inference call if it does anything else."""
         training, inference = (
-            trace(self.model, self.inputs, training=training, blocks=blocks) for training in (True, False)
+            trace(self.model, self.inputs, training=training, blocks=blocks, functions=functions)
+            for training in (True, False)
         )
         same = replace(inference, training=True) == training
         return [training] if same else [training, inference]

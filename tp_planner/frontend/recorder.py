@@ -129,6 +129,10 @@ class Recorder(TorchDispatchMode):
             self.with_grad.add(known)
         return known
 
+    def known_id(self, leaf: Any) -> int | None:
+        """Return the id of a tensor that an op or a layer call was seen with; None for anything else."""
+        return self._ids.get(id(leaf)) if isinstance(leaf, torch.Tensor) else None
+
     def _must_be_inside(self, block: str | None) -> None:
         if block is not None and all(call.layer != block for call in self._stack):
             self.not_alone = block
@@ -215,6 +219,11 @@ class Recorder(TorchDispatchMode):
     def running_layer(self) -> str:
         """The layer whose call is running, or was when the model failed."""
         return self._stack[-1].layer
+
+    @property
+    def running_call(self) -> int | None:
+        """The call whose ops are recorded at this moment."""
+        return self._stack[-1].id if self._stack and not self._paused else None
 
     # --- layer calls -----------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from tp_planner.frontend.blocks import Blocks
+from tp_planner.frontend.functions import FunctionRecorder
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.frontend.quiet import quiet_torch
 from tp_planner.frontend.recorder import BlockNotAlone, CapturedVariable, Recorder
@@ -32,7 +33,12 @@ OPEN_DIM = 16  # size given to any other open dim
 
 
 def trace(
-    model: keras.Model, inputs: Any = None, *, training: bool = False, blocks: Blocks | None = None
+    model: keras.Model,
+    inputs: Any = None,
+    *,
+    training: bool = False,
+    blocks: Blocks | None = None,
+    functions: bool = False,
 ) -> ModelGraph:
     """Return the graph of one call of ``model``.
 
@@ -42,6 +48,7 @@ def trace(
             model takes them. Only shapes and dtypes are read. By default the model's own input specification.
         training: trace the call with ``training=True``.
         blocks: which layers are planned alike; of equal ones only the first is run.
+        functions: record the calls of torch functions too, which takes a third more time.
 
     Raises:
         PlanError: if the model is not built, its inputs are unknown, or it cannot run on fake tensors.
@@ -58,10 +65,13 @@ def trace(
                 inside = set() if blocks is None else set(blocks.home_of_variable)
                 recorder.prepare = lambda keys: recorder.know(fakes.make(keys))
                 recorder.prepare([key for key in variables if key not in inside])
-                outputs = run_recorded(model, arguments, recorder, training)
+                seen = FunctionRecorder(recorder) if functions else None
+                with seen or contextlib.nullcontext():
+                    outputs = run_recorded(model, arguments, recorder, training)
         except BlockNotAlone:
             assert blocks is not None
-            return trace(model, inputs, training=training, blocks=blocks.without(recorder.not_alone))
+            others = blocks.without(recorder.not_alone)
+            return trace(model, inputs, training=training, blocks=others, functions=functions)
         except CapturedVariable as error:
             raise PlanError(
                 f"model {model.name!r} cannot be planned: {in_one_line(error).partition(': ')[2]}"
@@ -72,7 +82,8 @@ def trace(
                 f"{in_one_line(error)}; "
                 f"pass plan(..., inputs=) with inputs that model(inputs) accepts"
             ) from error
-    return _build_graph(model, layers, variables, recorder, training, outputs)
+    graph = _build_graph(model, layers, variables, recorder, training, outputs)
+    return replace(graph, functions=tuple(seen.functions)) if seen else graph
 
 
 def require_built(model: Any) -> None:

@@ -66,7 +66,7 @@ def _check_sizes(planned: Sequence[Collective], ran: Sequence[Collective], facto
         sizes.setdefault(_signed(each), []).append(each.bytes)
     for each in ran:
         known = sizes[_signed(each)]
-        factors = (Fraction(1), factor) if each.place.startswith(("input ", "output ")) else (Fraction(1),)
+        factors = (Fraction(1), factor) if each.of_activation else (Fraction(1),)
         fitting = [size for size in known if each.bytes in [size * times for times in factors]]
         if not fitting:
             allowed = dict.fromkeys(str(size * times) for size in known for times in factors)

@@ -6,6 +6,7 @@ nodes are ops and whose edges are tensors; layer calls nest as the model does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -42,6 +43,11 @@ class TensorInfo:
     requires_grad: bool
     has_gradient: bool
     variable: str | None = None  # the variable this tensor is the value of
+
+    @property
+    def bytes(self) -> int:
+        """Size of the whole tensor."""
+        return math.prod(self.shape) * self.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +98,23 @@ class Op:
 
 
 @dataclass(frozen=True, slots=True)
+class FunctionCall:
+    """One call of a torch function in the code of a layer: ``number`` counts those of the name in the layer's call.
+
+    Positions are among the function's flattened arguments; ``constants`` has those that are numbers and texts. All ops
+    of ``ops``, which are the first inside and the first after, are of the layer's call.
+    """
+
+    name: str
+    call: int
+    number: int
+    inputs: tuple[tuple[int, int], ...]
+    outputs: tuple[int, ...]
+    constants: tuple[tuple[int, Any], ...]
+    ops: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Repeat:
     """A call of a block that did not run, because it does what ``twin`` does, an earlier call of an equal block.
 
@@ -127,7 +150,8 @@ class VariableInfo:
 class ModelGraph:
     """Everything the passes know of a model. Ops and calls are in order of execution.
 
-    ``repeats`` has the calls inside which one op of the name ``REPEAT`` stands for a whole block.
+    ``repeats`` has the calls inside which one op of the name ``REPEAT`` stands for a whole block. ``functions`` are
+    those that have ops, in order; None if they were not recorded.
     """
 
     model_name: str
@@ -140,6 +164,7 @@ class ModelGraph:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     repeats: Mapping[int, Repeat] = field(default_factory=dict)
+    functions: tuple[FunctionCall, ...] | None = None
 
     @property
     def repeated_layers(self) -> frozenset[str]:

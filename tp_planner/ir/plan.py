@@ -80,6 +80,25 @@ class VariableUse:
 
 
 @dataclass(frozen=True, slots=True)
+class FunctionPlan:
+    """What changes at one call of a torch function in a layer's code.
+
+    It is the ``number``-th call (from 1) of the function ``name`` in one call of the layer. ``inputs`` maps positions
+    among its flattened arguments to boundaries, ``output`` is the boundary of what it returns. ``sizes`` are arguments
+    that the code writes as sizes of the whole tensor: (position, whole size, size of a shard).
+    """
+
+    name: str
+    number: int
+    inputs: tuple[tuple[int, Boundary], ...] = ()
+    output: Boundary | None = None
+    sizes: tuple[tuple[int, int, int], ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.number}"
+
+
+@dataclass(frozen=True, slots=True)
 class LayerPlan:
     """How one layer computes on the model axis.
 
@@ -88,7 +107,8 @@ class LayerPlan:
     ``sharded_inputs`` are the placements of the arguments that arrive sharded. Where the layer takes or
     returns sharded tensors, ``scope`` is the layer inside whose call the whole region lies. For dropout on a
     sharded tensor ``dropout_order`` is the order in memory, outermost first, of the dims of the whole tensor, in
-    which a single device draws the mask.
+    which a single device draws the mask. ``functions`` are the torch functions in its own code at which something
+    changes.
     """
 
     layer: str
@@ -105,6 +125,7 @@ class LayerPlan:
     sharded_inputs: tuple[tuple[int, Placement], ...] = ()
     scope: str = ""
     dropout_order: tuple[int, ...] = ()
+    functions: tuple[FunctionPlan, ...] = ()
     calls: int = 1
 
     @property
@@ -114,6 +135,11 @@ class LayerPlan:
             yield f"input {position}", boundary
         for use in self.uses:
             yield f"variable {use.variable}", use.boundary
+        for function in self.functions:
+            for position, boundary in function.inputs:
+                yield f"{function} input {position}", boundary
+            if function.output is not None:
+                yield f"{function} output", function.output
         if self.output is not None:
             yield "output", self.output
 

@@ -10,10 +10,19 @@ from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import LayoutRule
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.placement import local_shape, parse_placement
-from tp_planner.ir.plan import Boundary, LayerPlan, Plan, RuleReport, Transition, VariablePlan, VariableUse
+from tp_planner.ir.plan import (
+    Boundary,
+    FunctionPlan,
+    LayerPlan,
+    Plan,
+    RuleReport,
+    Transition,
+    VariablePlan,
+    VariableUse,
+)
 from tp_planner.ir.step import Collective, decode_step, encode_step
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def decode_plan(text: str) -> Plan:
@@ -104,6 +113,26 @@ def _decode_variable(data: Mapping[str, Any], parts: int) -> VariablePlan:
     )
 
 
+def _encode_function(function: FunctionPlan) -> dict[str, Any]:
+    return {
+        "name": function.name,
+        "number": function.number,
+        "inputs": [[position, _encode_boundary(boundary)] for position, boundary in function.inputs],
+        "output": _encode_boundary(function.output),
+        "sizes": [list(size) for size in function.sizes],
+    }
+
+
+def _decode_function(data: Mapping[str, Any]) -> FunctionPlan:
+    return FunctionPlan(
+        data["name"],
+        data["number"],
+        tuple((position, _decode_boundary(boundary)) for position, boundary in data["inputs"]),
+        None if data["output"] is None else _decode_boundary(data["output"]),
+        tuple((position, whole, local) for position, whole, local in data["sizes"]),
+    )
+
+
 def _encode_layer(layer: LayerPlan) -> dict[str, Any]:
     return {
         "layer": layer.layer,
@@ -120,6 +149,7 @@ def _encode_layer(layer: LayerPlan) -> dict[str, Any]:
         "sharded_inputs": [[position, str(placement)] for position, placement in layer.sharded_inputs],
         "scope": layer.scope,
         "dropout_order": list(layer.dropout_order),
+        "functions": [_encode_function(function) for function in layer.functions],
         "calls": layer.calls,
     }
 
@@ -141,6 +171,7 @@ def _decode_layer(data: Mapping[str, Any]) -> LayerPlan:
         sharded_inputs=tuple((position, parse_placement(text)) for position, text in data["sharded_inputs"]),
         scope=data["scope"],
         dropout_order=tuple(data["dropout_order"]),
+        functions=tuple(_decode_function(function) for function in data["functions"]),
         calls=data["calls"],
     )
 

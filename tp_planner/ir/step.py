@@ -34,6 +34,11 @@ class Collective:
         return not self.cause
 
     @property
+    def of_activation(self) -> bool:
+        """Whether it stands where a layer or a function in its code takes or returns tensors, not at a variable."""
+        return self.place.partition(" (")[0].rpartition(" ")[2] in ("input", "output")
+
+    @property
     def wire_bytes(self) -> int:
         """Bytes that each rank sends under the ring algorithm, as NCCL's bus bandwidth counts them.
 

@@ -28,7 +28,7 @@ class Strain:
     """Layers whose main weights one rule shards on a dim that their neighbours do not go along with.
 
     ``code`` is "contracted-dim" for row-parallel layers with whole inputs, "output-dim" for column-parallel layers
-    with gathered outputs. ``weights`` are the paths of the main weights, ``dim`` is the dim that is sharded.
+    with gathered outputs, or whose shards meet a whole tensor that is cut. ``weights`` are the paths of the main weights, ``dim`` is the dim that is sharded.
     ``siblings`` are the same layers by what they read: layers with one input belong together.
     """
 
@@ -63,7 +63,8 @@ def find_strains(plan: Plan, graph: ModelGraph) -> tuple[Strain, ...]:
     """Return the layers of a plan that lack their partner, by rule, in order of execution."""
     variables = {variable.key: variable for variable in plan.variables}
     found: dict[tuple[str, str, int], list[LayerPlan]] = {}
-    for code, layer in (*_rows_with_whole_inputs(plan), *_columns_with_gathered_outputs(plan, graph)):
+    columns = (*_columns_with_gathered_outputs(plan, graph), *_columns_that_meet_cut_tensors(plan))
+    for code, layer in (*_rows_with_whole_inputs(plan), *columns):
         contraction = dict(graph.layers[layer.layer].contractions)[layer.mode]
         main = variables[contraction.main_weight]
         if main.rule is not None and isinstance(main.placement, Shard):
@@ -90,6 +91,20 @@ def _columns_with_gathered_outputs(plan: Plan, graph: ModelGraph) -> Iterator[tu
     kind = neighbourhood.kind
     read = {kind(layer.layer) for layer in gathered if neighbourhood.readers((layer.layer, layer.mode))}
     yield from (("output-dim", layer) for layer in gathered if kind(layer.layer) in read)
+
+
+def _columns_that_meet_cut_tensors(plan: Plan) -> Iterator[tuple[str, LayerPlan]]:
+    """Yield the layers inside of those whose code cuts a whole tensor, at the cost of gathering its gradient."""
+    cutting = {
+        layer.layer
+        for layer in plan.layers
+        for function in layer.functions
+        if any(each.has_gradient and each.backward.collective == "all_gather" for _, each in function.inputs)
+    }
+    for layer in plan.layers:
+        inside = any(layer.layer.startswith(f"{name}/") for name in cutting)
+        if inside and layer.style == "column" and layer.output is None:
+            yield "output-dim", layer
 
 
 def _strain(code: str, rule: str, dim: int, members: Sequence[LayerPlan], plan: Plan, graph: ModelGraph) -> Strain:

@@ -2,78 +2,77 @@
 
 One walk over the traced ops in order of execution. A contraction layer turns a whole tensor into a sharded one
 (column-parallel) or a sharded one back into a whole one (row-parallel); every op between is asked for its
-sharding rule. Where a tensor cannot stay sharded the walk reports a conflict, with the layers and variable uses
-the sharding came from. Every tensor is whole or sharded; sums over ranks exist only inside a boundary.
+sharding rule. Where torch functions were recorded, tensors can change at their ends too. Where a tensor cannot stay
+sharded the walk reports a conflict, with the layers and variable uses the sharding came from. Every tensor is whole
+or sharded; sums over ranks exist only inside a boundary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-from tp_planner.ir.graph import REPEAT, Call, ModelGraph, Op, TensorInfo
-from tp_planner.ir.placement import Partial, Placement, Replicate, Shard, divides
-from tp_planner.ir.plan import Boundary, Transition
+from tp_planner.ir.graph import REPEAT, Call, FunctionCall, ModelGraph, Op, TensorInfo
+from tp_planner.ir.placement import Partial, Placement, Shard, divides
+from tp_planner.ir.plan import Boundary, FunctionPlan, Transition
 from tp_planner.passes.choose_styles import StyleChoice, input_placement, output_dim, weight_uses
+from tp_planner.passes.follow_ops import (
+    WHOLE,
+    Followed,
+    FunctionFollowed,
+    Refused,
+    ShardingRules,
+    follow_function,
+    sizes_in_arguments,
+)
 
 LayerMode = tuple[str, str]  # layer name, mode
 VariableRead = tuple[str, str]  # name of the layer in whose call it is read, variable key
-# Where sharding comes from: a layer's output or a variable's use. "whole" ends all sharding of a layer.
-Origin = tuple[Literal["layer", "whole"], LayerMode] | tuple[Literal["read"], VariableRead]
-WHOLE = Replicate()
+# What a conflict can change: sharding ends where it comes from, at a layer's output or a variable's use, or in all of
+# a layer ("whole"); or a layer whose code writes sizes of whole tensors is given those of shards ("sizes").
+Origin = tuple[Literal["layer", "whole", "sizes"], LayerMode] | tuple[Literal["read"], VariableRead]
 STAYS_WHOLE = Transition(WHOLE, WHOLE)
 SUMMED = Transition(Partial(), WHOLE)
-
-
-@dataclass(frozen=True, slots=True)
-class Followed:
-    """An op that runs on shards without communication: its outputs' placements, its arguments on rank 0."""
-
-    outputs: tuple[Placement, ...]
-    arguments: tuple[Any, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """An op that cannot run on these shards without communication, and why."""
-
-    reason: str
-
-
-class ShardingRules(Protocol):
-    """Knows how ops act on sharded tensors."""
-
-    def follow(self, op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement]) -> Followed | Refused:
-        """Return what ``op`` makes of inputs placed so; ``inputs`` has an entry for every tensor of the op."""
-        ...
+CASTS = {"aten._to_copy.default", "aten.alias.default", "aten.detach.default"}
+LEAVES_SUM = "leaves a sum over the shards"
 
 
 @dataclass(frozen=True, slots=True)
 class Closings:
     """Where sharding has to end at its origin: layers whose output is gathered, variables gathered for use.
 
-    ``whole`` are layers that compute on whole tensors only.
+    ``whole`` are layers that compute on whole tensors only, ``sizes`` those that are given the sizes of shards where
+    their code writes sizes of whole tensors. All with the reason.
     """
 
     layers: Mapping[LayerMode, str] = field(default_factory=dict)
     reads: Mapping[VariableRead, str] = field(default_factory=dict)
     whole: Mapping[LayerMode, str] = field(default_factory=dict)
+    sizes: Mapping[LayerMode, str] = field(default_factory=dict)
 
     def closing(self, origin: Origin, reason: str) -> Closings:
-        if origin[0] == "layer":
-            return Closings({origin[1]: reason, **self.layers}, self.reads, self.whole)
-        if origin[0] == "whole":
-            return Closings(self.layers, self.reads, {origin[1]: reason, **self.whole})
-        return Closings(self.layers, {origin[1]: reason, **self.reads}, self.whole)
+        match origin:
+            case "layer", key:
+                return replace(self, layers={key: reason, **self.layers})
+            case "whole", key:
+                return replace(self, whole={key: reason, **self.whole})
+            case "sizes", key:
+                return replace(self, sizes={key: reason, **self.sizes})
+            case _, key:
+                return replace(self, reads={key: reason, **self.reads})
 
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """A place where tensors from ``origins`` cannot stay sharded."""
+    """A place where tensors from ``origins`` cannot stay sharded.
+
+    ``in_code``: it is in the code of a layer, where a boundary at a torch function may help.
+    """
 
     origins: frozenset[Origin]
     reason: str
+    in_code: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +109,10 @@ class Walk:
     boundaries: list[Placed] = field(default_factory=list)
     records: dict[int, CallRecord] = field(default_factory=dict)
     followed: dict[int, Followed] = field(default_factory=dict)
+    cut_for: dict[tuple[int, int], Shard] = field(default_factory=dict)  # (op, whole tensor): read as a shard
+    functions: dict[int, tuple[FunctionPlan, ...]] = field(default_factory=dict)  # by call, in order
+    function_origins: dict[int, frozenset[Origin]] = field(default_factory=dict)  # of the shards they meet, by call
+    writes_sizes: set[LayerMode] = field(default_factory=set)  # layers that could be given the sizes of shards
     reads: dict[VariableRead, Placement] = field(default_factory=dict)  # of variables that ops read sharded
     skipped_ops: set[int] = field(default_factory=set)
     regions_leave_blocks: bool = False  # a region reaches out of a block that others repeat
@@ -162,11 +165,16 @@ class _Walker:
         self.read_sharded: dict[tuple[int, int], frozenset[Origin]] = {}
         self.read_whole: dict[tuple[int, int], None] = {}  # in order of the reads
         self.used: set[tuple[int, str]] = set()  # (call, variable) whose boundary is placed
+        self.by_first_op = {function.ops[0]: function for function in graph.functions or ()}
+        self.weights = _weights(graph)
+        self.changed: dict[int, dict[int, FunctionPlan]] = {}  # by call, then by the function's first op
+        # (call, tensor) -> the functions that read it with shards; None among them stands for an op outside of any
+        self.entered_at: dict[tuple[int, int], dict[FunctionCall | None, None]] = {}
 
     def walk(self) -> Walk:
         with_ops = [call for call in self.graph.calls.values() if call.ops[0] < call.ops[1]]
         starts = {call.ops[0]: call for call in with_ops if self._is_atomic(call)}
-        skip_to = 0
+        skip_to = followed_to = 0
         for op in self.graph.ops:
             if op.id < skip_to:
                 self.found.skipped_ops.add(op.id)
@@ -176,10 +184,16 @@ class _Walker:
                 skip_to = call.ops[1]
                 self.found.skipped_ops.add(op.id)
                 self._call(call)
-            else:
+            elif op.id in self.by_first_op:
+                followed_to = self.by_first_op[op.id].ops[1]
+                self._function(self.by_first_op[op.id])
+            elif op.id >= followed_to:
                 self._op(op, op.call)
         self._record_sharded_arguments()
         self._enter_tensors_read_by_sharded_ops()
+        self.found.functions = {
+            call: tuple(changed[first] for first in sorted(changed)) for call, changed in self.changed.items()
+        }
         self._outputs_are_whole()
         self._calls_of_a_layer_agree()
         self._regions_stay_in_blocks()
@@ -211,8 +225,8 @@ class _Walker:
             return frozenset()
         return frozenset({("read", self._read_of(call, variable))})
 
-    def _conflict(self, origins: frozenset[Origin], reason: str) -> None:
-        self.found.conflicts.append(Conflict(origins, reason))
+    def _conflict(self, origins: frozenset[Origin], reason: str, in_code: bool = False) -> None:
+        self.found.conflicts.append(Conflict(origins, reason, in_code))
 
     # --- layers that are one contraction, and dropout --------------------------------------------------
 
@@ -323,6 +337,8 @@ class _Walker:
             followed = self.rules.follow(op, self.graph.tensors, inputs)
             if isinstance(followed, Refused):
                 return placement, f"{op.name} {followed.reason}"
+            if Partial() in followed.outputs:
+                return placement, f"{op.name} {LEAVES_SUM}"
             states.update(zip(op.outputs, followed.outputs, strict=True))
         return states[call.outputs[0]], None
 
@@ -338,8 +354,10 @@ class _Walker:
             self.found.regions_leave_blocks = True
             return
         followed = self.rules.follow(op, self.graph.tensors, inputs)
+        if isinstance(followed, Followed) and Partial() in followed.outputs:
+            followed = Refused(LEAVES_SUM)
         if isinstance(followed, Refused):
-            self._conflict(origins, f"{op.name} in {self.graph.calls[call].layer!r} {followed.reason}")
+            self._conflict(origins, f"{op.name} in {self.graph.calls[call].layer!r} {followed.reason}", in_code=True)
             return
         self.found.followed[op.id] = followed
         for tensor, placement in zip(op.outputs, followed.outputs, strict=True):
@@ -349,6 +367,68 @@ class _Walker:
             reader = self.read_sharded.get((call, tensor), frozenset())
             if placement == WHOLE:
                 self.read_sharded[call, tensor] = reader | origins
+                self.entered_at.setdefault((call, tensor), {})[None] = None
+
+    def _function(self, function: FunctionCall) -> None:
+        """Follow the ops of a torch function together: tensors can change before it and after it."""
+        ops, call = self.graph.ops[slice(*function.ops)], function.call
+        made = {tensor for op in ops for tensor in op.outputs}
+        taken = {tensor: self.placement(tensor, call) for op in ops for tensor in op.inputs if tensor not in made}
+        if all(placement == WHOLE for placement in taken.values()):
+            for op in ops:
+                self._op(op, call)
+            return
+        origins = frozenset[Origin]().union(*(self._origins(tensor, call) for tensor in taken))
+        found = follow_function(function, self.graph, taken, self.weights, self.rules, self.parts)
+        if isinstance(found, Refused):
+            self._conflict(origins, found.reason, in_code=True)
+            return
+        self.found.followed.update(found.followed)
+        for tensor, placement in found.placements.items():
+            if tensor not in found.summed:
+                self.found.placements[tensor] = placement
+                self.found.origins[tensor] = origins
+        known = self.found.function_origins.get(call, frozenset())
+        self.found.function_origins[call] = known | origins
+        self._change_at(function, found)
+        for tensor, placement in taken.items():
+            if tensor in found.entering:
+                self.read_sharded[call, tensor] = self.read_sharded.get((call, tensor), frozenset()) | origins
+                is_argument = any(given == tensor for _, given in function.inputs)
+                self.entered_at.setdefault((call, tensor), {})[function if is_argument else None] = None
+            elif placement == WHOLE:
+                self.read_whole[call, tensor] = None
+
+    def _change_at(self, function: FunctionCall, found: FunctionFollowed) -> None:
+        """Write down what changes at a function: inputs that are cut, outputs that are summed, sizes of shards."""
+        for position, tensor in function.inputs:
+            if tensor in found.cuts:
+                cut = found.cuts[tensor]
+                self._change_input(function, position, tensor, Transition(WHOLE, cut), Transition(cut, WHOLE))
+        for op in range(*function.ops):
+            self.found.cut_for.update({(op, tensor): cut for tensor, cut in found.cuts.items()})
+        for tensor in found.summed:
+            boundary = self._boundary_of(tensor, SUMMED, STAYS_WHOLE)
+            self._change(function, output=boundary)
+        sizes = sizes_in_arguments(function, self.graph, self.found.placements, self.parts)
+        layer = self.graph.calls[function.call]
+        if sizes and (layer.layer, layer.mode) in self.closings.sizes:
+            self._change(function, sizes=sizes)
+        elif sizes:
+            self.found.writes_sizes.add((layer.layer, layer.mode))
+
+    def _change_input(
+        self, function: FunctionCall, position: int, tensor: int, forward: Transition, backward: Transition
+    ) -> None:
+        before = self.changed.get(function.call, {}).get(function.ops[0])
+        others = () if before is None else before.inputs
+        entry = (position, self._boundary_of(tensor, forward, backward))
+        self._change(function, inputs=tuple(sorted((*others, entry), key=lambda each: each[0])))
+
+    def _change(self, function: FunctionCall, **changes: Any) -> None:
+        changed = self.changed.setdefault(function.call, {})
+        before = changed.get(function.ops[0], FunctionPlan(function.name, function.number))
+        changed[function.ops[0]] = replace(before, **changes)
 
     def _enter_tensors_read_by_sharded_ops(self) -> None:
         """Give whole tensors that sharded ops read the boundary that sums their gradients."""
@@ -370,11 +450,23 @@ class _Walker:
         if positions and (call, tensor) not in self.read_whole and tensor not in self.graph.calls[call].outputs:
             for position in positions:
                 self._enter(call, position, tensor)
+        elif not info.requires_grad and tensor not in self.from_inputs:
+            return
+        elif None not in self.entered_at[call, tensor]:
+            self._enter_at_functions(call, tensor)
         elif info.requires_grad:
             layer = self.graph.calls[call].layer
-            self._conflict(origins, f"a whole tensor meets a sharded one inside {layer!r}, where no boundary can stand")
-        elif tensor in self.from_inputs:
+            reason = f"a whole tensor meets a sharded one inside {layer!r}, where no boundary can stand"
+            self._conflict(origins, reason, in_code=True)
+        else:
             self.found.input_gradients = False
+
+    def _enter_at_functions(self, call: int, tensor: int) -> None:
+        for function in self.entered_at[call, tensor]:
+            assert function is not None
+            for position, given in function.inputs:
+                if given == tensor:
+                    self._change_input(function, position, tensor, STAYS_WHOLE, SUMMED)
 
     def _record_sharded_reads(self) -> None:
         for op in self.graph.ops:
@@ -388,7 +480,8 @@ class _Walker:
     def _read_by_sharded_op(self, call: int, variable: str, also_whole: bool, origins: frozenset[Origin]) -> None:
         if also_whole or variable in self.passed_on:
             layer = self.graph.calls[call].layer
-            self._conflict(origins, f"{layer!r} reads {variable!r} both with sharded and with whole tensors")
+            reason = f"{layer!r} reads {variable!r} both with sharded and with whole tensors"
+            self._conflict(origins, reason, in_code=True)
         else:
             self._use(call, variable, WHOLE, Partial())
 
@@ -425,6 +518,7 @@ class _Walker:
             done = (
                 record and (record.sharded_inputs, record.output_placement, record.epilogue),
                 boundaries.get(call.id, []),
+                functions_done(self.found, call.id),
             )
             other, known = first.setdefault((call.layer, call.mode), (call, done))
             if known != done:
@@ -443,7 +537,9 @@ class _Walker:
         reason = f"layer {layer!r} is called in ways that need different boundaries"
         given = [(tensor, call.id) for call in calls for _, tensor in call.inputs]
         origins = frozenset().union(*(self._origins(tensor, call) for tensor, call in given))
-        read = [origins_ for (call, _), origins_ in self.read_sharded.items() if call in {each.id for each in calls}]
+        ids = {call.id for call in calls}
+        read = [origins_ for (call, _), origins_ in self.read_sharded.items() if call in ids]
+        read += [origins_ for call, origins_ in self.found.function_origins.items() if call in ids]
         choice = self.styles.get((layer, mode))
         whole: frozenset[Origin] = frozenset()
         if choice is not None and (layer, mode) not in self.closings.whole:
@@ -484,8 +580,12 @@ class _Walker:
         forward: Transition,
         backward: Transition,
     ) -> None:
+        boundary = self._boundary_of(tensor, forward, backward)
+        self.found.boundaries.append(Placed(call, place, position, None, tensor, boundary))
+
+    def _boundary_of(self, tensor: int, forward: Transition, backward: Transition) -> Boundary:
         info = self.graph.tensors[tensor]
-        boundary = Boundary(
+        return Boundary(
             tensor=self.graph.tensor_name(tensor),
             shape=info.shape,
             dtype=info.dtype,
@@ -494,7 +594,29 @@ class _Walker:
             backward=backward,
             has_gradient=info.has_gradient,
         )
-        self.found.boundaries.append(Placed(call, place, position, None, tensor, boundary))
+
+
+def _weights(graph: ModelGraph) -> set[int]:
+    """Return the tensors that are variables, in any dtype."""
+    found = {number for number, info in graph.tensors.items() if info.variable is not None}
+    for op in graph.ops:
+        if op.name in CASTS and op.inputs[0] in found:
+            found.update(op.outputs)
+    return found
+
+
+def functions_done(walk: Walk, call: int) -> list[Any]:
+    """Return what changes at the functions of a call, without names and shapes of tensors."""
+    return [
+        (
+            function.name,
+            function.number,
+            [(position, boundary.forward, boundary.backward) for position, boundary in function.inputs],
+            function.output and (function.output.forward, function.output.backward),
+            function.sizes,
+        )
+        for function in walk.functions.get(call, ())
+    ]
 
 
 def _memory_order(info: TensorInfo) -> tuple[int, ...]:

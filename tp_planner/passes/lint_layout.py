@@ -197,6 +197,8 @@ def _strain_text(code: str, rule: str | None, weights: Sequence[str], plan: Plan
     if code == "contracted-dim":
         tensor = layer.inputs[0][1].tensor if layer.inputs else "the input"
         return f"{shards}; this dim is contracted with a whole tensor, {tensor!r}, and the output summed over the ranks"
+    if layer.output is None:
+        return f"{shards}; the output meets a whole tensor, which is cut for it"
     return f"{shards}; the output is made whole ({layer.reason})"
 
 

@@ -9,27 +9,39 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import networkx as nx
 
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.graph import Call, ModelGraph, Repeat
 from tp_planner.ir.placement import Placement, Replicate
-from tp_planner.ir.plan import Boundary, LayerPlan, Style, VariableUse
+from tp_planner.ir.plan import Boundary, FunctionPlan, LayerPlan, Style, VariableUse
 from tp_planner.passes.choose_styles import StyleChoice
+from tp_planner.passes.follow_ops import ShardingRules
 from tp_planner.passes.follow_placements import (
     CallRecord,
     Closings,
     Conflict,
     LayerMode,
+    Origin,
     Placed,
-    ShardingRules,
     Walk,
     follow_placements,
+    functions_done,
 )
 
 _QUOTED = re.compile(r"'([^']*)'")
+
+
+@dataclass(frozen=True, slots=True)
+class Placing:
+    """Walks over all graphs that agree and have no conflict, the closings that it took, and the conflicts met."""
+
+    walks: tuple[Walk, ...]
+    closings: Closings
+    conflicts: tuple[Conflict, ...]
 
 
 def place_boundaries(
@@ -39,8 +51,8 @@ def place_boundaries(
     closings: Closings,
     rules: ShardingRules,
     parts: int,
-) -> tuple[tuple[Walk, ...], Closings]:
-    """Return walks over all graphs that agree and have no conflict, and the closings that it took.
+) -> Placing:
+    """Return where tensors change their placement.
 
     Args:
         graphs: the same model traced in its different ways of running (training, inference).
@@ -50,12 +62,31 @@ def place_boundaries(
         rules: answers how an op acts on shards.
         parts: size of the model axis.
     """
+    met: list[Conflict] = []
     while True:
         walks = tuple(follow_placements(graph, stored, styles, closings, rules, parts) for graph in graphs)
         conflicts = [conflict for walk in walks for conflict in walk.conflicts]
+        conflicts = conflicts or _disagreements(graphs, walks)
         if not conflicts:
-            return walks, closings
+            return Placing(walks, closings, tuple(met))
+        met += conflicts
         closings = close(closings, conflicts)
+
+
+def _disagreements(graphs: Sequence[ModelGraph], walks: Sequence[Walk]) -> list[Conflict]:
+    """Return conflicts for layers of whose code other functions change in training than in inference."""
+    first: dict[LayerMode, tuple[list[Any], frozenset[Origin]]] = {}
+    conflicts = []
+    for graph, walk in zip(graphs, walks, strict=True):
+        for call in graph.calls.values():
+            if graph.functions is None or call.id in graph.repeats:
+                continue
+            done = functions_done(walk, call.id), walk.function_origins.get(call.id, frozenset())
+            known, origins = first.setdefault((call.layer, call.mode), done)
+            if known != done[0]:
+                reason = f"the code of layer {call.layer!r} runs other functions in training than in inference"
+                conflicts.append(Conflict(origins | done[1], reason))
+    return conflicts
 
 
 def close(closings: Closings, conflicts: Sequence[Conflict]) -> Closings:
@@ -96,9 +127,11 @@ def _plans_of_graph(
             new = [_plan_again(plan, repeat, graph) for plan in inside[repeat.twin]]
         else:
             boundaries, record = by_call.get(call.id, []), walk.records.get(call.id)
-            if boundaries or record or graph.layers[call.layer].variables:
+            functions = walk.functions.get(call.id, ())
+            if boundaries or record or functions or graph.layers[call.layer].variables:
                 key = call.layer, call.mode
-                new = [_layer_plan(graph, call, boundaries, record, styles.get(key), closings, scopes.get(key, ""))]
+                plan = _layer_plan(graph, call, boundaries, record, styles.get(key), closings, scopes.get(key, ""))
+                new = [_with_functions(plan, functions, closings) if functions else plan]
         for plan in new:
             known = plans.get((plan.layer, plan.mode))
             plans[plan.layer, plan.mode] = plan if known is None else replace(known, calls=known.calls + plan.calls)
@@ -106,6 +139,18 @@ def _plans_of_graph(
                 if outer.id in inside:
                     inside[outer.id].append(plan)
     return plans
+
+
+def _with_functions(plan: LayerPlan, functions: tuple[FunctionPlan, ...], closings: Closings) -> LayerPlan:
+    """Return the plan of a layer in whose own code something changes."""
+    sizes = closings.sizes.get((plan.layer, plan.mode))
+    reason = "its ops act on each shard alone" if plan.style == "replicated" else plan.reason
+    if any(function.inputs or function.output for function in functions):
+        reason = f"{reason}, with boundaries at functions inside"
+    if sizes is not None and any(function.sizes for function in functions):
+        reason = f"{reason}; its code is given the sizes of shards: {sizes}"
+    style: Style = "elementwise" if plan.style == "replicated" else plan.style
+    return replace(plan, style=style, reason=reason, functions=functions)
 
 
 def _plan_again(plan: LayerPlan, repeat: Repeat, graph: ModelGraph) -> LayerPlan:
@@ -128,6 +173,14 @@ def _plan_again(plan: LayerPlan, repeat: Repeat, graph: ModelGraph) -> LayerPlan
         inputs=tuple((position, renamed(boundary)) for position, boundary in plan.inputs),
         uses=tuple(VariableUse(names[use.variable], renamed(use.boundary)) for use in plan.uses),
         output=plan.output and renamed(plan.output),
+        functions=tuple(
+            replace(
+                function,
+                inputs=tuple((position, renamed(boundary)) for position, boundary in function.inputs),
+                output=function.output and renamed(function.output),
+            )
+            for function in plan.functions
+        ),
         scope=names.get(plan.scope, plan.scope),
     )
 

@@ -26,7 +26,7 @@ STYLES = {
 }
 UNFOLDED_UP_TO = 60  # layers of a tree that is open at first
 LANES_UP_TO = 8
-SIDES = ("input", "variable", "other", "output")  # of edges: the first two above their layer
+SIDES = ("input", "variable", "function", "other", "output")  # of edges: the first two above their layer
 NAMES_UP_TO = 16  # names of equal blocks in an explanation
 DEEPEST = 8  # level above which names are no longer moved to the right
 
@@ -186,7 +186,7 @@ def _layer(setting: _Setting, node: Node, leaf: Leaf, name: str, depth: int, tim
         "div",
         *(*edges["input"], *edges["variable"]),
         element("div", *cells, class_="line"),
-        *(*edges["other"], *edges["output"]),
+        *(*edges["function"], *edges["other"], *edges["output"]),
         class_=f"layer {band}".rstrip(),
         data_search=searched_text(leaf, name),
     )

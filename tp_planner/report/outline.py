@@ -28,8 +28,8 @@ class Edge:
     ``shared_with`` names the layer that executes the same boundary for the same tensor.
     """
 
-    side: Literal["input", "variable", "output", "other"]
-    place: str  # "in", "in 1", "out", the name of a variable, or what else communicates
+    side: Literal["input", "variable", "function", "output", "other"]
+    place: str  # "in", "in 1", "out", the name of a variable, the end of a function, or what else communicates
     boundary: Boundary | None
     collectives: tuple[tuple[Collective, int], ...]  # with how often
     shared_with: str = ""
@@ -146,7 +146,8 @@ def _edges(
     """
     for place, boundary in layer.boundaries:
         where, _, name = place.partition(" ")
-        at = name if where == "variable" else f"{where} ({boundary.tensor})"
+        stands = place.rstrip("0123456789").rstrip() if "input" in place else place
+        at = name if where == "variable" else f"{stands} ({boundary.tensor})"
         kinds = {"forward": boundary.forward.collective, "backward": boundary.backward.collective}
         made = tuple(
             (each, times)
@@ -163,6 +164,8 @@ def _edges(
                 yield Edge("input", f"in {name}" if len(layer.inputs) > 1 else "in", boundary, made, shared_with)
             elif where == "output":
                 yield Edge("output", "out", boundary, made)
+            elif where != "variable":
+                yield Edge("function", stands, boundary, made)
             else:
                 yield Edge("variable", name.rpartition("/")[2], boundary, made)
 

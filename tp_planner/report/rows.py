@@ -176,6 +176,11 @@ def _boundary_cells(layer: LayerPlan, own: Sequence[VariablePlan], crossed: set[
     for use in layer.uses:
         if _happens(use.boundary):
             cells.append(f"{use.variable.rpartition('/')[2]} {_changes(use.boundary)}")
+    for function in layer.functions:
+        cells += [f"{function} in {_changes(each)}" for _, each in function.inputs if _happens(each)]
+        if function.output is not None:
+            cells.append(f"{function} out {_changes(function.output)}")
+        cells += [f"{function} size {whole}->{local}" for _, whole, local in function.sizes]
     if layer.output is not None:
         has_bias = any(variable.key.endswith("/bias") for variable in own)
         bias = ", then bias" if has_bias and layer.epilogue_after_output.startswith("bias") else ""

@@ -24,12 +24,13 @@ class Site:
 
 
 class Frame:
-    """One running call: a reader for each variable it uses, and what its hooks keep until it returns."""
+    """One running call: whose it is, a reader for each variable it uses, what its hooks keep until it returns."""
 
-    __slots__ = ("cache", "kept", "readers")
+    __slots__ = ("cache", "functions", "kept", "owner", "readers")
 
-    def __init__(self, readers: dict[int, Reader]) -> None:
-        self.readers = readers
+    def __init__(self, owner: object, readers: dict[int, Reader]) -> None:
+        self.owner, self.readers = owner, readers
+        self.functions: Any = None  # the mode that watches the layer's own code
         self.cache: dict[tuple[int, Any], torch.Tensor] = {}
         self.kept: Any = None
 
@@ -42,6 +43,7 @@ class Frame:
 class _Running(threading.local):
     def __init__(self) -> None:
         self.frames: list[Frame] = []
+        self.watching = 0  # how many running calls have their own code watched
         self.scopes: Counter[tuple[int, str]] = Counter()
         self.entered: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.values: str = "dtensor"

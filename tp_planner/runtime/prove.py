@@ -8,6 +8,7 @@ constants (those DTensor would use), outputs of the shape the placement says.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 from unittest import mock
@@ -16,12 +17,13 @@ import keras
 import torch
 from torch.utils._pytree import tree_flatten
 
+from tp_planner.frontend.functions import FunctionRecorder
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.frontend.recorder import Recorder
 from tp_planner.frontend.trace import fake_inputs, fake_tensors, run_recorded
 from tp_planner.ir.errors import in_one_line
-from tp_planner.ir.graph import ModelGraph, Op, TensorInfo, TensorRef
-from tp_planner.ir.placement import Replicate, Shape, local_shape
+from tp_planner.ir.graph import FunctionCall, ModelGraph, Op, TensorInfo, TensorRef
+from tp_planner.ir.placement import Placement, Replicate, Shape, local_shape
 from tp_planner.ir.plan import Plan
 from tp_planner.passes.follow_placements import Conflict, Origin, Walk
 from tp_planner.runtime.apply import applied_for_simulation
@@ -32,6 +34,10 @@ from tp_planner.runtime.calls import running
 LAYOUT_OPS = {
     f"aten.{name}.default" for name in ("alias", "clone", "contiguous", "detach", "reshape", "view", "_unsafe_view")
 }
+# Torch functions that mean the same whatever the sizes, but take other ops where a dim is 1: compared as one op each.
+# So do functions in place, which make the views anew that they write through.
+SIZELESS = {"einsum", "matmul", "__matmul__", "tensordot", "add_", "sub_", "mul_", "div_", "__iadd__", "__isub__"}
+SIZELESS |= {"__imul__", "__itruediv__", "masked_fill_"}
 # Ops whose constants are the shape of their output.
 SHAPED_OPS = {"aten.expand.default"}
 
@@ -70,26 +76,46 @@ def _compare_run(
     model: keras.Model, arguments: Any, graph: ModelGraph, walk: Walk, recorder: Recorder, parts: int
 ) -> list[Conflict]:
     failure: Exception | None = None
+    functions = None if graph.functions is None else FunctionRecorder(recorder)
     try:
-        with mock.patch.object(running, "converting", recorder.paused):
+        with functions or contextlib.nullcontext(), mock.patch.object(running, "converting", recorder.paused):
             run_recorded(model, arguments, recorder, graph.training)
     except Exception as error:  # the model's own code may raise anything on shapes it does not expect
         failure = error
-    assumed = [op for op in graph.ops if op.id not in walk.skipped_ops and _is_compared(op, graph.tensors)]
+    traced = _steps(graph.ops, graph.functions or ())
+    assumed = [op for op in traced if op.id not in walk.skipped_ops and _is_compared(op, graph.tensors)]
     skipped = _spans(graph, walk)
-    between = [op for op in recorder.ops if _is_compared(op, recorder.tensors)]
+    steps = _steps(recorder.ops, functions.functions if functions else ())
+    between = [op for op in steps if _is_compared(op, recorder.tensors)]
     ran = [op for op in between if (recorder.calls[op.call].layer, recorder.calls[op.call].mode) not in skipped]
     for position, op in enumerate(assumed):
         difference = (
             _failure(failure) if position >= len(ran) else _difference(op, ran[position], graph, recorder, walk, parts)
         )
         if difference:
-            layer = graph.calls[op.call].layer
-            return [Conflict(_culprits(graph, walk, op), f"{op.name} in {layer!r} {difference}")]
+            layer, fails = graph.calls[op.call].layer, position >= len(ran) and failure is not None
+            starts = [*_stuck(graph, recorder), op.call] if fails else [op.call]
+            culprits = _writing_sizes(graph, walk, starts) or _culprits(graph, walk, op)
+            return [Conflict(culprits, f"{op.name} in {layer!r} {difference}", in_code=True)]
     if failure is not None:
-        stuck = next(call for call in graph.calls.values() if call.layer == recorder.running_layer)
-        return [Conflict(_sharded_inside(graph, walk, stuck.id), f"layer {stuck.layer!r} {_failure(failure)}")]
+        stuck = _stuck(graph, recorder)
+        culprits = _writing_sizes(graph, walk, stuck) or _sharded_inside(graph, walk, stuck[0])
+        return [Conflict(culprits, f"layer {recorder.running_layer!r} {_failure(failure)}", in_code=True)]
     return _compare_calls(graph, recorder, walk, parts)
+
+
+def _steps(ops: Sequence[Op], functions: Sequence[FunctionCall]) -> list[Op]:
+    """Return the ops with one in place of all ops of each function that is compared as a whole."""
+    steps, done = [], 0
+    for function in functions:
+        if function.name in SIZELESS:
+            first, after = function.ops
+            inputs = tuple(tensor for _, tensor in function.inputs)
+            constants = tuple(value for _, value in function.constants)
+            one = Op(first, function.name, function.call, (constants, {}), inputs, function.outputs, random=False)
+            steps += [*ops[done:first], one]
+            done = after
+    return [*steps, *ops[done:]]
 
 
 def _is_compared(op: Op, tensors: Mapping[int, TensorInfo]) -> bool:
@@ -102,7 +128,7 @@ def _compare_calls(graph: ModelGraph, recorder: Recorder, walk: Walk, parts: int
     """Compare what every call took and returned; this sees reshapes that no other op follows."""
     if len(graph.calls) != len(recorder.calls):
         everything = frozenset().union(*walk.origins.values())
-        return [Conflict(everything, "the model calls other layers on local shards")]
+        return [Conflict(everything, "the model calls other layers on local shards", in_code=True)]
     for call, ran in zip(graph.calls.values(), recorder.calls.values(), strict=True):
         whole = (*(tensor for _, tensor in call.inputs), *call.outputs)
         local = (*(tensor for _, tensor in ran.inputs), *ran.outputs)
@@ -111,7 +137,8 @@ def _compare_calls(graph: ModelGraph, recorder: Recorder, walk: Walk, parts: int
             expected = _expected_shape(graph, walk, number, call.id, parts)
             if shape != expected:
                 reason = f"layer {call.layer!r} takes or returns shape {shape} on local shards, not {expected}"
-                return [Conflict(_sharded_inside(graph, walk, call.id), reason)]
+                culprits = _writing_sizes(graph, walk, [call.id]) or _sharded_inside(graph, walk, call.id)
+                return [Conflict(culprits, reason, in_code=True)]
     return []
 
 
@@ -133,24 +160,26 @@ def _difference(op: Op, ran: Op, graph: ModelGraph, recorder: Recorder, walk: Wa
         return f"becomes {ran.name} on local shards"
     for whole, local in zip((*op.inputs, *op.outputs), (*ran.inputs, *ran.outputs), strict=True):
         found = recorder.tensors[local].shape
-        expected = _expected_shape(graph, walk, whole, op.call, parts)
+        expected = _expected_shape(graph, walk, whole, op.call, parts, walk.cut_for.get((op.id, whole)))
         if found != expected:
             return f"works on shape {found} on local shards, not {expected}"
     if op.constants != ran.constants:
         return f"reads the constants {ran.constants} on local shards, not {op.constants}"
     if op.name in SHAPED_OPS:
         return None
-    followed = walk.followed.get(op.id)
+    followed = None if op.name in SIZELESS else walk.followed.get(op.id)
     constants = followed.arguments if followed else _constants(op)
     if not _equal(constants, _constants(ran)):
         return f"takes {_constants(ran)} on local shards, not {constants}"
     return None
 
 
-def _expected_shape(graph: ModelGraph, walk: Walk, tensor: int, call: int, parts: int) -> Shape:
+def _expected_shape(
+    graph: ModelGraph, walk: Walk, tensor: int, call: int, parts: int, cut: Placement | None = None
+) -> Shape:
     info = graph.tensors[tensor]
-    placement = walk.placements.get(tensor, Replicate())
-    if info.variable is not None:
+    placement = cut or walk.placements.get(tensor, Replicate())
+    if info.variable is not None and cut is None:
         placement = walk.reads.get((graph.calls[call].layer, info.variable), Replicate())
     return local_shape(info.shape, placement, parts)
 
@@ -166,6 +195,20 @@ def _equal(expected: tuple[Any, ...], found: tuple[Any, ...]) -> bool:
         left == right or (isinstance(left, torch.device) and isinstance(right, torch.device))
         for left, right in zip(expected, found, strict=True)
     )
+
+
+def _stuck(graph: ModelGraph, recorder: Recorder) -> list[int]:
+    """Return the first call of the layer in which the model failed."""
+    return [next(call.id for call in graph.calls.values() if call.layer == recorder.running_layer)]
+
+
+def _writing_sizes(graph: ModelGraph, walk: Walk, starts: Sequence[int]) -> frozenset[Origin]:
+    """Return the innermost layer around one of the calls whose code writes sizes of whole tensors."""
+    for start in starts:
+        for call in graph.enclosing(start):
+            if (call.layer, call.mode) in walk.writes_sizes:
+                return frozenset({("sizes", (call.layer, call.mode))})
+    return frozenset()
 
 
 def _culprits(graph: ModelGraph, walk: Walk, op: Op) -> frozenset[Origin]:

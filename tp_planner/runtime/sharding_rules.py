@@ -1,7 +1,7 @@
 """DTensor's sharding rules, asked op by op on fake tensors.
 
 An op is run once on DTensors whose local tensors are fake. It follows its inputs' placements if DTensor ran it
-on exactly the local tensors it was given: no collective, no slice, no sum left over.
+on exactly the local tensors it was given: no collective and no slice.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Partial as TorchPartial
 from torch.distributed.tensor import Replicate as TorchReplicate
 from torch.distributed.tensor import Shard as TorchShard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -22,8 +23,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 from tp_planner.frontend.quiet import quiet_torch
 from tp_planner.ir.errors import in_one_line
 from tp_planner.ir.graph import Op, TensorInfo, TensorRef
-from tp_planner.ir.placement import Placement, Replicate, Shard, StridedShard, local_shape
-from tp_planner.passes.follow_placements import Followed, Refused
+from tp_planner.ir.placement import Partial, Placement, Replicate, Shard, StridedShard, local_shape
+from tp_planner.passes.follow_ops import Followed, Refused
 
 CPU_ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu.default"
 # DTensor takes these for elementwise where their dim is negative.
@@ -131,9 +132,10 @@ def to_torch_placement(placement: Placement) -> Any:
             return TorchReplicate()
         case Shard(dim):
             return TorchShard(dim)
+        case Partial():
+            return TorchPartial()
         case StridedShard(dim, split):
             return _StridedShard(dim, split_factor=split)
-    raise ValueError(f"tensors are never handed over as {placement}")
 
 
 def _from_torch_placement(placement: Any) -> Placement | None:
@@ -143,6 +145,8 @@ def _from_torch_placement(placement: Any) -> Placement | None:
         return Replicate()
     if placement.is_shard():
         return Shard(placement.dim)
+    if placement.is_partial("sum"):
+        return Partial()
     return None
 
 
@@ -175,7 +179,7 @@ def _outputs(result: Any, arguments: tuple[Any, ...], parts: int) -> Followed | 
             continue
         placement = _from_torch_placement(leaf.placements[0]) if isinstance(leaf, DTensor) else None
         if placement is None:
-            return Refused("leaves a sum over the shards")
+            return Refused("leaves something other than shards or a sum over them")
         if placement == Replicate():
             return Refused("has a sharding rule that cannot be right: shards alone cannot give a whole tensor")
         assert isinstance(leaf, DTensor)

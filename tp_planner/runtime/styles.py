@@ -22,6 +22,7 @@ from tp_planner.ir.placement import Shard
 from tp_planner.ir.plan import Boundary, LayerPlan
 from tp_planner.runtime.boundaries import Axis, cross
 from tp_planner.runtime.calls import Frame, Reader, Site, running
+from tp_planner.runtime.functions import FunctionCalls, planned_functions
 from tp_planner.runtime.variables import own_shard
 
 Place = Callable[[keras.Layer], None]
@@ -92,6 +93,7 @@ class LayerCalls:
             mode: [(position, boundary, _site(plan, "input", boundary)) for position, boundary in plan.inputs]
             for mode, plan in plans.items()
         }
+        self.functions = {mode: planned_functions(plan) for mode, plan in plans.items()}
         self.exits = {mode: _site(plan, "output", plan.output) for mode, plan in plans.items() if plan.output}
 
     def hook(self, layer: keras.Layer, undo: list[Undo]) -> None:
@@ -106,32 +108,46 @@ class LayerCalls:
         return self.plans.get(call_mode(layer, args, kwargs) if self.modal else "")
 
     def before(self, layer: keras.Layer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        plan = None if is_symbolic() else self._plan(layer, args, kwargs)
+        if is_symbolic():
+            return None
+        plan = self._plan(layer, args, kwargs)
         if plan is None:
+            if running.watching:  # what it does is not done by the code around it
+                running.frames.append(Frame(self, {}))
             return None
         if plan.scope and not running.scopes[self.model, plan.scope]:
             raise ParallelRuntimeError(
                 f"layer {layer.name!r} is called outside {plan.scope!r}, where its tensors are sharded; "
                 f"call the whole model, or tp_planner.restore(model) first"
             )
+        frame = Frame(self, self.readers[plan.mode])
+        running.frames.append(frame)
         for position, boundary, site in self.entries[plan.mode]:
             args, kwargs = self._convert(args, kwargs, position, boundary, site)
-        frame = Frame(self.readers[plan.mode])
         if plan.style == "vocabulary":
             args, frame.kept = self._own_rows(layer, args)
         elif plan.dropout_order:
             args, frame.kept = self._whole_mask(plan, args, kwargs)
         elif plan.epilogue_after_output:
             frame.kept = withhold(layer, plan.epilogue_after_output)
-        running.frames.append(frame)
+        if plan.functions:
+            frame.functions = FunctionCalls(plan.layer, self.functions[plan.mode], frame, self.axis, self._shared)
+            frame.functions.__enter__()
+            running.watching += 1
         return args, kwargs
 
     def after(self, layer: keras.Layer, args: Any, kwargs: Any, output: Any) -> Any:
-        plan = None if is_symbolic() else self._plan(layer, args, kwargs)
-        if plan is None or not running.frames:
+        if not running.frames or running.frames[-1].owner is not self:
             return None
+        frame = running.frames[-1]
         try:
-            return self._finish(layer, plan, running.frames[-1], output)
+            if frame.functions is not None:
+                running.watching -= 1
+                frame.functions.__exit__(None, None, None)
+                if output is not None:
+                    frame.functions.check_all_called()
+            plan = self._plan(layer, args, kwargs)
+            return None if plan is None else self._finish(layer, plan, frame, output)
         finally:
             running.frames.pop()
 

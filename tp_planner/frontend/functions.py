@@ -1,0 +1,59 @@
+"""Torch functions: which calls of them a layer's code makes, and which ATen ops each becomes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
+
+from tp_planner.frontend.recorder import Recorder
+from tp_planner.ir.graph import FunctionCall
+
+CONSTANT = int | float | str
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """Return what a torch function or tensor method is called: ``reshape`` for ``torch.reshape`` and the method."""
+    return getattr(function, "__name__", "")
+
+
+class FunctionRecorder(TorchFunctionMode):
+    """Sees every torch function that the layers of a model call while ``recorder`` records their ops."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+        self.functions: list[FunctionCall] = []
+        self._counts: Counter[tuple[int, str]] = Counter()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name, call = kwargs or {}, function_name(func), self.recorder.running_call
+        if name == "__get__" or call is None:  # reads of a tensor's shape, dtype and so on are most of the calls
+            return func(*args, **kwargs)
+        self._counts[call, name] += 1
+        number, first = self._counts[call, name], len(self.recorder.ops)
+        leaves = tree_flatten((args, kwargs))[0]
+        before = [self.recorder.known_id(leaf) for leaf in leaves]
+        result = func(*args, **kwargs)
+        ops = self.recorder.ops[first:]
+        if ops and all(op.call == call for op in ops):
+            after = [self.recorder.known_id(leaf) for leaf in leaves]
+            ids = [later if known is None else known for known, later in zip(before, after, strict=True)]
+            returned = [self.recorder.known_id(leaf) for leaf in tree_flatten(result)[0]]
+            self.functions.append(
+                FunctionCall(
+                    name,
+                    call,
+                    number,
+                    tuple((position, known) for position, known in enumerate(ids) if known is not None),
+                    tuple(known for known in returned if known is not None),
+                    tuple(
+                        (position, leaf) for position, leaf in enumerate(leaves) if isinstance(leaf, int | float | str)
+                    ),
+                    (first, first + len(ops)),
+                )
+            )
+        return result

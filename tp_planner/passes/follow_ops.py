@@ -1,0 +1,192 @@
+"""Follow ops: what one op, or one call of a torch function, makes of sharded tensors.
+
+Torch functions are the smallest steps of a layer's code at whose ends a boundary can stand. An einsum, say, is several
+ops; what it takes can be cut to shards before it, and what it returns can be summed after it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from tp_planner.ir.graph import FunctionCall, ModelGraph, Op, TensorInfo
+from tp_planner.ir.placement import Partial, Placement, Replicate, Shard, divides, local_shape
+
+WHOLE = Replicate()
+MOST_CUTS = 64  # ways of cutting the inputs of one function that are tried
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """An op that runs on shards without communication: its outputs' placements, its arguments on rank 0."""
+
+    outputs: tuple[Placement, ...]
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """An op that cannot run on these shards without communication, and why."""
+
+    reason: str
+
+
+class ShardingRules(Protocol):
+    """Knows how ops act on sharded tensors."""
+
+    def follow(self, op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement]) -> Followed | Refused:
+        """Return what ``op`` makes of inputs placed so; ``inputs`` has an entry for every tensor of the op.
+
+        An output is Partial where every rank has a summand of it.
+        """
+        ...
+
+
+@dataclass
+class FunctionFollowed:
+    """A call of a torch function that runs on shards, with boundaries at its ends only.
+
+    ``placements`` has the tensors that its ops make; ``cuts`` the whole tensors it takes that are cut to shards before
+    it; ``entering`` those that its ops read whole together with shards; ``summed`` the outputs that are summands.
+    """
+
+    placements: dict[int, Placement] = field(default_factory=dict)
+    followed: dict[int, Followed] = field(default_factory=dict)
+    cuts: Mapping[int, Shard] = field(default_factory=dict)
+    entering: set[int] = field(default_factory=set)
+    summed: set[int] = field(default_factory=set)
+
+
+def follow_function(
+    function: FunctionCall,
+    graph: ModelGraph,
+    inputs: Mapping[int, Placement],
+    weights: Set[int],
+    rules: ShardingRules,
+    parts: int,
+) -> FunctionFollowed | Refused:
+    """Return how ``function`` runs on shards; where it does not with whole tensors as they are, with some of them cut.
+
+    Args:
+        function: a call of a torch function.
+        graph: the traced model.
+        inputs: placement of every tensor that its ops take from outside.
+        weights: tensors that are never cut: how a weight is stored and used is for the layout to say.
+        rules: answers how an op acts on shards.
+        parts: size of the model axis.
+    """
+    refused: Refused | None = None
+    for cuts in itertools.islice(_cuts(function, graph, inputs, weights, parts), MOST_CUTS):
+        found = _attempt(function, graph, inputs, cuts, rules)
+        if isinstance(found, FunctionFollowed):
+            return found
+        refused = refused or found
+    assert refused is not None
+    return refused
+
+
+def _cuts(
+    function: FunctionCall, graph: ModelGraph, inputs: Mapping[int, Placement], weights: Set[int], parts: int
+) -> Iterator[dict[int, Shard]]:
+    """Yield ways to cut whole tensors that the function takes, the fewest cuts first.
+
+    A dim is cut only if it is as long as a dim that is sharded in another input.
+    """
+    lengths = {
+        graph.tensors[tensor].shape[placement.dim]
+        for tensor, placement in inputs.items()
+        if isinstance(placement, Shard)
+    }
+    kept = _assigned_tensors(function, graph) | weights
+    choices: list[list[tuple[int, Shard] | None]] = []
+    for tensor in dict.fromkeys(tensor for _, tensor in function.inputs):
+        shape = graph.tensors[tensor].shape
+        if inputs.get(tensor, WHOLE) == WHOLE and tensor not in kept:
+            dims = [dim for dim, length in enumerate(shape) if length in lengths and divides(shape, Shard(dim), parts)]
+            choices.append([None, *((tensor, Shard(dim)) for dim in dims)])
+    ways = [[cut for cut in way if cut is not None] for way in itertools.product(*choices)]
+    yield from (dict(way) for way in sorted(ways, key=len))
+
+
+def _assigned_tensors(function: FunctionCall, graph: ModelGraph) -> set[int]:
+    """Return the tensors that an op of the function writes into: a cut one would be a copy."""
+    ops = graph.ops[function.ops[0] : function.ops[1]]
+    return {op.inputs[0] for op in ops if op.inputs and op.name.split(".")[1].endswith("_")}
+
+
+def _attempt(
+    function: FunctionCall,
+    graph: ModelGraph,
+    inputs: Mapping[int, Placement],
+    cuts: Mapping[int, Shard],
+    rules: ShardingRules,
+) -> FunctionFollowed | Refused:
+    found, outside = FunctionFollowed(cuts=cuts), {**inputs, **cuts}
+    # Of tensors that are whole: those from outside that they are made from.
+    sources: dict[int, frozenset[int]] = {tensor: frozenset({tensor}) for tensor in inputs}
+    for op in graph.ops[function.ops[0] : function.ops[1]]:
+        given = {tensor: found.placements.get(tensor, outside.get(tensor, WHOLE)) for tensor in op.inputs}
+        whole = frozenset[int]().union(
+            *(sources.get(tensor, frozenset()) for tensor, placed in given.items() if placed == WHOLE)
+        )
+        if all(placement == WHOLE for placement in given.values()):
+            sources.update(dict.fromkeys(op.outputs, whole))
+            continue
+        where = f"{op.name} in {graph.calls[op.call].layer!r}"
+        if len(given) > 1 and any(isinstance(placement, Partial) for placement in given.values()):
+            return Refused(f"{where} would combine a sum over the shards with something else")
+        followed = rules.follow(op, graph.tensors, given)
+        if isinstance(followed, Refused):
+            return Refused(f"{where} {followed.reason}")
+        found.entering |= whole
+        found.followed[op.id] = followed
+        found.placements.update(zip(op.outputs, followed.outputs, strict=True))
+    return _with_sums(found, function, graph, inputs)
+
+
+def _with_sums(
+    found: FunctionFollowed, function: FunctionCall, graph: ModelGraph, inputs: Mapping[int, Placement]
+) -> FunctionFollowed | Refused:
+    """Return it with its sums at its ends, if its boundaries move no more than to gather the shards it takes."""
+    where = f"{function.name} in {graph.calls[function.call].layer!r}"
+    found.summed = {tensor for tensor in function.outputs if isinstance(found.placements.get(tensor), Partial)}
+    moved = sum(2 * graph.tensors[tensor].bytes for tensor in found.summed)
+    moved += sum(graph.tensors[tensor].bytes for tensor in found.cuts if graph.tensors[tensor].requires_grad)
+    gathered = sum(graph.tensors[tensor].bytes for tensor, placement in inputs.items() if placement != WHOLE)
+    if moved > gathered:
+        return Refused(f"{where} would communicate more than it takes to gather its inputs")
+    ends = [found.placements.get(tensor, WHOLE) for tensor in function.outputs]
+    inner = {tensor: placement for tensor, placement in found.placements.items() if tensor not in function.outputs}
+    if not function.outputs and any(isinstance(placement, Partial) for placement in inner.values()):
+        return Refused(f"{where} leaves a sum over the shards that it does not return")
+    if WHOLE in ends and found.entering:
+        return Refused(f"{where} returns a tensor that is whole beside shards")
+    return found
+
+
+def sizes_in_arguments(
+    function: FunctionCall, graph: ModelGraph, placements: Mapping[int, Placement], parts: int
+) -> tuple[tuple[int, int, int], ...]:
+    """Return which arguments of a function are sizes of a sharded tensor it returns, as its code writes them.
+
+    Each is (position among the flattened arguments, size of the whole tensor, size of the shard).
+    """
+    if len(function.outputs) != 1:
+        return ()
+    tensor = function.outputs[0]
+    shape, placement = graph.tensors[tensor].shape, placements.get(tensor, WHOLE)
+    local = local_shape(shape, placement, parts)
+    if local == shape:
+        return ()
+    numbers = {position: value for position, value in function.constants if type(value) is int}
+    for first in numbers:
+        written = [numbers.get(first + dim) for dim in range(len(shape))]
+        if all(number in (size, -1) for number, size in zip(written, shape, strict=True)):
+            return tuple(
+                (first + dim, shape[dim], local[dim])
+                for dim in range(len(shape))
+                if local[dim] != shape[dim] and written[dim] != -1
+            )
+    return ()
