@@ -235,9 +235,9 @@ class HandwrittenAttention(keras.layers.Layer):
         query, key, value = (ops.transpose(each, (0, 2, 1, 3)) for each in (query, key, value))
         position = ops.arange(self.length)
         distance = ops.cast(position[None, :] - position[:, None], query.dtype)
-        scores = ops.matmul(query, ops.swapaxes(key, 2, 3)) / float(self.size) ** 0.5
+        scores = ops.matmul(query, ops.swapaxes(key, 2, 3))
         scores = scores + ops.tanh(self.slopes)[:, None, None] * distance
-        scores = ops.where(distance > 0, -1e9, scores)
+        scores = scores - 1e9 * ops.cast(distance > 0, scores.dtype)
         attended = ops.einsum("bhqk,bhkd->bqhd", ops.softmax(scores, axis=-1), value)
         return self.merge(ops.reshape(attended, (-1, self.length, self.width)))
 

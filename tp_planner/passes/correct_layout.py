@@ -28,7 +28,8 @@ class Strain:
     """Layers whose main weights one rule shards on a dim that their neighbours do not go along with.
 
     ``code`` is "contracted-dim" for row-parallel layers with whole inputs, "output-dim" for column-parallel layers
-    with gathered outputs, or whose shards meet a whole tensor that is cut. ``weights`` are the paths of the main weights, ``dim`` is the dim that is sharded.
+    with gathered outputs, or whose shards meet a whole tensor that is cut. ``weights`` are the paths of the main
+    weights, ``dim`` is the dim that is sharded.
     ``siblings`` are the same layers by what they read: layers with one input belong together.
     """
 
