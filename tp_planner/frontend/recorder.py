@@ -16,11 +16,11 @@ import keras
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tp_planner.frontend.blocks import Blocks
 from tp_planner.frontend.contractions import call_mode
+from tp_planner.frontend.dispatch import WatchingMode, tensors_in, with_tensors_replaced
 from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.ir.graph import REPEAT, Call, Op, Repeat, TensorInfo, TensorRef
 
@@ -61,7 +61,7 @@ class _OpenCall:
     core_output: int | None = None
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(WatchingMode):
     """Sees every ATen op and every layer call of a model and writes them down.
 
     Args:
@@ -170,23 +170,19 @@ class Recorder(TorchDispatchMode):
 
     # --- ops -------------------------------------------------------------------------------------------
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def watch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         if self._paused or not self._stack or func.namespace == "prim":
             return func(*args, **kwargs)
         inputs: list[int] = []
 
-        def reference(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor):
-                return leaf
-            inputs.append(self.tensor_id(leaf))
+        def reference(tensor: torch.Tensor) -> TensorRef:
+            inputs.append(self.tensor_id(tensor))
             return TensorRef(len(inputs) - 1)
 
-        arguments = tree_map(reference, (args, kwargs))
+        arguments = with_tensors_replaced((args, kwargs), reference)
         result = func(*args, **kwargs)
-        made = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, torch.Tensor)]
         # A variable that an op assigns remains that variable.
-        outputs = [self._add(leaf, self._variable_of.get(id(leaf))) for leaf in made]
+        outputs = [self._add(leaf, self._variable_of.get(id(leaf))) for leaf in tensors_in(result)]
         constants = tuple(self._constants[number] for number in inputs if number in self._constants)
         is_random = torch.Tag.nondeterministic_seeded in func.tags
         self._write(str(func), arguments, tuple(inputs), tuple(outputs), is_random, constants)

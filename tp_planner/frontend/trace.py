@@ -14,12 +14,11 @@ from unittest import mock
 
 import keras
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_flatten
 
 from tp_planner.frontend.blocks import Blocks
+from tp_planner.frontend.fake_mode import FakeCpuMode
 from tp_planner.frontend.functions import FunctionRecorder
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.frontend.quiet import quiet_torch
@@ -104,7 +103,6 @@ def require_built(model: Any) -> None:
 @contextlib.contextmanager
 def fake_tensors() -> Iterator[None]:
     """Run Keras on fake CPU tensors: no arithmetic, no memory, no random numbers drawn."""
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     no_generator = mock.patch("keras.src.backend.torch.random.torch_seed_generator", lambda seed: None)
     # Fake views then work out strides by arithmetic, not by the walk over prims that symbolic shapes need.
     plain_views = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
@@ -112,8 +110,7 @@ def fake_tensors() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for context in (keras.device("cpu"), no_generator, no_values, quiet_torch(), torch.enable_grad(), plain_views):
             stack.enter_context(context)
-        stack.enter_context(fake_mode)
-        stack.enter_context(_MetaOnCpu())
+        stack.enter_context(FakeCpuMode(allow_non_fake_inputs=True))
         yield
 
 
@@ -133,20 +130,6 @@ def _cond_without_values(pred: Any, true_fn: Any, false_fn: Any) -> Any:
     Of Keras's layers only SpectralNormalization asks: whether its kernel is all zero, which no trained one is.
     """
     return false_fn() if isinstance(pred, FakeTensor) else _cond(pred, true_fn, false_fn)
-
-
-class _MetaOnCpu(TorchDispatchMode):
-    """Takes tensors that a model made while it was built on the meta device for fake CPU tensors."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(type(leaf) in (torch.Tensor, torch.nn.Parameter, list, tuple) for leaf in args):
-            args = tree_map(self._on_cpu, args)
-        return func(*args, **(kwargs or {}))
-
-    def _on_cpu(self, leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor) and leaf.is_meta and not isinstance(leaf, FakeTensor | DTensor):
-            return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="cpu")
-        return leaf
 
 
 class FakeVariables:

@@ -16,9 +16,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from tp_planner.frontend.dispatch import tensors_in
 from tp_planner.ir.step import Collective, Phase
 from tp_planner.ir.step_log import Began, Freed, Kernel, StepLog, StorageKind
 from tp_planner.runtime.boundaries import Axis
@@ -95,11 +95,11 @@ class StepMeter(CollectiveRecorder):
             self._began = phase
             self.log.events.append(Began(phase))
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def watch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         if func.namespace == "_c10d_functional" and func.__name__.partition(".")[0] in LOCAL_OPS:
             # Neither makes a tensor on real devices; a fake one would be a new one.
-            return args[0] if isinstance(args[0], FakeTensor) else func(*args, **(kwargs or {}))
-        result = super().__torch_dispatch__(func, types, args, kwargs)
+            return args[0] if isinstance(args[0], FakeTensor) else func(*args, **kwargs)
+        result = super().watch(func, types, args, kwargs)
         if result is NotImplemented or any(issubclass(kind, DTensor) for kind in types):
             return result
         inputs = _tensors((args, kwargs))
@@ -108,7 +108,7 @@ class StepMeter(CollectiveRecorder):
         self._begin(self.phase)
         made = [leaf for leaf in _tensors(result) if not self.knows(leaf)]
         if made or func._schema.is_mutable:
-            self._count(func, args, kwargs or {}, result, inputs)
+            self._count(func, args, kwargs, result, inputs)
         return result
 
     def _count(self, func: Any, args: Any, kwargs: Any, result: Any, inputs: Sequence[torch.Tensor]) -> None:
@@ -137,8 +137,7 @@ class StepMeter(CollectiveRecorder):
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
-    leaves = [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
-    return [leaf.elem if isinstance(leaf, AsyncCollectiveTensor) else leaf for leaf in leaves]
+    return [leaf.elem if isinstance(leaf, AsyncCollectiveTensor) else leaf for leaf in tensors_in(tree)]
 
 
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:

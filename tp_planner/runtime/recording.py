@@ -14,9 +14,8 @@ from typing import Any
 import keras
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
+from tp_planner.frontend.dispatch import WatchingMode, tensors_in
 from tp_planner.frontend.layer_tree import named_layers
 from tp_planner.ir.step import Collective, CollectiveKind, Phase
 from tp_planner.runtime.boundaries import Axis
@@ -51,7 +50,7 @@ REASONS: dict[str, str] = {
 }
 
 
-class CollectiveRecorder(TorchDispatchMode):
+class CollectiveRecorder(WatchingMode):
     """Records the collectives that run while it is entered, in order.
 
     ``name`` is what the plan calls the axis.
@@ -66,18 +65,18 @@ class CollectiveRecorder(TorchDispatchMode):
         self._calling: list[str] = []  # the layers whose calls are running
         self.asked = ""  # the op on DTensors that is running: what communicates in it does so for this op
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def watch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         if torch._C._current_graph_task_id() != -1:  # autograd runs
             self.phase = "backward"
         elif self.phase == "backward":
             self.phase = "update"
         if any(issubclass(kind, DTensor) for kind in types):
-            return self._run_on_dtensors(func, args, kwargs or {})
+            return self._run_on_dtensors(func, args, kwargs)
         if func.namespace in ("_c10d_functional", "c10d"):
             name = func.__name__.partition(".")[0]
             if name not in LOCAL_OPS:
                 self.note(self._collective(str(func), name, args))
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
     @contextlib.contextmanager
     def naming_layers(self, model: keras.Model) -> Iterator[None]:
@@ -133,4 +132,4 @@ def _input_of(kind: str, name: str, args: tuple[Any, ...]) -> list[torch.Tensor]
     """Return the tensors that a rank sends; the ops that work in place take outputs first, where these differ."""
     in_place = name in ("allgather_", "_allgather_base_", "reduce_scatter_", "_reduce_scatter_base_", "alltoall_")
     given = args[1] if in_place or name == "alltoall_base_" else args[0]
-    return [leaf for leaf in tree_flatten(given)[0] if isinstance(leaf, torch.Tensor)]
+    return list(tensors_in(given))

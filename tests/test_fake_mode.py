@@ -1,0 +1,127 @@
+"""Fake tensors: views of them are what torch's kernels make of real tensors, refusals what FakeTensorMode says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from tp_planner.frontend.dispatch import WatchingMode, tensors_in, with_tensors_replaced
+from tp_planner.frontend.fake_mode import FakeCpuMode
+
+View = Callable[[torch.Tensor], torch.Tensor]
+
+VIEWS: dict[str, tuple[tuple[int, ...], View]] = {
+    "view": ((2, 3, 4), lambda x: x.view(6, 4)),
+    "view with a free size": ((2, 3, 4), lambda x: x.view(-1, 2)),
+    "view of dims that are not next to each other": ((2, 3, 4), lambda x: x.transpose(0, 1).view(3, 2, 2, 2)),
+    "view with dims of size 1": ((2, 1, 4), lambda x: x.view(1, 2, 4, 1)),
+    "view of nothing": ((2, 0, 4), lambda x: x.view(0, 8)),
+    "as another type": ((2, 4), lambda x: x.view(torch.int16)),
+    "reshape that is a view": ((2, 3, 4), lambda x: x.reshape(2, 12)),
+    "permute": ((2, 3, 4), lambda x: x.permute(2, 0, 1)),
+    "transpose": ((2, 3, 4), lambda x: x.transpose(-1, 0)),
+    "t": ((2, 3), lambda x: x.t()),
+    "unsqueeze": ((2, 3), lambda x: x.unsqueeze(-1)),
+    "squeeze": ((2, 1, 3), lambda x: x.squeeze(1)),
+    "expand": ((2, 1, 3), lambda x: x.expand(4, 2, 5, 3)),
+    "slice": ((2, 8), lambda x: x[:, 2:7:2]),
+    "select": ((2, 8), lambda x: x[:, 3]),
+    "narrow": ((2, 8), lambda x: x.narrow(1, 2, 4)),
+    "diagonal": ((4, 4), lambda x: x.diagonal(1)),
+    "unfold": ((8,), lambda x: x.unfold(0, 3, 2)),
+    "as_strided": ((8,), lambda x: x.as_strided((2, 3), (4, 1), 1)),
+    "detach": ((2, 3), lambda x: x.detach()),
+    "view_as": ((2, 3), lambda x: x.view_as(torch.empty(2, 3))),
+    "split, which makes several": ((2, 8), lambda x: x.split(3, dim=1)[1]),
+}
+
+
+def described(view: torch.Tensor) -> tuple[Any, ...]:
+    size = view.untyped_storage().nbytes()
+    return tuple(view.shape), view.stride(), view.storage_offset(), view.dtype, view.device, size, view.requires_grad
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_view_is_that_of_a_real_tensor(name: str) -> None:
+    """Shape, strides, offset and storage are those that torch's own kernel gives a real tensor."""
+    shape, view = VIEWS[name]
+    expected = described(view(torch.empty(shape)))
+    with FakeCpuMode():
+        base = torch.empty(shape)
+        found = view(base)
+        assert isinstance(found, FakeTensor)
+        assert described(found) == expected
+        assert found.untyped_storage()._cdata == base.untyped_storage()._cdata
+
+
+def test_view_has_a_gradient() -> None:
+    with FakeCpuMode():
+        base = torch.empty(2, 3, requires_grad=True)
+        base.view(6).permute(0).sum().backward()
+    assert isinstance(base.grad, FakeTensor)
+    assert base.grad.shape == (2, 3)
+
+
+REFUSED: dict[str, View] = {
+    "sizes that do not fit": lambda x: x.view(5),
+    "strides that do not fit": lambda x: x.t().view(6),
+    "dims that do not exist": lambda x: x.permute(0, 2),
+    "a slice of a dim that does not exist": lambda x: x.narrow(2, 0, 1),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusal_is_fake_tensor_modes(name: str) -> None:
+    """A plan quotes why a layer fails on shards, whichever way the view was tried."""
+    messages = []
+    for mode in (FakeTensorMode(), FakeCpuMode()):
+        with mode, pytest.raises((RuntimeError, ValueError, IndexError)) as refusal:
+            REFUSED[name](torch.empty(2, 3))
+        messages.append((refusal.type, str(refusal.value)))
+    assert messages[0] == messages[1]
+
+
+def test_values_of_constants_stay_known() -> None:
+    """Views of a tensor whose value is known have that value."""
+    with FakeCpuMode():
+        assert torch.ops.aten.mul.Tensor(3, 4).view(1, 1)[0, 0].item() == 12
+
+
+def test_tensors_of_the_meta_device_are_on_the_cpu() -> None:
+    made_before = torch.ones(3, device="meta")
+    with FakeCpuMode():
+        found = torch.stack([made_before + torch.empty(3), torch.empty(3)])
+    assert (found.device, tuple(found.shape)) == (torch.device("cpu"), (2, 3))
+
+
+# What watches ops
+
+
+class Names(WatchingMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def watch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        self.names.append(str(func))
+        return func(*args, **kwargs)
+
+
+def test_questions_for_devices_are_not_watched() -> None:
+    with FakeCpuMode(), Names() as mode:
+        x = torch.empty(2, 3)
+        assert (x.device, x.is_cuda, x.is_meta) == (torch.device("cpu"), False, False)
+        x.view(6)
+    assert mode.names == ["aten.empty.memory_format", "aten.view.default"]
+
+
+def test_tensors_among_arguments() -> None:
+    """Tensors are found in order in whatever arguments nest, and can be replaced there."""
+    a, b, c = (torch.empty(size) for size in (1, 2, 3))
+    arguments = ((a, [b, None], 2, (3, "x")), {"other": c, "dim": (0, 1)})
+    assert [len(each) for each in tensors_in(arguments)] == [1, 2, 3]
+    assert with_tensors_replaced(arguments, len) == ((1, [2, None], 2, (3, "x")), {"other": 3, "dim": (0, 1)})

@@ -1,0 +1,75 @@
+"""The mode in which models run without arithmetic: torch's FakeTensorMode on the CPU, and a short way for views."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch.distributed.tensor import DTensor
+
+from tp_planner.frontend.dispatch import with_tensors_replaced
+
+
+class FakeCpuMode(FakeTensorMode):
+    """Runs ops on fake CPU tensors.
+
+    Tensors that a model made while it was built on the meta device are taken for fake CPU tensors. Other real
+    tensors are refused unless ``allow_non_fake_inputs``.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and type(args[0]) is FakeTensor:
+            return args[0].fake_device
+        if _is_plain_view(func) and not kwargs and type(args[0]) is FakeTensor and args[0].constant is None:
+            view = self._view(func, args)
+            if view is not None:
+                return view
+        if any(map(_is_real, args)):
+            with self:
+                args = with_tensors_replaced(args, _on_cpu)
+        return self.dispatch(func, types, args, kwargs or {})
+
+    def _view(self, func: Any, args: Any) -> FakeTensor | None:
+        """Return a view as torch's own kernel makes it of a tensor without values; None if it refuses.
+
+        Half of all ops are views. FakeTensorMode works them out in Python, and remembers them, which took five times
+        as long. What it says of a view that cannot be is for people to read, so a refusal is left to it.
+        """
+        try:
+            with in_kernel_invocation_manager(self):
+                view = func(*args)
+        except (RuntimeError, ValueError, IndexError):
+            return None
+        return FakeTensor(self, view, args[0].fake_device)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as for WatchingMode
+
+
+@cache
+def _is_plain_view(func: Any) -> bool:
+    """Whether an op makes one view of its first argument, its only tensor."""
+    if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten" or not func.is_view:
+        return False
+    if func in FakeTensorMode.lift_fns or torch.Tag.inplace_view in func.tags:
+        return False
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        return False  # may return its argument, or a copy
+    taken, made = func._schema.arguments, func._schema.returns
+    one_tensor = ["Tensor" in str(each.type) for each in taken] == [True] + [False] * (len(taken) - 1)
+    return one_tensor and [str(each.type) for each in made] == ["Tensor"]
+
+
+def _is_real(leaf: Any) -> bool:
+    """Whether an argument is, or holds, a tensor that is not fake."""
+    kind = type(leaf)
+    return kind is torch.Tensor or kind is torch.nn.Parameter or (kind in (list, tuple) and any(map(_is_real, leaf)))
+
+
+def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    if isinstance(tensor, FakeTensor | DTensor) or not tensor.is_meta:
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
