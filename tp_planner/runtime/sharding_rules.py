@@ -10,16 +10,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Partial as TorchPartial
 from torch.distributed.tensor import Replicate as TorchReplicate
 from torch.distributed.tensor import Shard as TorchShard
 from torch.distributed.tensor.placement_types import _StridedShard
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from tp_planner.frontend.dispatch import WatchingMode
+from tp_planner.frontend.fake_mode import FakeCpuMode
 from tp_planner.frontend.quiet import quiet_torch
 from tp_planner.ir.errors import in_one_line
 from tp_planner.ir.graph import Op, TensorInfo, TensorRef
@@ -38,7 +38,7 @@ class DTensorRules:
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self._mesh = mesh
-        self._fake = FakeTensorMode()
+        self._fake = FakeCpuMode()
         self._answers: dict[Any, Followed | Refused] = {}
         self._questions: dict[Any, int] = {}
         self._numbers: dict[int, int] = {}
@@ -80,7 +80,7 @@ class DTensorRules:
                     return leaf
                 number = op.inputs[leaf.position]
                 tensor = _fake_dtensor(tensors[number], inputs[number], self._mesh)
-                given[leaf.position] = tensor.to_local().shape
+                given[leaf.position] = tensor._local_tensor.shape
                 return tensor
 
             args, kwargs = tree_map(as_dtensor, op.arguments)
@@ -98,7 +98,7 @@ class DTensorRules:
         return _outputs(result, watch.arguments, self._mesh.size())
 
 
-class _LocalCalls(TorchDispatchMode):
+class _LocalCalls(WatchingMode):
     """Remembers how the op was last run on local tensors, and whether anything was communicated."""
 
     def __init__(self, function: Any) -> None:
@@ -108,16 +108,16 @@ class _LocalCalls(TorchDispatchMode):
         self.shapes: list[torch.Size] = []
         self.arguments: tuple[Any, ...] = ()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def watch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
         if func.namespace == "_c10d_functional":
             self.communicated = True
         if func is self.function:
-            leaves = tree_flatten((args, kwargs or {}))[0]
+            leaves = tree_flatten((args, kwargs))[0]
             self.shapes = [leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)]
             self.arguments = tuple(leaf for leaf in leaves if not isinstance(leaf, torch.Tensor))
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def _resolve(name: str) -> Any:
@@ -183,7 +183,7 @@ def _outputs(result: Any, arguments: tuple[Any, ...], parts: int) -> Followed | 
         if placement == Replicate():
             return Refused("has a sharding rule that cannot be right: shards alone cannot give a whole tensor")
         assert isinstance(leaf, DTensor)
-        if leaf.to_local().shape != local_shape(tuple(leaf.shape), placement, parts):
+        if leaf._local_tensor.shape != local_shape(tuple(leaf.shape), placement, parts):
             return Refused("has a sharding rule that cannot be right: its shards are of another shape")
         placements.append(placement)
     return Followed(tuple(placements), arguments)
