@@ -22,3 +22,20 @@ def without_collector() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def only_new_garbage() -> Iterator[None]:
+    """Inside, a collection goes through the objects that were made inside.
+
+    All those of the plan so far are as young as the garbage of the first block that is simulated: going through them
+    takes longer than that block.
+    """
+    if gc.get_freeze_count():  # somebody else has set objects aside, and thawing would give those back too
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

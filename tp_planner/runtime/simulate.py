@@ -27,7 +27,7 @@ from tp_planner.ir.step_log import Twin, collectives_of, memory_of, unfold, work
 from tp_planner.passes.place_boundaries import tensor_names_again
 from tp_planner.runtime.apply import applied_for_simulation
 from tp_planner.runtime.boundaries import Axis
-from tp_planner.runtime.collector import without_collector
+from tp_planner.runtime.collector import only_new_garbage, without_collector
 from tp_planner.runtime.metering import StepMeter
 from tp_planner.runtime.optimizer import adopt_optimizer, updates_all_at_once
 from tp_planner.runtime.repeats import BlockRepeats, multiplicities
@@ -69,7 +69,7 @@ def simulate(
     settings = None if optimizer is None else optimizer.get_config()  # reads values, so before tensors are fake
     meter = StepMeter(axis, plan.axis)
     blocks = BlockRepeats(named_layers(model), graph, repeats, meter)
-    with fake_tensors(), without_collector():
+    with fake_tensors(), without_collector(), only_new_garbage():
         arguments = fake_inputs(model, inputs)
         with applied_for_simulation(model, plan, axis, left_out), blocks.watched():
             updating = None if optimizer is None else _adopted(type(optimizer).from_config, settings, axis)
