@@ -28,14 +28,8 @@ class WatchingMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE_OF and type(args[0]) is FakeTensor:
-            return args[0].fake_device
+            return args[0].device  # of a fake tensor a property, and no op
         return self.watch(func, types, args, kwargs or {})
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # Otherwise torch wraps __torch_dispatch__ to switch its compiler off and on again in every call. No mode is
-        # entered inside a compiled function.
-        return False
 
 
 def tensors_in(tree: Any) -> Iterator[torch.Tensor]:

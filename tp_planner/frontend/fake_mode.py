@@ -20,9 +20,7 @@ class FakeCpuMode(FakeTensorMode):
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default and type(args[0]) is FakeTensor:
-            return args[0].fake_device
-        if _is_plain_view(func) and not kwargs and type(args[0]) is FakeTensor and args[0].constant is None:
+        if _is_plain_view(func) and not kwargs and self.is_our_fake(args[0]) and args[0].constant is None:
             view = self._view(func, args)
             if view is not None:
                 return view
@@ -43,10 +41,6 @@ class FakeCpuMode(FakeTensorMode):
         except (RuntimeError, ValueError, IndexError):
             return None
         return FakeTensor(self, view, args[0].fake_device)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # as for WatchingMode
 
 
 @cache

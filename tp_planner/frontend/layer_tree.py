@@ -62,11 +62,11 @@ def _walk(layer: keras.Layer, prefix: str, seen: set[int]) -> Iterator[tuple[str
 
 
 def _stable_name(layer: keras.Layer) -> str:
+    if layer._trainable_variables or layer._non_trainable_variables:
+        return str(layer.name)
     automatic: str = keras.src.utils.naming.to_snake_case(type(layer).__name__)
     is_automatic = re.fullmatch(rf"{re.escape(automatic)}(_\d+)?", layer.name)
-    if is_automatic and not layer._trainable_variables and not layer._non_trainable_variables and not layer.weights:
-        return automatic
-    return str(layer.name)
+    return automatic if is_automatic and not layer.weights else str(layer.name)
 
 
 def named_variables(model: keras.Model) -> dict[str, Any]:
