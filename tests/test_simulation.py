@@ -50,7 +50,9 @@ def measure(name: str, dtype: str, optimizer: str) -> Measured:
     plan = tp_planner.plan(model, layout_map(case.rules), inputs=x)
     tp_planner.parallelize(model, plan)
     model.train_on_batch(x, y)  # Keras builds optimizer and metrics
-    return Measured(plan.step, metered_step(model, x), metered_training(model, x, y))
+    # Gloo's thread may let go of a tensor a moment after its collective is done, so the least of a few steps is taken.
+    same = min((metered_step(model, x) for _ in range(3)), key=lambda step: step.memory.largest.total)
+    return Measured(plan.step, same, metered_training(model, x, y))
 
 
 def metered_step(model: keras.Model, x: Any) -> Step:
