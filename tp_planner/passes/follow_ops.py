@@ -20,10 +20,14 @@ MOST_CUTS = 64  # ways of cutting the inputs of one function that are tried
 
 @dataclass(frozen=True, slots=True)
 class Followed:
-    """An op that runs on shards without communication: its outputs' placements, its arguments on rank 0."""
+    """An op that runs on shards without communication: its outputs' placements, its arguments on rank 0.
+
+    ``numbers`` are settings that are others on shards: (for whole tensors, for shards).
+    """
 
     outputs: tuple[Placement, ...]
     arguments: tuple[Any, ...]
+    numbers: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ def follow_function(
     """
     refused: Refused | None = None
     for cuts in itertools.islice(_cuts(function, graph, inputs, weights, parts), MOST_CUTS):
-        found = _attempt(function, graph, inputs, cuts, rules)
+        found = _attempt(function, graph, inputs, cuts, weights, rules)
         if isinstance(found, FunctionFollowed):
             return found
         refused = refused or found
@@ -121,6 +125,7 @@ def _attempt(
     graph: ModelGraph,
     inputs: Mapping[int, Placement],
     cuts: Mapping[int, Shard],
+    weights: Set[int],
     rules: ShardingRules,
 ) -> FunctionFollowed | Refused:
     found, outside = FunctionFollowed(cuts=cuts), {**inputs, **cuts}
@@ -143,19 +148,26 @@ def _attempt(
         found.entering |= whole
         found.followed[op.id] = followed
         found.placements.update(zip(op.outputs, followed.outputs, strict=True))
-    return _with_sums(found, function, graph, inputs)
+    return _with_sums(found, function, graph, inputs, weights)
 
 
 def _with_sums(
-    found: FunctionFollowed, function: FunctionCall, graph: ModelGraph, inputs: Mapping[int, Placement]
+    found: FunctionFollowed,
+    function: FunctionCall,
+    graph: ModelGraph,
+    inputs: Mapping[int, Placement],
+    weights: Set[int],
 ) -> FunctionFollowed | Refused:
-    """Return it with its sums at its ends, if its boundaries move no more than to gather the shards it takes."""
+    """Return it with its sums at its ends, if its boundaries move no more than to gather the shards it takes.
+
+    A sharded weight among them is a wish to compute on its shards, whatever that moves.
+    """
     where = f"{function.name} in {graph.calls[function.call].layer!r}"
     found.summed = {tensor for tensor in function.outputs if isinstance(found.placements.get(tensor), Partial)}
     moved = sum(2 * graph.tensors[tensor].bytes for tensor in found.summed)
     moved += sum(graph.tensors[tensor].bytes for tensor in found.cuts if graph.tensors[tensor].requires_grad)
     gathered = sum(graph.tensors[tensor].bytes for tensor, placement in inputs.items() if placement != WHOLE)
-    if moved > gathered:
+    if moved > gathered and not any(inputs[tensor] != WHOLE for tensor in weights & inputs.keys()):
         return Refused(f"{where} would communicate more than it takes to gather its inputs")
     ends = [found.placements.get(tensor, WHOLE) for tensor in function.outputs]
     inner = {tensor: placement for tensor, placement in found.placements.items() if tensor not in function.outputs}
@@ -167,26 +179,27 @@ def _with_sums(
 
 
 def sizes_in_arguments(
-    function: FunctionCall, graph: ModelGraph, placements: Mapping[int, Placement], parts: int
+    function: FunctionCall, graph: ModelGraph, found: FunctionFollowed, parts: int
 ) -> tuple[tuple[int, int, int], ...]:
-    """Return which arguments of a function are sizes of a sharded tensor it returns, as its code writes them.
+    """Return which arguments of a function its code writes for whole tensors, and would have to write for shards.
 
-    Each is (position among the flattened arguments, size of the whole tensor, size of the shard).
+    They are sizes of a sharded tensor that it returns, or a number that its op takes, as the groups of a convolution.
+    Each is (position among the flattened arguments, number for whole tensors, number for shards).
     """
+    numbers = {position: value for position, value in function.constants if type(value) is int}
     if len(function.outputs) != 1:
         return ()
     tensor = function.outputs[0]
-    shape, placement = graph.tensors[tensor].shape, placements.get(tensor, WHOLE)
-    local = local_shape(shape, placement, parts)
-    if local == shape:
-        return ()
-    numbers = {position: value for position, value in function.constants if type(value) is int}
+    shape = graph.tensors[tensor].shape
+    local = local_shape(shape, found.placements.get(tensor, WHOLE), parts)
     for first in numbers:
         written = [numbers.get(first + dim) for dim in range(len(shape))]
-        if all(number in (size, -1) for number, size in zip(written, shape, strict=True)):
+        if local != shape and all(number in (size, -1) for number, size in zip(written, shape, strict=True)):
             return tuple(
                 (first + dim, shape[dim], local[dim])
                 for dim in range(len(shape))
                 if local[dim] != shape[dim] and written[dim] != -1
             )
-    return ()
+    last = {value: position for position, value in numbers.items()}
+    changed = (pair for followed in found.followed.values() for pair in followed.numbers)
+    return tuple((last[whole], whole, local) for whole, local in changed if whole in last)

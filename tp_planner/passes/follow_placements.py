@@ -34,7 +34,11 @@ VariableRead = tuple[str, str]  # name of the layer in whose call it is read, va
 Origin = tuple[Literal["layer", "whole", "sizes"], LayerMode] | tuple[Literal["read"], VariableRead]
 STAYS_WHOLE = Transition(WHOLE, WHOLE)
 SUMMED = Transition(Partial(), WHOLE)
-CASTS = {"aten._to_copy.default", "aten.alias.default", "aten.detach.default"}
+# Ops that make of a variable the same in another dtype or layout.
+SAME_VALUES = {
+    f"aten.{name}"
+    for name in ("_to_copy.default", "_unsafe_view.default", "alias.default", "clone.default", "detach.default")
+} | {f"aten.{name}" for name in ("permute.default", "t.default", "transpose.int", "unsqueeze.default", "view.default")}
 LEAVES_SUM = "leaves a sum over the shards"
 
 
@@ -410,7 +414,7 @@ class _Walker:
         for tensor in found.summed:
             boundary = self._boundary_of(tensor, SUMMED, STAYS_WHOLE)
             self._change(function, output=boundary)
-        sizes = sizes_in_arguments(function, self.graph, self.found.placements, self.parts)
+        sizes = sizes_in_arguments(function, self.graph, found, self.parts)
         layer = self.graph.calls[function.call]
         if sizes and (layer.layer, layer.mode) in self.closings.sizes:
             self._change(function, sizes=sizes)
@@ -597,10 +601,10 @@ class _Walker:
 
 
 def _weights(graph: ModelGraph) -> set[int]:
-    """Return the tensors that are variables, in any dtype."""
+    """Return the tensors that are variables, in any dtype and layout."""
     found = {number for number, info in graph.tensors.items() if info.variable is not None}
     for op in graph.ops:
-        if op.name in CASTS and op.inputs[0] in found:
+        if op.name in SAME_VALUES and op.inputs[0] in found:
             found.update(op.outputs)
     return found
 

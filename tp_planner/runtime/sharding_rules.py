@@ -6,7 +6,7 @@ on exactly the local tensors it was given: no collective and no slice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -52,8 +52,9 @@ class DTensorRules:
             return Refused("runs along a dim")
         key = (self._question(op, tensors), tuple(inputs[tensor] for tensor in op.inputs))
         if key not in self._answers:
-            if op.name == CPU_ATTENTION:
-                self._answers[key] = _follow_cpu_attention(op, tensors, inputs, self._mesh.size())
+            own = OWN_RULES.get(op.name)
+            if own is not None:
+                self._answers[key] = own(op, tensors, inputs, self._mesh.size())
             else:
                 self._answers[key] = self._ask(op, tensors, inputs)
         return self._answers[key]
@@ -208,3 +209,31 @@ def _follow_cpu_attention(
         if inputs[mask] != (Replicate() if broadcast else placement):
             return Refused("takes a mask that is not sharded like the query")
     return Followed((placement, placement), tuple(leaf for leaf in leaves if not isinstance(leaf, TensorRef)))
+
+
+def _follow_convolution(
+    op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement], parts: int
+) -> Followed | Refused:
+    """Convolutions mix all channels of a group and shift in space; DTensor's rule is about sharded space alone.
+
+    input (N, C, *space), weight (O, C / groups, *window), for a transposed one (C, O / groups, *window), bias (O).
+    """
+    arguments, _ = op.arguments
+    transposed, groups = arguments[6], arguments[8]
+    data, weight, *bias = (inputs[op.inputs[each.position]] for each in arguments[:3] if isinstance(each, TensorRef))
+    taken, made = (Shard(0), Shard(1)) if transposed else (Shard(1), Shard(0))
+    constants = tuple(leaf for leaf in tree_flatten(op.arguments)[0] if not isinstance(leaf, TensorRef))
+    if groups == 1 and (data, weight) == (Replicate(), made) and all(each == Shard(0) for each in bias):
+        return Followed((Shard(1),), constants)
+    if groups == 1 and (data, weight) == (Shard(1), taken) and not bias:
+        return Followed((Partial(),), constants)
+    if groups % parts == 0 and (data, weight) == (Shard(1), Shard(0)) and all(each == Shard(0) for each in bias):
+        return Followed((Shard(1),), (*constants[:-1], groups // parts), ((groups, groups // parts),))
+    return Refused("works on all channels at once; sharded are the output channels, or the input channels of both")
+
+
+# Rules for ops for which DTensor has none, or a wrong one.
+OWN_RULES: Mapping[str, Callable[..., Followed | Refused]] = {
+    CPU_ATTENTION: _follow_cpu_attention,
+    "aten.convolution.default": _follow_convolution,
+}
