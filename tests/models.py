@@ -510,6 +510,26 @@ def gemma(
         return randomize(keras.Model(inputs, logits, name="gemma"), seed)
 
 
+def convnet(
+    dtype: str = "float32", *, image: int = 16, channels: int = 8, classes: int = 10, blocks: int = 2, seed: int = 0
+) -> keras.Model:
+    """Residual blocks of convolutions, with batch normalization, up and down again in space: one logit per class."""
+    with building(dtype):
+        layers = keras.layers
+        images = keras.Input((image, image, 3), name="images")
+        x = layers.Conv2D(channels, 3, strides=2, padding="same", name="stem")(images)
+        for block in range(blocks):
+            y = layers.Conv2D(2 * channels, 3, padding="same", use_bias=False, name=f"block_{block}_wide")(x)
+            y = layers.Activation("gelu")(layers.BatchNormalization(name=f"block_{block}_norm")(y))
+            y = layers.DepthwiseConv2D(3, padding="same", name=f"block_{block}_depthwise")(y)
+            x = x + layers.Conv2D(channels, 1, name=f"block_{block}_narrow")(y)
+        y = layers.Conv2D(2 * channels, 3, strides=2, groups=4, name="grouped_wide")(x)
+        x = layers.Conv2DTranspose(channels, 2, strides=2, name="narrow_transposed")(y)
+        y = layers.MaxPooling2D()(layers.Conv2DTranspose(2 * channels, 3, name="wide_transposed")(x))
+        x = layers.GlobalAveragePooling2D()(layers.Conv2D(channels, 3, use_bias=False, name="last_narrow")(y))
+        return randomize(keras.Model(images, layers.Dense(classes, name="head")(x), name="convnet"), seed)
+
+
 def handwritten(
     dtype: str = "float32",
     *,
@@ -659,6 +679,14 @@ _GEMMA_RULES: dict[str, Axes] = {
     "decoder_block_[0-9]+/ffw_gating(_2)?/kernel": (None, "model"),
     "decoder_block_[0-9]+/ffw_linear/kernel": ("model", None),
 }
+_CONVNET_RULES: dict[str, Axes] = {
+    ".*wide/kernel": (None, None, None, "model"),
+    ".*wide_transposed/kernel": (None, None, "model", None),
+    ".*(wide|wide_transposed|depthwise)/bias": ("model",),
+    ".*_norm/.*": ("model",),
+    ".*(depthwise|[0-9]_narrow|last_narrow)/kernel": (None, None, "model", None),
+    "narrow_transposed/kernel": (None, None, None, "model"),
+}
 _HANDWRITTEN_RULES: dict[str, Axes] = {
     "token_embedding/embeddings": ("model", None),
     ".*_attention/(query|key|value)/kernel": (None, "model"),
@@ -695,6 +723,7 @@ CASES: dict[str, Case] = {
         Case("vit", vit, _image_batch, _CROSSENTROPY, _BLOCK_RULES, "vit"),
         Case("llama", llama, _llama_batch, _CROSSENTROPY, _LLAMA_RULES, "llama"),
         Case("gemma", gemma, _llama_batch, _CROSSENTROPY, _GEMMA_RULES, "gemma"),
+        Case("convnet", convnet, _image_batch, _CROSSENTROPY, _CONVNET_RULES, None),
         Case("handwritten", handwritten, _token_batch, _CROSSENTROPY, _HANDWRITTEN_RULES, None),
         Case("subclassed", subclassed, _regression_batch, "MeanSquaredError", _SUBCLASSED_RULES, None),
         Case("tied", tied, _token_batch, _CROSSENTROPY, _TIED_RULES, None),

@@ -9,6 +9,7 @@ or sharded; sums over ranks exist only inside a boundary.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -171,6 +172,8 @@ class _Walker:
         self.used: set[tuple[int, str]] = set()  # (call, variable) whose boundary is placed
         self.by_first_op = {function.ops[0]: function for function in graph.functions or ()}
         self.weights = _weights(graph)
+        self.makers = {tensor: op for op in graph.ops for tensor in op.outputs}
+        self.readers = Counter((op.call, tensor) for op in graph.ops for tensor in op.inputs)
         self.changed: dict[int, dict[int, FunctionPlan]] = {}  # by call, then by the function's first op
         # (call, tensor) -> the functions that read it with shards; None among them stands for an op outside of any
         self.entered_at: dict[tuple[int, int], dict[FunctionCall | None, None]] = {}
@@ -450,10 +453,12 @@ class _Walker:
 
     def _read_inside(self, call: int, tensor: int, info: TensorInfo, origins: frozenset[Origin]) -> None:
         """Let a whole tensor enter at the arguments of the call that reads it with shards, if it can."""
-        positions = self._argument_positions(call, tensor)
-        if positions and (call, tensor) not in self.read_whole and tensor not in self.graph.calls[call].outputs:
+        behind = self._made_from(call, tensor)
+        positions = self._argument_positions(call, behind)
+        read_whole = behind == tensor and (call, tensor) in self.read_whole
+        if positions and not read_whole and tensor not in self.graph.calls[call].outputs:
             for position in positions:
-                self._enter(call, position, tensor)
+                self._enter(call, position, behind)
         elif not info.requires_grad and tensor not in self.from_inputs:
             return
         elif None not in self.entered_at[call, tensor]:
@@ -464,6 +469,14 @@ class _Walker:
             self._conflict(origins, reason, in_code=True)
         else:
             self.found.input_gradients = False
+
+    def _made_from(self, call: int, tensor: int) -> int:
+        """Return the tensor of which ``tensor`` is but another layout, made for it alone in the call's own code."""
+        while (op := self.makers.get(tensor)) is not None and op.call == call and op.name in SAME_VALUES:
+            if len(op.inputs) != 1 or self.readers[call, op.inputs[0]] != 1:
+                break
+            tensor = op.inputs[0]
+        return tensor
 
     def _enter_at_functions(self, call: int, tensor: int) -> None:
         for function in self.entered_at[call, tensor]:
