@@ -234,6 +234,7 @@ class HandwrittenAttention(keras.layers.Layer):
         key, value = (ops.repeat(each, self.heads // self.kv_heads, axis=2) for each in (key, value))
         query, key, value = (ops.transpose(each, (0, 2, 1, 3)) for each in (query, key, value))
         position = ops.arange(self.length)
+        query = ops.multiply(query, ops.cast(self.size**-0.5, query.dtype))
         distance = ops.cast(position[None, :] - position[:, None], query.dtype)
         scores = ops.matmul(query, ops.swapaxes(key, 2, 3))
         scores = scores + ops.tanh(self.slopes)[:, None, None] * distance

@@ -55,6 +55,53 @@ class ScalesAndPassesOn(layers.Layer):
         return x * scale, scale
 
 
+class Written(layers.Layer):
+    """Computes ``code(x, weight)``, the weight one number for each feature."""
+
+    def __init__(self, code: Callable[..., Any], **options: Any) -> None:
+        super().__init__(**options)
+        self.code = code
+
+    def build(self, input_shape: tuple[int, ...]) -> None:
+        self.weight = self.add_weight(shape=(input_shape[-1],), name="weight")
+
+    def call(self, x: Any) -> Any:
+        return self.code(x, self.weight)
+
+
+def rms_norm(x: Any, weight: Any) -> Any:
+    return x * ops.rsqrt(ops.sum(x * x, axis=-1, keepdims=True) / x.shape[-1] + 1e-3) * weight
+
+
+def mean_and_maximum(x: Any, weight: Any) -> Any:
+    return (x - ops.mean(x, axis=-1, keepdims=True)) / ops.max(x * weight, axis=-1, keepdims=True)
+
+
+def best_two(x: Any, weight: Any) -> Any:
+    values, places = ops.top_k(x * weight, 2)
+    return x * ops.sum(values, axis=-1, keepdims=True) + ops.cast(ops.sum(places), x.dtype)
+
+
+def features_with_features(x: Any, weight: Any) -> Any:
+    return ops.einsum("bf,cf->bc", x, x * weight) @ (x + weight)
+
+
+def in_heads(x: Any, weight: Any) -> Any:
+    heads = ops.reshape(x * weight, (-1, 4, 2))
+    return ops.reshape(ops.softmax(ops.matmul(heads, ops.transpose(heads, (0, 2, 1)))) @ heads, (-1, 8))
+
+
+def in_place(x: Any, weight: Any) -> Any:
+    total = ops.zeros_like(x) + weight
+    total += x
+    total *= x
+    return total
+
+
+def written(code: Callable[..., Any]) -> keras.Model:
+    return between(Written(code, name="written"))
+
+
 def between(layer: layers.Layer) -> keras.Model:
     """Return column-parallel, the layer, row-parallel."""
     inputs = keras.Input((6,))
@@ -96,6 +143,45 @@ def passed_on() -> keras.Model:
     return keras.Model(inputs, layers.Dense(4, name="down")(product) * scale, name="passed_on")
 
 
+def packed_projections() -> keras.Model:
+    """One layer for three projections, taken apart again."""
+    inputs = keras.Input((6,))
+    query, key, value = ops.split(layers.Dense(24, name="up")(inputs), 3, axis=-1)
+    return keras.Model(inputs, layers.Dense(4, name="down")(ops.sigmoid(query * key) * value), name="packed")
+
+
+def skip_connections() -> keras.Model:
+    """Down and up again, each level beside the one of its size, as U-Nets are."""
+    inputs = keras.Input((6,))
+    wide = layers.Dense(8, "relu", name="a_up")(inputs)
+    narrow = layers.Dense(4, "relu", name="a_down")(wide)
+    again = layers.Concatenate(name="beside")([layers.Dense(8, "relu", name="b_up")(narrow), wide])
+    return keras.Model(inputs, layers.Add()([layers.Dense(6, name="b_down")(again), inputs]), name="unet")
+
+
+def two_towers() -> keras.Model:
+    """Embeddings of two kinds of ids, in a tower each, and how near they are."""
+    inputs = keras.Input((6,))
+    ids = ops.cast(ops.minimum(ops.abs(inputs) * 8, 15), "int32")
+    towers = []
+    for name, part in (("user", ids[:, :3]), ("item", ids[:, 3:])):
+        x = ops.mean(layers.Embedding(16, 8, name=f"{name}_table")(part), axis=1)
+        towers.append(layers.Dense(4, name=f"{name}_down")(layers.Dense(8, "relu", name=f"{name}_up")(x)))
+    near = layers.Dot(axes=-1, normalize=True, name="near")(towers)
+    return keras.Model(inputs, near * layers.Dense(1, name="bias")(inputs), name="recommender")
+
+
+def several_heads() -> keras.Model:
+    """A trunk inside a model inside a model, and heads for several tasks on it."""
+    trunk = keras.Sequential([layers.Dense(8, "relu", name="up"), layers.Dense(6, name="down")], name="trunk")
+    inner = keras.Input((6,))
+    nested = keras.Model(inner, trunk(inner), name="nested")
+    inputs = keras.Input((6,))
+    shared = nested(inputs)
+    heads = [layers.Dense(4, name=f"{name}_down")(layers.Dense(8, name=f"{name}_up")(shared)) for name in "ab"]
+    return keras.Model(inputs, layers.Concatenate(name="all")([*heads, nested(inputs * 2)]), name="tasks")
+
+
 MODELS: dict[str, Callable[[], keras.Model]] = {
     "constant from a sharded dim": lambda: between(ScaleBySize(name="scale")),
     "scan over the sharded dim": lambda: between(CumulativeSum(name="sum")),
@@ -106,8 +192,21 @@ MODELS: dict[str, Callable[[], keras.Model]] = {
     "shared over ranks": shared_over_ranks,
     "whole tensor twice": whole_tensor_twice,
     "passed on": passed_on,
+    "norm written by hand": lambda: written(rms_norm),
+    "mean and maximum": lambda: written(mean_and_maximum),
+    "best two": lambda: written(best_two),
+    "features with features": lambda: written(features_with_features),
+    "heads": lambda: written(in_heads),
+    "in place": lambda: written(in_place),
+    "layer normalization": lambda: between(layers.LayerNormalization(name="layer_norm")),
+    "group normalization": lambda: between(layers.GroupNormalization(4, name="group_norm")),
+    "packed projections": packed_projections,
+    "skip connections": skip_connections,
+    "two towers": two_towers,
+    "several heads": several_heads,
 }
-PREFIXED = {f".*{pattern}": axes for pattern, axes in MLP.items()} | {"norm/.*": ("model",)}
+PREFIXED = {f".*{pattern}": axes for pattern, axes in MLP.items()}
+PREFIXED |= {"norm/.*": ("model",), ".*_table/embeddings": ("model", None)}
 
 
 def built(build: Callable[[], keras.Model]) -> keras.Model:
