@@ -60,8 +60,8 @@ def metered_step(model: keras.Model, x: Any) -> Step:
     applied = applied_to(model)
     assert applied is not None
     optimizer = type(model.optimizer).__mro__[2].from_config(model.optimizer.get_config())
-    tp_planner.runtime.optimizer.adopt_optimizer(optimizer, applied.axis)
-    meter = StepMeter(applied.axis, "model")
+    tp_planner.runtime.optimizer.adopt_optimizer(optimizer, applied.axes)
+    meter = StepMeter(applied.axes)
     model.zero_grad()
     with without_collector(), BlockRepeats(named_layers(model), None, {}, meter).watched():
         TrainingStep(model, meter, optimizer).run(keras.tree.map_structure(torch.as_tensor, x), {})
@@ -74,7 +74,7 @@ def metered_training(model: keras.Model, x: Any, y: Any) -> Memory:
     """Train on a batch as users do, slots and variables being there before."""
     applied = applied_to(model)
     assert applied is not None
-    meter = StepMeter(applied.axis, "model")
+    meter = StepMeter(applied.axes)
     meter.hold((variable._value for variable in named_variables(model).values()), "parameters")
     meter.hold((slot._value for slot in model.optimizer.variables), "optimizer")
     with meter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import keras
@@ -17,14 +18,15 @@ from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.frontend.layout_map import read_layout_map
 from tp_planner.frontend.trace import require_built
 from tp_planner.ir.errors import PlanError
+from tp_planner.ir.layout import Layout
+from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.plan import Plan
 from tp_planner.planner import make_plan
 from tp_planner.runtime.apply import apply_layers, gathered_value, scatter_from_rank_zero
-from tp_planner.runtime.boundaries import Axis
 from tp_planner.runtime.checking import Recorder, check_first_step, recording
 from tp_planner.runtime.log import log_sharding, logger
 from tp_planner.runtime.model import applied_to, let_go, refuse_jit, take_over
-from tp_planner.runtime.process_group import model_mesh, require_process_group, this_device
+from tp_planner.runtime.process_group import job_axes, require_process_group, this_device
 from tp_planner.runtime.rendezvous import exchange, meet
 
 
@@ -33,6 +35,7 @@ def plan(
     layout_map: keras.distribution.LayoutMap,
     inputs: Any = None,
     optimizer: str | keras.optimizers.Optimizer | None = None,
+    batch_axis: str | None = None,
 ) -> Plan:
     """Return how ``model`` would be sharded under ``layout_map``; needs no device and changes nothing.
 
@@ -44,6 +47,8 @@ def plan(
             batch dim is planned with size 2: give a batch of the size you train with for its memory.
         optimizer: makes the update of the simulated training step: a Keras optimizer, or the name of one. By
             default the one that the model is compiled with, if it is.
+        batch_axis: the mesh axis over which the batch is split; across it lie replicas of the model, each of which
+            sees its own share. By default the mesh's first axis if two are larger than 1; else there is none.
 
     Raises:
         PlanError: with every problem of the model, the mesh and the rules.
@@ -53,7 +58,14 @@ def plan(
     """
     require_built(model)
     _require_plain(model)
-    return make_plan(model, read_layout_map(layout_map), inputs, read_optimizer(optimizer, model))
+    layout = read_layout(layout_map, batch_axis)
+    return make_plan(model, layout, inputs, read_optimizer(optimizer, model))
+
+
+def read_layout(layout_map: Any, batch_axis: str | None) -> Layout:
+    """Return the rules of a LayoutMap on its mesh, with the batch split over ``batch_axis`` where it is named."""
+    layout = read_layout_map(layout_map)
+    return replace(layout, mesh=layout.mesh.across(batch_axis))
 
 
 def parallelize(
@@ -61,6 +73,7 @@ def parallelize(
     layout_map_or_plan: keras.distribution.LayoutMap | Plan,
     inputs: Any = None,
     check: Literal["first_step"] | None = None,
+    batch_axis: str | None = None,
 ) -> keras.Model:
     """Shard ``model`` over the devices of its mesh and return it; every process of the job has to call it.
 
@@ -73,26 +86,34 @@ def parallelize(
         inputs: as for ``plan``.
         check: "first_step" compares the collectives of the first training step by Keras with the plan; all ranks
             raise ContractError if they differ on any.
+        batch_axis: as for ``plan``, of which a plan has its own. Each replica is called on its own share of the batch,
+            the ranks of one replica on the same; gradients are averaged over the samples of all.
 
     Raises:
         PlanError: if the layout cannot be planned, the plan does not fit the model, the number of processes is
             not the size of the mesh, or ranks made different plans. The model is then as before on all ranks.
     """
-    mesh = layout_map_or_plan.mesh if isinstance(layout_map_or_plan, Plan) else read_layout_map(layout_map_or_plan).mesh
+    given = layout_map_or_plan
+    if isinstance(given, Plan) and batch_axis not in (None, given.mesh.batch_axis):
+        raise PlanError(
+            f"batch_axis is {batch_axis!r}, the plan was made for {given.mesh.batch_axis!r}; plan again with batch_axis="
+        )
+    layout = given if isinstance(given, Plan) else read_layout(given, batch_axis)
     if check not in (None, "first_step"):
         raise PlanError(f"check is {check!r}; it is 'first_step' or None")
-    require_process_group(mesh.size)
-    chosen = _agree(lambda: _choose(model, layout_map_or_plan, inputs))
+    require_process_group(layout.mesh.size)
+    _agree_on_mesh(layout.mesh)
+    axes = job_axes(layout.mesh)
+    chosen = _agree(lambda: _choose(model, layout, inputs))
     _share_random_state()
-    axis = Axis.of(model_mesh(chosen.axis))
-    applied = apply_layers(model, chosen, axis, scatter_from_rank_zero(this_device()))
+    applied = apply_layers(model, chosen, axes, scatter_from_rank_zero(this_device(), chosen.mesh))
     applied.commit()
     for variable in chosen.variables:
-        log_sharding(variable, applied.placed[variable.key].variable, axis)
+        log_sharding(variable, applied.placed[variable.key].variable, axes.model)
     take_over(model, applied)
     if check is not None:
         check_first_step(model, applied)
-    if axis.rank == 0:
+    if dist.get_rank() == 0:
         for note in chosen.notes:
             logger.warning("[ModelParallel] %s", note)
     return model
@@ -170,15 +191,24 @@ def _require_values(model: keras.Model) -> None:
         )
 
 
-def _choose(model: keras.Model, layout_map_or_plan: keras.distribution.LayoutMap | Plan, inputs: Any) -> Plan:
+def _choose(model: keras.Model, layout_or_plan: Layout | Plan, inputs: Any) -> Plan:
     """Return the plan to apply, once everything that can be wrong with it was looked at."""
     require_built(model)
     _require_plain(model)
-    chosen = layout_map_or_plan if isinstance(layout_map_or_plan, Plan) else plan(model, layout_map_or_plan, inputs)
+    chosen = layout_or_plan if isinstance(layout_or_plan, Plan) else plan(model, layout_or_plan, inputs)
     _require_fit(model, chosen)
     _require_values(model)
     refuse_jit(model)
     return chosen
+
+
+def _agree_on_mesh(mesh: Mesh) -> None:
+    """Raise PlanError on all ranks unless they have the same mesh, for which process groups are made together."""
+    mine = f"({mesh})" + (f", the batch over {mesh.batch_axis!r}" if mesh.batch_axis else "")
+    answers = exchange("tp_planner.parallelize", mine)
+    if len(set(answers)) > 1:
+        meshes = "; ".join(f"rank {rank}: {answer}" for rank, answer in enumerate(answers))
+        raise PlanError(f"ranks have different meshes ({meshes}); give all of them the same")
 
 
 def _agree(choose: Callable[[], Plan]) -> Plan:

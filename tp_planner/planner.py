@@ -18,14 +18,15 @@ from tp_planner.ir.layout import Layout
 from tp_planner.ir.placement import local_shape
 from tp_planner.ir.plan import LayerPlan, Plan, VariablePlan
 from tp_planner.ir.step import NO_STEP
+from tp_planner.passes.bucket_gradients import bucket_gradients
 from tp_planner.passes.choose_styles import choose_styles
 from tp_planner.passes.honor_output_rules import honor_output_rules
 from tp_planner.passes.place_boundaries import close, place_boundaries, write_layer_plans
 from tp_planner.passes.resolve_rules import Resolution, resolve_rules
 from tp_planner.progress import stage
-from tp_planner.runtime.boundaries import Axis
+from tp_planner.runtime.boundaries import Axes
 from tp_planner.runtime.collector import without_collector
-from tp_planner.runtime.process_group import planning_mesh
+from tp_planner.runtime.process_group import planning_axes
 from tp_planner.runtime.prove import prove
 from tp_planner.runtime.sharding_rules import DTensorRules
 from tp_planner.runtime.simulate import simulate
@@ -46,6 +47,7 @@ def make_plan(
         PlanError: with everything that is wrong with the model, the mesh or the rules.
     """
     require_built(model)
+    layout = replace(layout, mesh=layout.mesh.across(layout.mesh.batch_axis))
     with naming_once(model), without_collector():
         layers, variables = survey(model)
         resolution = resolve_rules(layout, variables, {name: layer.path for name, layer in layers.items()})
@@ -67,7 +69,8 @@ class _Job:
 
     def planned_alike(self, layer: str) -> Hashable:
         """Return what the rules say of a layer, for layers are planned alike only if that is equal."""
-        own = tuple(self.resolution.variables[key].placement for key in self.layers[layer].variables)
+        resolved = (self.resolution.variables[key] for key in self.layers[layer].variables)
+        own = tuple((each.placement, each.batch_placement) for each in resolved)
         return own, layer in self.resolution.outputs
 
     def plan(self, blocks: Blocks) -> Plan | None:
@@ -79,8 +82,8 @@ class _Job:
         closings, notes = honor_output_rules(self.resolution.outputs, styles, axis)
         stage(f"tracing {self.model.name}")
         graphs, start = self._trace(blocks), closings
-        with planning_mesh(parts, axis) as mesh:
-            rules, model_axis = DTensorRules(mesh), Axis(mesh, axis, parts, 0)
+        with planning_axes(self.layout.mesh) as axes:
+            rules, one_replica = DTensorRules(axes.model.mesh), Axes(axes.mesh, axes.model)
             while True:
                 stage(f"placing boundaries of {self.model.name}")
                 placing = place_boundaries(graphs, stored, styles, closings, rules, parts)
@@ -92,19 +95,19 @@ class _Job:
                     layers = write_layer_plans(graphs, walks, styles, closings)
                     plan = self._write(graphs[0], layers, all(walk.input_gradients for walk in walks), notes)
                     stage(f"proving the plan of {self.model.name}")
-                    conflicts = prove(self.model, self.inputs, plan, graphs, walks, model_axis)
+                    conflicts = prove(self.model, self.inputs, plan, graphs, walks, one_replica)
                     if not conflicts:
-                        return self._simulated(plan, graphs[0], model_axis)
+                        return self._simulated(self._across_replicas(plan), graphs[0], axes)
                 if graphs[0].functions is not None:
                     closings = close(closings, conflicts)
                 else:  # boundaries at the functions inside layers may do
                     stage(f"tracing functions of {self.model.name}")
                     graphs, closings = self._trace(blocks, functions=True), start
 
-    def _simulated(self, plan: Plan, graph: ModelGraph, axis: Axis) -> Plan:
+    def _simulated(self, plan: Plan, graph: ModelGraph, axes: Axes) -> Plan:
         """Return the plan with what its training step takes."""
         stage(f"simulating a training step of {self.model.name}")
-        found = simulate(self.model, self.inputs, plan, graph, axis, self.optimizer)
+        found = simulate(self.model, self.inputs, plan, graph, axes, self.optimizer)
         return replace(plan, collectives=found.collectives, step=found.step, notes=plan.notes + found.notes)
 
     def _trace(self, blocks: Blocks, functions: bool = False) -> list[ModelGraph]:
@@ -121,6 +124,21 @@ class _Job:
         plan = self.plan(Blocks.none())
         assert plan is not None
         return plan
+
+    def _across_replicas(self, plan: Plan) -> Plan:
+        """Return the plan with what replicas store and communicate among themselves."""
+        if plan.replicas == 1:
+            return plan
+        across = {key: resolved.batch_placement for key, resolved in self.resolution.variables.items()}
+        variables = tuple(
+            replace(
+                each,
+                batch_placement=across[each.key],
+                local_shape=local_shape(each.local_shape, across[each.key], plan.replicas),
+            )
+            for each in plan.variables
+        )
+        return replace(plan, variables=variables, buckets=bucket_gradients(variables))
 
     def _write(
         self, graph: ModelGraph, layers: tuple[LayerPlan, ...], input_gradients: bool, notes: tuple[str, ...]

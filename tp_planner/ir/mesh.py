@@ -11,9 +11,14 @@ from tp_planner.ir.errors import PlanError
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Named mesh axes with their sizes, in order, e.g. ``Mesh((("batch", 1), ("model", 8)))``."""
+    """Named mesh axes with their sizes, in order, e.g. ``Mesh((("batch", 1), ("model", 8)))``.
+
+    Ranks are counted along the last axis first. ``split`` names the axis over which the batch is split, where that
+    is said; ``across`` sets it.
+    """
 
     axes: tuple[tuple[str, int], ...]
+    split: str | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -41,19 +46,55 @@ class Mesh:
         return dict(self.axes)[name]
 
     @property
-    def model_axis(self) -> str:
-        """The one axis that layers are split over: the axis larger than 1, else the last axis.
-
-        Raises PlanError if two axes are larger than 1.
-        """
+    def batch_axis(self) -> str | None:
+        """The axis over which the batch is split: the one that is named, else the first of several larger than 1."""
         wide = [name for name, size in self.axes if size > 1]
+        return self.split if self.split is not None or len(wide) < 2 else self.axes[0][0]
+
+    @property
+    def model_axis(self) -> str:
+        """The one axis that layers are split over: of all but the batch axis the one larger than 1, else the last.
+
+        Raises PlanError if two of these are larger than 1.
+        """
+        batch = self.batch_axis
+        others = [(name, size) for name, size in self.axes if name != batch]
+        wide = [name for name, size in others if size > 1]
         if len(wide) > 1:
-            shape = ", ".join(f"{name}={size}" for name, size in self.axes)
             raise PlanError(
-                f"mesh ({shape}) has {len(wide)} axes larger than 1; tensor parallelism uses one: "
-                f"give all but one of them size 1"
+                f"mesh ({self}) has {len(wide)} axes larger than 1 besides {batch!r}, over which the batch is split; "
+                f"layers are split over one: give all but one of {', '.join(map(repr, wide))} size 1, or name "
+                f"another batch_axis"
             )
-        return wide[0] if wide else self.axes[-1][0]
+        return wide[0] if wide else others[-1][0]
+
+    @property
+    def replicas(self) -> int:
+        """Number of copies of the model, each of which sees its own share of the batch."""
+        return 1 if self.batch_axis is None else self.axis_size(self.batch_axis)
+
+    def across(self, batch_axis: str | None) -> Mesh:
+        """Return this mesh with the batch split over ``batch_axis``; where there is no other axis, with one of size 1.
+
+        Raises PlanError if the mesh has no such axis.
+        """
+        if batch_axis is None:
+            return self
+        if batch_axis not in self.names:
+            known = ", ".join(map(repr, self.names))
+            raise PlanError(f"batch_axis is {batch_axis!r}, the mesh has {known}; name one of these")
+        alone = len(self.axes) == 1
+        model = "model" if batch_axis != "model" else "layers"
+        return Mesh((*self.axes, (model, 1)) if alone else self.axes, batch_axis)
+
+    def coordinate(self, rank: int, axis: str) -> int:
+        """Return the place of a rank on an axis.
+
+        >>> Mesh((("batch", 2), ("model", 4))).coordinate(6, "batch")
+        1
+        """
+        following = self.axes[self.names.index(axis) + 1 :]
+        return rank // math.prod(size for _, size in following) % self.axis_size(axis)
 
     def to_json(self) -> dict[str, int]:
         return dict(self.axes)

@@ -51,6 +51,7 @@ class Partial:
 
 
 Placement = Replicate | Shard | StridedShard | Partial
+WHOLE = Replicate()
 
 
 def parse_placement(text: str) -> Placement:

@@ -12,7 +12,7 @@ from tp_planner.ir.contract import Recording, check_contract
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import LayoutRule
 from tp_planner.ir.mesh import Mesh
-from tp_planner.ir.placement import Placement, Shape, collective_between
+from tp_planner.ir.placement import WHOLE, Placement, Shape, Shard, collective_between
 from tp_planner.ir.step import Collective, CollectiveKind, Step
 
 Style = Literal["column", "row", "vocabulary", "batched", "elementwise", "gathered", "replicated"]
@@ -57,7 +57,11 @@ class Boundary:
 
 @dataclass(frozen=True, slots=True)
 class VariablePlan:
-    """Where one variable is stored."""
+    """Where one variable is stored.
+
+    Over the batch axis it is what the model axis left that is cut once more: each part is one of ``batch_placement``
+    of the shard that ``placement`` says.
+    """
 
     key: str
     path: str
@@ -66,9 +70,15 @@ class VariablePlan:
     dtype: str
     itemsize: int
     trainable: bool
-    placement: Placement
+    placement: Placement  # on the model axis
     rule: str | None  # pattern of the layout rule that decided, if any
     reason: str
+    batch_placement: Placement = WHOLE
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no rank stores the whole variable."""
+        return isinstance(self.placement, Shard) or isinstance(self.batch_placement, Shard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +168,10 @@ class Plan:
     """All decisions for one model, layout and mesh.
 
     ``fingerprint`` identifies the model the plan was made for: its variables (path, shape, dtype) and
-    layers, in order. ``inputs`` are the global shapes and dtypes the model was traced with. ``collectives`` are
-    those of one training step, in order of execution, and ``step`` is what else it takes of one rank.
+    layers, in order. ``inputs`` are the shapes and dtypes that one replica of the model was traced with.
+    ``collectives`` are those of one training step, in order of execution, and ``step`` is what else it takes of one
+    rank. ``buckets`` are the keys of variables whose gradients are averaged over the batch axis together, in the
+    order in which that begins.
     """
 
     model: str
@@ -174,11 +186,17 @@ class Plan:
     step: Step
     input_gradients: bool  # whether gradients with respect to the model's inputs are right, not only its variables'
     notes: tuple[str, ...]
+    buckets: tuple[tuple[str, ...], ...] = ()
 
     @property
     def axis_size(self) -> int:
         """Number of ranks the layers are split over."""
         return self.mesh.axis_size(self.axis)
+
+    @property
+    def replicas(self) -> int:
+        """Number of copies of the model, each of which sees its own share of the batch."""
+        return self.mesh.replicas
 
     @property
     def hash(self) -> str:

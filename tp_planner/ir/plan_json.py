@@ -9,7 +9,7 @@ from typing import Any
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import LayoutRule
 from tp_planner.ir.mesh import Mesh
-from tp_planner.ir.placement import local_shape, parse_placement
+from tp_planner.ir.placement import Replicate, local_shape, parse_placement
 from tp_planner.ir.plan import (
     Boundary,
     FunctionPlan,
@@ -90,15 +90,18 @@ def _encode_variable(variable: VariablePlan) -> dict[str, Any]:
         "itemsize": variable.itemsize,
         "trainable": variable.trainable,
         "placement": str(variable.placement),
+        "batch_placement": str(variable.batch_placement),
         "rule": variable.rule,
         "reason": variable.reason,
     }
 
 
-def _decode_variable(data: Mapping[str, Any], parts: int) -> VariablePlan:
+def _decode_variable(data: Mapping[str, Any], parts: int, replicas: int) -> VariablePlan:
     shape, placement = tuple(data["shape"]), parse_placement(data["placement"])
-    if tuple(data["local_shape"]) != local_shape(shape, placement, parts):
-        raise ValueError(f"local shape {data['local_shape']} of {data['key']!r} is not {placement} of {list(shape)}")
+    across = parse_placement(data["batch_placement"])
+    if tuple(data["local_shape"]) != local_shape(local_shape(shape, placement, parts), across, replicas):
+        cut = f"{placement}, {across}" if across != Replicate() else f"{placement}"
+        raise ValueError(f"local shape {data['local_shape']} of {data['key']!r} is not {cut} of {list(shape)}")
     return VariablePlan(
         data["key"],
         data["path"],
@@ -110,6 +113,7 @@ def _decode_variable(data: Mapping[str, Any], parts: int) -> VariablePlan:
         placement,
         data["rule"],
         data["reason"],
+        across,
     )
 
 
@@ -187,6 +191,7 @@ def encode_plan(plan: Plan) -> dict[str, Any]:
         "fingerprint": plan.fingerprint,
         "mesh": [[name, size] for name, size in plan.mesh.axes],
         "axis": plan.axis,
+        "batch_axis": plan.mesh.batch_axis,
         "inputs": [[list(shape), dtype] for shape, dtype in plan.inputs],
         "rules": [
             {
@@ -205,6 +210,7 @@ def encode_plan(plan: Plan) -> dict[str, Any]:
         "step": encode_step(plan.step),
         "input_gradients": plan.input_gradients,
         "notes": list(plan.notes),
+        "buckets": [list(bucket) for bucket in plan.buckets],
     }
 
 
@@ -214,7 +220,7 @@ def _decode_rule(data: Mapping[str, Any]) -> RuleReport:
 
 
 def _decode_plan(data: Mapping[str, Any]) -> Plan:
-    mesh = Mesh(tuple((name, size) for name, size in data["mesh"]))
+    mesh = Mesh(tuple((name, size) for name, size in data["mesh"])).across(data["batch_axis"])
     parts = mesh.axis_size(data["axis"])
     return Plan(
         model=data["model"],
@@ -223,7 +229,7 @@ def _decode_plan(data: Mapping[str, Any]) -> Plan:
         axis=data["axis"],
         inputs=tuple((tuple(shape), dtype) for shape, dtype in data["inputs"]),
         rules=tuple(_decode_rule(rule) for rule in data["rules"]),
-        variables=tuple(_decode_variable(variable, parts) for variable in data["variables"]),
+        variables=tuple(_decode_variable(variable, parts, mesh.replicas) for variable in data["variables"]),
         layers=tuple(_decode_layer(layer) for layer in data["layers"]),
         collectives=tuple(
             Collective(**{name: collective[name] for name in _COLLECTIVE_FIELDS}) for collective in data["collectives"]
@@ -231,4 +237,5 @@ def _decode_plan(data: Mapping[str, Any]) -> Plan:
         step=decode_step(data["step"]),
         input_gradients=data["input_gradients"],
         notes=tuple(data["notes"]),
+        buckets=tuple(tuple(bucket) for bucket in data["buckets"]),
     )

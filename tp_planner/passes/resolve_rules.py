@@ -11,18 +11,20 @@ from dataclasses import dataclass
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.graph import VariableInfo
 from tp_planner.ir.layout import Layout, LayoutRule
-from tp_planner.ir.placement import Placement, Replicate, Shard, chunk_sizes
+from tp_planner.ir.mesh import Mesh
+from tp_planner.ir.placement import WHOLE, Placement, Replicate, Shard, chunk_sizes
 from tp_planner.ir.plan import RuleReport
 from tp_planner.passes.check_rules import check_rules, matching_rules
 
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """One variable's placement on the model axis, the pattern that decided and why."""
+    """One variable's placement on the model axis, the pattern that decided and why, and that on the batch axis."""
 
     placement: Placement
     rule: str | None
     reason: str
+    batch_placement: Placement = WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +55,7 @@ def resolve_rules(layout: Layout, variables: Mapping[str, VariableInfo], layer_p
     owner = {key: _naming(layout, variable.path) for key, variable in variables.items()}
     outputs = {name: _naming(layout, f"{path}/output") for name, path in layer_paths.items()}
     named = {name: rule for name, rule in outputs.items() if rule is not None}
-    axis = layout.mesh.model_axis
-    parts = layout.mesh.axis_size(axis)
-    resolved = {key: _resolve(variable, owner[key], axis, parts) for key, variable in variables.items()}
+    resolved = {key: _resolve(variable, owner[key], layout.mesh) for key, variable in variables.items()}
     reports = tuple(_report(rule, owner, named) for rule in layout.rules)
     ignored = [
         f"variable {variables[key].path!r} is named by layout rule {each.rule!r} but stays whole: {each.reason}"
@@ -85,18 +85,28 @@ def sharded_dim(rule: LayoutRule, axis: str) -> int | None:
     return None
 
 
-def _resolve(variable: VariableInfo, rule: LayoutRule | None, axis: str, parts: int) -> Resolved:
+def _resolve(variable: VariableInfo, rule: LayoutRule | None, mesh: Mesh) -> Resolved:
     if rule is None:
         return Resolved(Replicate(), None, "no layout rule names it")
-    dim = sharded_dim(rule, axis)
-    if dim is None:
-        return Resolved(Replicate(), rule.pattern, f"rule {rule} does not shard it over {axis!r}")
-    if parts == 1:
-        return Resolved(Replicate(), rule.pattern, f"mesh axis {axis!r} has size 1")
-    if variable.kept_whole:
+    axis, parts = mesh.model_axis, mesh.axis_size(mesh.model_axis)
+    dim, batch_dim = sharded_dim(rule, axis), _batch_dim(rule, mesh)
+    whole_in_replica = dim is None or parts == 1
+    if variable.kept_whole and not (whole_in_replica and batch_dim is None):
         return Resolved(Replicate(), rule.pattern, variable.kept_whole)
+    across, stored = Replicate() if batch_dim is None else Shard(batch_dim), ""
+    if batch_dim is not None:
+        stored = f"; stored in {mesh.replicas} parts over {mesh.batch_axis!r}, put together for use"
+    if dim is None:
+        return Resolved(Replicate(), rule.pattern, f"rule {rule} does not shard it over {axis!r}{stored}", across)
+    if parts == 1:
+        return Resolved(Replicate(), rule.pattern, f"mesh axis {axis!r} has size 1{stored}", across)
+    uneven = ""
     if variable.shape[dim] % parts:
         sizes = chunk_sizes(variable.shape[dim], parts)
         uneven = f"; {variable.shape[dim]} does not divide by {parts}, so ranks hold {', '.join(map(str, sizes))}"
-        return Resolved(Shard(dim), rule.pattern, f"rule {rule}{uneven}")
-    return Resolved(Shard(dim), rule.pattern, f"rule {rule}")
+    return Resolved(Shard(dim), rule.pattern, f"rule {rule}{uneven}{stored}", across)
+
+
+def _batch_dim(rule: LayoutRule, mesh: Mesh) -> int | None:
+    """Return the dim that the rule shards over the batch axis, where that has more than one rank."""
+    return sharded_dim(rule, mesh.batch_axis) if mesh.batch_axis is not None and mesh.replicas > 1 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,23 +16,28 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from tp_planner.frontend.layer_tree import named_layers, named_variables, own_variables
-from tp_planner.ir.placement import Placement, Replicate, Shard, local_shape
-from tp_planner.ir.plan import LayerPlan, Plan
-from tp_planner.runtime.boundaries import Axis
+from tp_planner.ir.mesh import Mesh
+from tp_planner.ir.placement import Replicate, Shard
+from tp_planner.ir.plan import LayerPlan, Plan, VariablePlan
+from tp_planner.runtime.averaging import Averaging, Bucket
+from tp_planner.runtime.boundaries import Axes, Axis
 from tp_planner.runtime.calls import Reader, Site
+from tp_planner.runtime.parts import let_go_after_calls
 from tp_planner.runtime.regularization import parallel_constraint, parallel_regularizer
+from tp_planner.runtime.replicas import Replicas
 from tp_planner.runtime.styles import STYLES, LayerCalls, Undo, open_scope, refuse_input_gradients
 from tp_planner.runtime.variables import (
+    Sharding,
     make_parallel,
     make_plain,
-    own_shard,
     read_as,
+    read_whole,
     sharded_parameter,
     whole_tensor,
 )
 
-# Returns this rank's stored tensor of a variable: (variable, placement, axis) -> local tensor
-Scatter = Callable[[Any, Placement, Axis], torch.Tensor]
+# Returns this rank's stored tensor of a variable: (variable, sharding) -> local tensor
+Scatter = Callable[[Any, Sharding], torch.Tensor]
 
 
 @dataclass
@@ -56,9 +62,15 @@ class Applied:
     """A plan applied to a model: what was done, and how to undo it."""
 
     plan: Plan
-    axis: Axis
+    axes: Axes
+    replicas: Replicas | None = None
     placed: dict[str, PlacedVariable] = field(default_factory=dict)
     undo: list[Undo] = field(default_factory=list)
+
+    @property
+    def axis(self) -> Axis:
+        """The model axis."""
+        return self.axes.model
 
     def commit(self) -> None:
         """Let go of the whole values; from now on they are spread over the ranks."""
@@ -100,20 +112,20 @@ def gathered_value(key: str, placed: PlacedVariable) -> torch.nn.Parameter:
 
 
 def apply_layers(
-    model: keras.Model, plan: Plan, axis: Axis, scatter: Scatter, left_out: frozenset[str] = frozenset()
+    model: keras.Model, plan: Plan, axes: Axes, scatter: Scatter, left_out: frozenset[str] = frozenset()
 ) -> Applied:
     """Place the model's variables and hook its layers as ``plan`` says.
 
     Args:
         model: a plain model for which the plan was made.
         plan: the plan.
-        axis: the model axis.
+        axes: the axes of the plan's mesh.
         scatter: makes this rank's stored tensor of a variable.
-        left_out: layers that stay as they are, by name.
+        left_out: layers that stay as they are, by name; none if there are replicas.
 
     If anything fails, the model is as before.
     """
-    applied = Applied(plan, axis)
+    applied = Applied(plan, axes, None if axes.batch is None else Replicas(axes.batch))
     layers = {name: layer for name, layer in named_layers(model).items() if name not in left_out}
     by_layer: dict[str, dict[str, LayerPlan]] = {}
     for layer_plan in plan.layers:
@@ -126,13 +138,25 @@ def apply_layers(
             open_scope(layers[name], id(model), name, applied.undo)
         for name, layer in layers.items():
             modes = by_layer.get(name, {})
-            calls = LayerCalls(modes, placer.readers(modes), axis, id(model))
+            calls = LayerCalls(modes, placer.readers(layer, modes), axes.model, id(model))
             style = STYLES[next(iter(modes.values())).style if modes else "replicated"]
-            parallelize_module(layer, axis.mesh, style(calls, placer.place, applied.undo))
+            parallelize_module(layer, axes.model.mesh, style(calls, placer.place, applied.undo))
+        if applied.replicas is not None:
+            _join_replicas(model, applied, applied.replicas, placer)
     except BaseException:
         applied.revert(model, old_value)
         raise
     return applied
+
+
+def _join_replicas(model: keras.Model, applied: Applied, replicas: Replicas, placer: _Placer) -> None:
+    """Let replicas average their gradients, and put their parts of variables together for use."""
+    hook = model.register_forward_pre_hook(replicas.see, with_kwargs=True)
+    applied.undo.append(hook.remove)
+    for layer in placer.layers_with_parts():
+        applied.undo += [handle.remove for handle in let_go_after_calls(layer)]
+    handles = Averaging(replicas, placer.buckets()).watch()
+    applied.undo += [handle.remove for handle in handles]
 
 
 def _scopes(plan: Plan, layers: Mapping[str, Any]) -> set[str]:
@@ -165,6 +189,7 @@ class _Placer:
     def __init__(self, model: keras.Model, applied: Applied, scatter: Scatter) -> None:
         self.applied, self.rebind, self.scatter = applied, Rebinding(model), scatter
         self.plans = {variable.key: variable for variable in applied.plan.variables}
+        self.layers = list(named_layers(model).values())
         self.names = {id(layer): name for name, layer in named_layers(model).items()}
         self.variables = named_variables(model)
         self.keys = {id(variable): key for key, variable in self.variables.items()}
@@ -175,16 +200,46 @@ class _Placer:
             if not use.boundary.is_identity or use.boundary.forward.source != Replicate()
         }
 
-    def readers(self, modes: dict[str, LayerPlan]) -> dict[str, dict[int, Reader]]:
+    def readers(self, layer: keras.Layer, modes: dict[str, LayerPlan]) -> dict[str, dict[int, Reader]]:
         """Return, by mode, how each variable is read in the layer's calls."""
         variables, axis = self.variables, self.applied.axis
+        keys = {id(variable): self.keys[id(variable)] for variable in own_variables(layer)}
+        in_parts = [(each, key) for each, key in keys.items() if self._in_parts(key)]
         return {
-            mode: {
+            mode: {each: functools.partial(read_whole, site=Site(plan.layer, key)) for each, key in in_parts}
+            | {
                 id(variables[use.variable]): read_as(use.boundary, axis, Site(plan.layer, use.variable))
                 for use in plan.uses
             }
             for mode, plan in modes.items()
         }
+
+    def _in_parts(self, key: str) -> bool:
+        """Whether replicas store a variable in parts."""
+        return isinstance(self.plans[key].batch_placement, Shard)
+
+    def layers_with_parts(self) -> list[keras.Layer]:
+        """Return the layers that read variables which replicas store in parts."""
+        used = {plan.layer for plan in self.applied.plan.layers for use in plan.uses if self._in_parts(use.variable)}
+        return [
+            layer
+            for layer in self.layers
+            if self.names[id(layer)] in used or any(self._in_parts(self.keys[id(v)]) for v in own_variables(layer))
+        ]
+
+    def buckets(self) -> list[Bucket]:
+        """Return the plan's buckets, and behind them one for each other variable, which may be trained later."""
+        planned = [
+            Bucket([self.variables[key] for key in keys], Site("", f"gradients {number}"), always=True)
+            for number, keys in enumerate(self.applied.plan.buckets)
+        ]
+        known = {key for keys in self.applied.plan.buckets for key in keys}
+        others = [
+            Bucket([variable], Site("", f"gradient {key}"), always=False)
+            for key, variable in self.variables.items()
+            if key not in known and not self._in_parts(key) and variable._value.is_floating_point()
+        ]
+        return planned + others
 
     def place(self, layer: keras.Layer) -> None:
         """Give each of the layer's own variables the value that this rank stores."""
@@ -194,16 +249,17 @@ class _Placer:
                 self._place(key, variable, self.names[id(layer)])
 
     def _place(self, key: str, variable: Any, layer: str) -> None:
-        plan, axis, old = self.plans[key], self.applied.axis, variable._value
-        local = self.scatter(variable, plan.placement, axis)
+        plan, axes, old = self.plans[key], self.applied.axes, variable._value
+        sharding = Sharding(axes, plan.placement, plan.batch_placement)
+        local = self.scatter(variable, sharding)
         trainable = old.requires_grad and old.is_floating_point()
-        if isinstance(plan.placement, Shard):
-            new = sharded_parameter(local, plan.shape, plan.placement, axis, trainable)
+        if sharding.cuts:
+            new = sharded_parameter(local, plan.shape, sharding, trainable)
         elif isinstance(local, FakeTensor):
             new = torch.nn.Parameter(local, requires_grad=trainable)
         else:
             new = old  # the same object: a torch module inside the model may hold it too
-        parallel = isinstance(plan.placement, Shard) or key in self.converted
+        parallel = bool(sharding.cuts) or key in self.converted
         regularizer, constraint = variable._regularizer, variable._constraint
         self.applied.placed[key] = PlacedVariable(
             variable, old.device, parallel, regularizer, constraint, old, old.data if new is old else None
@@ -211,45 +267,49 @@ class _Placer:
         if new is old:
             old.data = local
         if parallel:
-            make_parallel(variable, new, plan.placement, axis)
+            make_parallel(variable, new, sharding, self.applied.replicas)
         else:
             variable._value = new
         self.rebind(old, new)
-        if isinstance(plan.placement, Shard):
-            penalty, limit = Site(layer, f"penalty of {key}"), Site(layer, f"constraint of {key}")
-            variable._regularizer = regularizer and parallel_regularizer(regularizer, axis, penalty)
+        self._restrict(variable, plan, layer)
+
+    def _restrict(self, variable: Any, plan: VariablePlan, layer: str) -> None:
+        """Let regularizer and constraint of a sharded variable be functions of its whole value."""
+        if plan.is_sharded:
+            penalty, limit = Site(layer, f"penalty of {plan.key}"), Site(layer, f"constraint of {plan.key}")
+            regularizer, constraint = variable._regularizer, variable._constraint
+            variable._regularizer = regularizer and parallel_regularizer(regularizer, plan.placement, self.applied.axis, penalty)
             variable._constraint = constraint and parallel_constraint(constraint, limit)
 
 
-def scatter_from_rank_zero(device: torch.device) -> Scatter:
+def scatter_from_rank_zero(device: torch.device, mesh: Mesh) -> Scatter:
     """Return a scatter that makes rank 0's values the truth, one variable at a time.
 
     Only rank 0's value is read. Sharded values are cut on the device they are on, and only the shards move.
     """
 
-    def scatter(variable: Any, placement: Placement, axis: Axis) -> torch.Tensor:
+    def scatter(variable: Any, sharding: Sharding) -> torch.Tensor:
         value = variable._value.detach()
-        shape = local_shape(tuple(variable.shape), placement, axis.size, axis.rank)
+        shape = sharding.local_shape(tuple(variable.shape))
         local = torch.empty(shape, dtype=variable._value.dtype, device=device)
         with torch.no_grad():
-            if not isinstance(placement, Shard):
-                if axis.rank == 0:
+            if not sharding.cuts:
+                if dist.get_rank() == 0:
                     local.copy_(value)
                 dist.broadcast(local, 0)
                 return local
-            return _scatter_shards(value, variable, placement, axis, local)
+            return _scatter_shards(value, sharding, mesh, local)
 
     return scatter
 
 
-def _scatter_shards(
-    value: torch.Tensor, variable: Any, placement: Shard, axis: Axis, local: torch.Tensor
-) -> torch.Tensor:
+def _scatter_shards(value: torch.Tensor, sharding: Sharding, mesh: Mesh, local: torch.Tensor) -> torch.Tensor:
     """Send each rank its chunk from rank 0, one rank after the other, so that rank 0 holds one chunk more at most."""
-    if axis.rank == 0:
-        local.copy_(own_shard(value, placement, axis))
-        for rank in range(1, axis.size):
-            chunk = own_shard(value, placement, Axis(axis.mesh, axis.name, axis.size, rank))
+    if dist.get_rank() == 0:
+        local.copy_(sharding.own(value))
+        for rank in range(1, dist.get_world_size()):
+            places = [mesh.coordinate(rank, axis.name) for axis in sharding.axes.all]
+            chunk = sharding.at(places).own(value)
             if chunk.numel():
                 dist.send(chunk.to(local.device).contiguous(), rank)
     elif local.numel():
@@ -259,15 +319,15 @@ def _scatter_shards(
 
 @contextlib.contextmanager
 def applied_for_simulation(
-    model: keras.Model, plan: Plan, axis: Axis, left_out: frozenset[str] = frozenset()
+    model: keras.Model, plan: Plan, axes: Axes, left_out: frozenset[str] = frozenset()
 ) -> Iterator[Applied]:
     """Apply the plan with fake shards, on the same code path as for real, and undo it afterwards."""
 
-    def empty(variable: Any, placement: Placement, axis: Axis) -> torch.Tensor:
-        shape = local_shape(tuple(variable.shape), placement, axis.size, axis.rank)
+    def empty(variable: Any, sharding: Sharding) -> torch.Tensor:
+        shape = sharding.local_shape(tuple(variable.shape))
         return torch.empty(shape, dtype=variable._value.dtype, device="cpu")
 
-    applied = apply_layers(model, plan, axis, empty, left_out)
+    applied = apply_layers(model, plan, axes, empty, left_out)
     try:
         yield applied
     finally:

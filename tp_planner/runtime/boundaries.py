@@ -24,7 +24,7 @@ _reduce_scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduc
 
 @dataclass(frozen=True)
 class Axis:
-    """The model axis of a running job: its 1-D device mesh, and this process's place on it."""
+    """One mesh axis of a running job: its 1-D device mesh, and this process's place on it."""
 
     mesh: DeviceMesh
     name: str
@@ -35,6 +35,19 @@ class Axis:
     def of(cls, mesh: DeviceMesh) -> Axis:
         assert mesh.ndim == 1 and mesh.mesh_dim_names is not None
         return cls(mesh, mesh.mesh_dim_names[0], mesh.size(), mesh.get_local_rank())
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The axes of a running job. ``batch`` is None where there is one replica; ``mesh`` has the model axis first."""
+
+    mesh: DeviceMesh
+    model: Axis
+    batch: Axis | None = None
+
+    @property
+    def all(self) -> tuple[Axis, ...]:
+        return (self.model,) if self.batch is None else (self.model, self.batch)
 
 
 def change(tensor: torch.Tensor, transition: Transition, axis: Axis, site: Site) -> torch.Tensor:

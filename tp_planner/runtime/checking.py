@@ -38,7 +38,7 @@ class Recorder:
 @contextlib.contextmanager
 def recording(model: keras.Model, applied: Applied) -> Iterator[Recorder]:
     """Record what the parallel ``model`` communicates inside."""
-    collectives = CollectiveRecorder(applied.axis, applied.plan.axis)
+    collectives = CollectiveRecorder(applied.axes)
     recorder = Recorder(collectives)
     hook = model.register_forward_pre_hook(recorder.see_inputs, with_kwargs=True)
     try:

@@ -19,8 +19,8 @@ def log_sharding(plan: VariablePlan, variable: Any, axis: Axis) -> None:
     """Log how one variable was placed: the whole tensor once, on rank 0, and this rank's part of it."""
     if not logger.isEnabledFor(logging.INFO):
         return
-    local, sharded = local_tensor(variable), isinstance(plan.placement, Shard)
-    if isinstance(plan.placement, Shard) and axis.rank == 0:
+    local, sharded = local_tensor(variable), plan.is_sharded
+    if isinstance(plan.placement, Shard) and dist.get_rank() == 0:
         names = [f"cuda:{rank}" if local.is_cuda else f"cpu:{rank}" for rank in range(axis.size)]
         logger.info(
             "[ModelParallel] Sharding tensor '%s' | Original shape: %s | Shard axis: %d | Devices: %s",

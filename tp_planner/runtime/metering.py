@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from tp_planner.frontend.dispatch import tensors_in
 from tp_planner.ir.step import Collective, Phase
 from tp_planner.ir.step_log import Began, Freed, Kernel, StepLog, StorageKind
-from tp_planner.runtime.boundaries import Axis
+from tp_planner.runtime.boundaries import Axes
 from tp_planner.runtime.recording import LOCAL_OPS, CollectiveRecorder
 
 
@@ -31,8 +31,8 @@ class StepMeter(CollectiveRecorder):
     ``stands_for`` says of how many equal variables a storage is one; 1 where it has no entry.
     """
 
-    def __init__(self, axis: Axis, name: str) -> None:
-        super().__init__(axis, name)
+    def __init__(self, axes: Axes) -> None:
+        super().__init__(axes)
         self.log = StepLog()
         self.stands_for: dict[int, int] = {}
         self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}

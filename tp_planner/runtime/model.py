@@ -38,7 +38,7 @@ def take_over(model: keras.Model, applied: Applied) -> None:
     _override(model, "compile", _compiling(model, applied), applied)
     adopt_at_first_use()
     if getattr(model, "optimizer", None) is not None:
-        adopt_optimizer(model.optimizer, applied.axis)
+        adopt_optimizer(model.optimizer, applied.axes)
 
 
 def let_go(model: keras.Model) -> None:
@@ -72,7 +72,7 @@ def _compiling(model: keras.Model, applied: Applied) -> Callable[..., Any]:
         result = plain(model, *args, **kwargs)
         refuse_jit(model)
         if model.optimizer is not None:
-            adopt_optimizer(model.optimizer, applied.axis)
+            adopt_optimizer(model.optimizer, applied.axes)
         return result
 
     return compiling

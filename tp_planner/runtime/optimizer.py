@@ -17,16 +17,17 @@ import keras
 import torch
 from torch.distributed.tensor import DTensor
 
-from tp_planner.ir.placement import Partial, Placement, Replicate, Shard, local_shape
+from tp_planner.ir.placement import Partial, Replicate
 from tp_planner.ir.plan import Transition
-from tp_planner.runtime.boundaries import Axis, change, gather
+from tp_planner.runtime.boundaries import Axes, Axis, change
 from tp_planner.runtime.calls import Site, reading_local_values, standing_at
 from tp_planner.runtime.variables import (
+    Sharding,
     is_sharded,
+    is_sharded_over,
     local_tensor,
     make_parallel,
     make_plain,
-    own_shard,
     sharded_parameter,
     whole_tensor,
 )
@@ -47,7 +48,7 @@ class ParallelOptimizer:
 
     _slots: list[tuple[Any, Any]]  # (variable, slot) of sharded variables
     _updated: Sequence[Any]  # the variables of the update that is running
-    _axis: Axis
+    _axes: Axes
 
     def add_variable_from_reference(
         self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
@@ -63,8 +64,7 @@ class ParallelOptimizer:
             return create()
         with keras.device("meta"):
             slot = create()
-        placement = reference_variable._stored.placement
-        local = _initial_shard(keras.initializers.get(initializer), slot, placement, self._axis)
+        local = _initial_shard(keras.initializers.get(initializer), slot, reference_variable._stored.sharding)
         local = local.to(local_tensor(reference_variable).device)
         bind_slot(self, reference_variable, slot, local)
         return slot
@@ -88,7 +88,7 @@ class ParallelOptimizer:
             return
         for grad, variable in zip(grads, trainable_variables, strict=True):
             with self._whole_values(variable):
-                update([_whole_gradient(grad, variable, self._axis)], [variable])
+                update([_whole_gradient(grad, variable)], [variable])
 
     @contextlib.contextmanager
     def _whole_values(self, variable: Any) -> Iterator[None]:
@@ -101,7 +101,7 @@ class ParallelOptimizer:
         try:
             yield
             for each in sharded:
-                local_tensor(each).copy_(own_shard(each._stored.whole, each._stored.placement, self._axis))
+                local_tensor(each).copy_(each._stored.sharding.own(each._stored.whole))
         finally:
             for each in sharded:
                 each._stored.whole = None
@@ -115,11 +115,20 @@ class ParallelOptimizer:
         return clipped
 
     def _squared_norms(self, grads: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the squared norm of each whole gradient; one all-reduce for all of them."""
+        """Return the squared norm of each whole gradient; one all-reduce over an axis for all of them."""
         squared = torch.stack([grad.square().sum() for grad in grads])
-        sharded = torch.tensor([is_sharded(variable) for variable in self._updated], device=squared.device)
-        summed = change(torch.where(sharded, squared, 0), SUM_OVER_RANKS, self._axis, CLIPPING)
-        return torch.where(sharded, summed, squared)
+        for axis in self._axes_of(self._updated):
+            sharded = [is_sharded_over(variable, axis) for variable in self._updated]
+            mask = torch.tensor(sharded, device=squared.device)
+            summed = change(torch.where(mask, squared, 0), SUM_OVER_RANKS, axis, CLIPPING)
+            squared = torch.where(mask, summed, squared)
+        return squared
+
+    def _axes_of(self, variables: Sequence[Any]) -> Iterator[Axis]:
+        """Yield the axes whose ranks have different gradients: the model axis, and the batch axis if it cuts any."""
+        yield self._axes.model
+        if self._axes.batch is not None and any(is_sharded_over(each, self._axes.batch) for each in variables):
+            yield self._axes.batch
 
     def _clip_each(self, grads: Sequence[torch.Tensor], limit: float) -> Sequence[torch.Tensor]:
         norms = self._squared_norms(grads).sqrt()
@@ -136,7 +145,9 @@ class ParallelOptimizer:
     def check_finite(self, grads: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return whether all gradients are finite on all ranks, so that all ranks scale the loss alike."""
         finite = super().check_finite(grads)  # type: ignore[misc]
-        not_finite = change((~finite).to(torch.float32).reshape(1), SUM_OVER_RANKS, self._axis, LOSS_SCALE)
+        not_finite = (~finite).to(torch.float32).reshape(1)
+        for axis in self._axes_of(self.inner_optimizer._trainable_variables):  # type: ignore[attr-defined]
+            not_finite = change(not_finite, SUM_OVER_RANKS, axis, LOSS_SCALE)
         return (not_finite == 0).reshape(())
 
 
@@ -173,20 +184,20 @@ def _parallel_class(plain: type) -> type:
     return type(plain.__name__, (ParallelOptimizer, plain), names)
 
 
-def adopt_optimizer(optimizer: Any, axis: Axis) -> None:
+def adopt_optimizer(optimizer: Any, axes: Axes) -> None:
     """Let an optimizer update sharded variables; slots that exist already are sharded now."""
     if not isinstance(optimizer, keras.optimizers.Optimizer) or isinstance(optimizer, ParallelOptimizer):
         return
     inner = getattr(optimizer, "inner_optimizer", None)
     if inner is not None:
-        adopt_optimizer(inner, axis)
-    optimizer.__dict__["_slots"], optimizer.__dict__["_axis"] = [], axis
+        adopt_optimizer(inner, axes)
+    optimizer.__dict__["_slots"], optimizer.__dict__["_axes"] = [], axes
     plain: type = type(optimizer)
     optimizer.__class__ = _parallel_class(plain)
     _adopted.add(optimizer)
     if optimizer.built and inner is None:
         for variable, slot in existing_slots(optimizer):
-            local = own_shard(slot._value.detach(), variable._stored.placement, axis).clone()
+            local = variable._stored.sharding.own(slot._value.detach()).clone()
             bind_slot(optimizer, variable, slot, local.to(local_tensor(variable).device))
 
 
@@ -208,7 +219,7 @@ def _adopting(plain: Any) -> Any:
         sharded = next((variable for variable in known if is_sharded(variable)), None)
         if sharded is None or isinstance(self, ParallelOptimizer):
             return plain(self, grads, variables)
-        adopt_optimizer(self, sharded._stored.axis)
+        adopt_optimizer(self, sharded._stored.sharding.axes)
         return self.apply(grads, variables)
 
     apply.adopts = True  # type: ignore[attr-defined]
@@ -233,15 +244,14 @@ def release_optimizer(optimizer: Any) -> None:
     for _, slot in optimizer._slots:
         make_plain(slot, torch.nn.Parameter(whole_tensor(slot), requires_grad=False))
     optimizer.__class__ = type(optimizer).__mro__[2]
-    del optimizer.__dict__["_slots"], optimizer.__dict__["_axis"]
+    del optimizer.__dict__["_slots"], optimizer.__dict__["_axes"]
     optimizer.__dict__.pop("_updated", None)
 
 
 def bind_slot(optimizer: Any, variable: Any, slot: Any, local: torch.Tensor) -> None:
     """Make ``slot`` a sharded variable placed like ``variable``, with ``local`` as this rank's shard."""
-    placement, axis = variable._stored.placement, optimizer._axis
-    parameter = sharded_parameter(local, tuple(slot.shape), placement, axis, requires_grad=False)
-    make_parallel(slot, parameter, placement, axis)
+    sharding = variable._stored.sharding
+    make_parallel(slot, sharded_parameter(local, tuple(slot.shape), sharding, requires_grad=False), sharding)
     optimizer._slots.append((variable, slot))
 
 
@@ -261,24 +271,23 @@ def existing_slots(optimizer: Any) -> list[tuple[Any, Any]]:
     return found
 
 
-def _initial_shard(initializer: Any, slot: Any, placement: Placement, axis: Axis) -> torch.Tensor:
+def _initial_shard(initializer: Any, slot: Any, sharding: Sharding) -> torch.Tensor:
     shape = tuple(slot.shape)
     constant = (keras.initializers.Zeros, keras.initializers.Ones, keras.initializers.Constant)
     with keras.device("cpu"):
         if isinstance(initializer, constant):
-            value: torch.Tensor = initializer(local_shape(shape, placement, axis.size, axis.rank), dtype=slot._dtype)
+            value: torch.Tensor = initializer(sharding.local_shape(shape), dtype=slot._dtype)
             return value
-        whole: torch.Tensor = own_shard(initializer(shape, dtype=slot._dtype), placement, axis)
+        whole: torch.Tensor = sharding.own(initializer(shape, dtype=slot._dtype))
         return whole.clone()
 
 
-def _whole_gradient(gradient: torch.Tensor, variable: Any, axis: Axis) -> torch.Tensor:
+def _whole_gradient(gradient: torch.Tensor, variable: Any) -> torch.Tensor:
     if not is_sharded(variable):
         return gradient
-    placement = variable._stored.placement
-    assert isinstance(placement, Shard)
     with standing_at(_update_of(variable)):
-        return gather(gradient, placement.dim, variable.shape[placement.dim], axis)
+        whole: torch.Tensor = variable._stored.sharding.whole(gradient, tuple(variable.shape))
+        return whole
 
 
 def _update_of(variable: Any) -> Site:

@@ -11,6 +11,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tp_planner.ir.errors import PlanError
+from tp_planner.ir.mesh import Mesh
+from tp_planner.runtime.boundaries import Axes, Axis
+from tp_planner.runtime.rendezvous import meet
 
 
 def require_process_group(size: int) -> None:
@@ -76,34 +79,91 @@ def this_device() -> torch.device:
     return torch.device("cpu")
 
 
-def model_mesh(axis: str) -> DeviceMesh:
-    """Return the 1-D mesh of all ranks, its one axis named ``axis``."""
-    return init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=(axis,))
+def job_axes(mesh: Mesh) -> Axes:
+    """Return the axes of this job, which has as many ranks as the mesh.
+
+    Where there are several replicas, process groups are made for each axis the first time: all ranks have to ask for
+    the same mesh together.
+    """
+    device_mesh = _device_mesh(mesh)
+    if mesh.batch_axis is None or mesh.replicas == 1:
+        return Axes(device_mesh, Axis.of(device_mesh))
+    return Axes(device_mesh, Axis.of(device_mesh[mesh.model_axis]), Axis.of(device_mesh[mesh.batch_axis]))
+
+
+_made: dict[Mesh, DeviceMesh] = {}
+_made_for: list[object] = []  # the process group that they belong to
+
+
+def _device_mesh(mesh: Mesh) -> DeviceMesh:
+    if mesh.batch_axis is None or mesh.replicas == 1:
+        return init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=(mesh.model_axis,))
+    if _made_for != [dist.group.WORLD]:
+        _made.clear()
+        _made_for[:] = [dist.group.WORLD]
+    if mesh not in _made:
+        _made[mesh] = DeviceMesh(
+            device_type(), _ranks(mesh), mesh_dim_names=(mesh.model_axis, mesh.batch_axis)
+        )
+    return _made[mesh]
+
+
+def _ranks(mesh: Mesh) -> torch.Tensor:
+    """Return the rank at each place: (model axis, batch axis)."""
+    assert mesh.batch_axis is not None
+    ranks = torch.empty(mesh.axis_size(mesh.model_axis), mesh.replicas, dtype=torch.int)
+    for rank in range(mesh.size):
+        ranks[mesh.coordinate(rank, mesh.model_axis), mesh.coordinate(rank, mesh.batch_axis)] = rank
+    return ranks
 
 
 @contextlib.contextmanager
-def planning_mesh(parts: int, axis: str) -> Iterator[DeviceMesh]:
-    """Yield a mesh of ``parts`` ranks for fake tensors, without any device.
+def planning_axes(mesh: Mesh) -> Iterator[Axes]:
+    """Yield the axes of a job on ``mesh`` as rank 0 sees them, for fake tensors, without any device.
 
-    Outside a job torch's fake process group stands in and is gone afterwards; inside one the job's own group
-    is used, on which collectives of fake tensors return at once. The axis has a name of its own, because DTensor
-    remembers results, rank 0's coordinates among them, for all meshes that compare equal.
+    Outside a job torch's fake process group stands in and is gone afterwards; inside one the job's own groups
+    are used, on which collectives of fake tensors return at once. Device meshes have axis names of their own, because
+    DTensor remembers results, rank 0's coordinates among them, for all meshes that compare equal.
 
     Raises:
         PlanError: inside a job of another size.
     """
     if dist.is_initialized():
-        if dist.get_world_size() != parts:
+        if dist.get_world_size() != mesh.size:
             raise PlanError(
-                f"this process belongs to a job of {dist.get_world_size()} ranks and cannot plan for {parts}; "
+                f"this process belongs to a job of {dist.get_world_size()} ranks and cannot plan for {mesh.size}; "
                 f"plan in a process without a process group"
             )
-        yield init_device_mesh(device_type(), (parts,), mesh_dim_names=(f"planned {axis}",))
+        if mesh.replicas > 1 and (mesh not in _made or _made_for != [dist.group.WORLD]):
+            meet(f"tp_planner.plan on mesh ({mesh})")
+        yield _as_rank_zero(mesh, _renamed(_device_mesh(mesh)))
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=parts)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=mesh.size)
     try:
-        yield init_device_mesh("cpu", (parts,), mesh_dim_names=(f"planned {axis}",))
+        yield _as_rank_zero(mesh, _renamed(_device_mesh(mesh)))
     finally:
+        _made.clear()
         dist.destroy_process_group()
+
+
+def _renamed(device_mesh: DeviceMesh) -> DeviceMesh:
+    """Return a mesh over the same process groups with axis names of its own."""
+    assert device_mesh.mesh_dim_names is not None
+    names = tuple(f"planned {name}" for name in device_mesh.mesh_dim_names)
+    if device_mesh.ndim == 1:
+        return init_device_mesh(device_mesh.device_type, (device_mesh.size(),), mesh_dim_names=names)
+    groups = device_mesh.get_all_groups()
+    return DeviceMesh.from_group(groups, device_mesh.device_type, device_mesh.mesh, mesh_dim_names=names)
+
+
+def _as_rank_zero(mesh: Mesh, device_mesh: DeviceMesh) -> Axes:
+    assert device_mesh.mesh_dim_names is not None
+    if device_mesh.ndim == 1:
+        return Axes(device_mesh, Axis(device_mesh, mesh.model_axis, device_mesh.size(), 0))
+    model, batch = (device_mesh[name] for name in device_mesh.mesh_dim_names)
+    assert mesh.batch_axis is not None
+    return Axes(
+        device_mesh, Axis(model, mesh.model_axis, model.size(), 0), Axis(batch, mesh.batch_axis, batch.size(), 0)
+    )

@@ -27,7 +27,7 @@ from tp_planner.ir.placement import Placement, Replicate, Shape, local_shape
 from tp_planner.ir.plan import Plan
 from tp_planner.passes.follow_placements import Conflict, Origin, Walk
 from tp_planner.runtime.apply import applied_for_simulation
-from tp_planner.runtime.boundaries import Axis
+from tp_planner.runtime.boundaries import Axes
 from tp_planner.runtime.calls import running
 
 # Ops that change no value. What a chain of them does is determined by the shapes at its ends, which are compared.
@@ -43,7 +43,7 @@ SHAPED_OPS = {"aten.expand.default"}
 
 
 def prove(
-    model: keras.Model, inputs: Any, plan: Plan, graphs: Sequence[ModelGraph], walks: Sequence[Walk], axis: Axis
+    model: keras.Model, inputs: Any, plan: Plan, graphs: Sequence[ModelGraph], walks: Sequence[Walk], axes: Axes
 ) -> list[Conflict]:
     """Return where computing on local shards would not be what the plan assumes; nothing if it is proven.
 
@@ -53,17 +53,17 @@ def prove(
         plan: the plan to prove.
         graphs: the traces the plan was made from.
         walks: the placements found on them.
-        axis: a mesh of the planned size, fake or real.
+        axes: those of a mesh of the planned size, fake or real.
     """
     conflicts: list[Conflict] = []
     with fake_tensors():
         arguments = fake_inputs(model, inputs)
         # Made before the variables are fake: a torch module inside the model reads its own parameters.
         recorders = [Recorder(model, repeats=graph.repeats, left_out=graph.repeated_layers) for graph in graphs]
-        with applied_for_simulation(model, plan, axis, repeated_layers(graphs)):
+        with applied_for_simulation(model, plan, axes, repeated_layers(graphs)):
             for graph, walk, recorder in zip(graphs, walks, recorders, strict=True):
                 recorder.know(named_variables(model))
-                conflicts += _compare_run(model, arguments, graph, walk, recorder, axis.size)
+                conflicts += _compare_run(model, arguments, graph, walk, recorder, axes.model.size)
     return conflicts
 
 

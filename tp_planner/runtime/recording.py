@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from tp_planner.frontend.dispatch import WatchingMode, tensors_in
 from tp_planner.frontend.layer_tree import named_layers
 from tp_planner.ir.step import Collective, CollectiveKind, Phase
-from tp_planner.runtime.boundaries import Axis
+from tp_planner.runtime.boundaries import Axes
 from tp_planner.runtime.calls import running
 
 # By the names of torch's functional collectives, and of the older ones that work in place.
@@ -51,16 +51,14 @@ REASONS: dict[str, str] = {
 
 
 class CollectiveRecorder(WatchingMode):
-    """Records the collectives that run while it is entered, in order.
+    """Records the collectives that run on these axes, and elsewhere, while it is entered, in order."""
 
-    ``name`` is what the plan calls the axis.
-    """
-
-    def __init__(self, axis: Axis, name: str) -> None:
+    def __init__(self, axes: Axes) -> None:
         super().__init__()
         self.collectives: list[Collective] = []
-        self._axis, self._name = axis, name
-        self._group = axis.mesh.get_group().group_name
+        self._axes = {axis.mesh.get_group().group_name: axis for axis in axes.all}
+        # Older collectives do not say their group; of one axis they are taken to be on it.
+        self._only = axes.model if axes.batch is None else None
         self.phase: Phase = "forward"
         self._calling: list[str] = []  # the layers whose calls are running
         self.asked = ""  # the op on DTensors that is running: what communicates in it does so for this op
@@ -114,11 +112,11 @@ class CollectiveRecorder(WatchingMode):
         sent = _input_of(kind, name, args)
         layer = site.layer if site else (self._calling[-1] if self._calling else "")
         functional = op.startswith("_c10d_functional")
-        on_axis = not functional or args[-1] == self._group
+        axis = self._axes.get(args[-1]) if functional else self._only
         return Collective(
             kind=kind,
-            axis=self._name if on_axis else "",
-            group_size=self._axis.size if on_axis else torch.distributed.get_world_size(),
+            axis="" if axis is None else axis.name,
+            group_size=torch.distributed.get_world_size() if axis is None else axis.size,
             bytes=sum(tensor.numel() * tensor.element_size() for tensor in sent),
             layer=layer,
             place=site.place if site else "",

@@ -26,7 +26,7 @@ from tp_planner.ir.step import Collective, Step
 from tp_planner.ir.step_log import Twin, collectives_of, memory_of, unfold, work_of
 from tp_planner.passes.place_boundaries import tensor_names_again
 from tp_planner.runtime.apply import applied_for_simulation
-from tp_planner.runtime.boundaries import Axis
+from tp_planner.runtime.boundaries import Axes
 from tp_planner.runtime.collector import only_new_garbage, without_collector
 from tp_planner.runtime.metering import StepMeter
 from tp_planner.runtime.optimizer import adopt_optimizer, updates_all_at_once
@@ -48,7 +48,7 @@ def simulate(
     inputs: Any,
     plan: Plan,
     graph: ModelGraph,
-    axis: Axis,
+    axes: Axes,
     optimizer: keras.optimizers.Optimizer | None,
 ) -> Simulation:
     """Return what one training step takes of rank 0.
@@ -58,21 +58,21 @@ def simulate(
         inputs: as for ``trace``.
         plan: the plan to simulate.
         graph: the trace of a training call that the plan was made from.
-        axis: a mesh of the planned size, fake or real.
+        axes: those of a mesh of the planned size, fake or real.
         optimizer: makes the update; it is not changed.
 
     Raises:
         PlanError: if the forward or backward pass fails on fake tensors.
     """
-    repeats = graph.repeats if _blocks_are_independent(model, graph, optimizer) else {}
+    repeats = graph.repeats if axes.batch is None and _blocks_are_independent(model, graph, optimizer) else {}
     left_out = graph.repeated_layers if repeats else frozenset()
     settings = None if optimizer is None else optimizer.get_config()  # reads values, so before tensors are fake
-    meter = StepMeter(axis, plan.axis)
+    meter = StepMeter(axes)
     blocks = BlockRepeats(named_layers(model), graph, repeats, meter)
     with fake_tensors(), without_collector(), only_new_garbage():
         arguments = fake_inputs(model, inputs)
-        with applied_for_simulation(model, plan, axis, left_out), blocks.watched():
-            updating = None if optimizer is None else _adopted(type(optimizer).from_config, settings, axis)
+        with applied_for_simulation(model, plan, axes, left_out), blocks.watched():
+            updating = None if optimizer is None else _adopted(type(optimizer).from_config, settings, axes)
             variables = {key for layer in left_out for key in graph.layers[layer].variables}
             step = TrainingStep(model, meter, updating, variables)
             _hold_left_out_variables(meter, plan, variables)
@@ -213,8 +213,8 @@ def _hold_left_out_variables(meter: StepMeter, plan: Plan, left_out: Set[str]) -
             meter.log.allocate(math.prod(variable.local_shape) * variable.itemsize, "parameters")
 
 
-def _adopted(make: Callable[[Any], keras.optimizers.Optimizer], settings: Any, axis: Axis) -> Any:
+def _adopted(make: Callable[[Any], keras.optimizers.Optimizer], settings: Any, axes: Axes) -> Any:
     """Return a new optimizer with these settings and no slots, adopted for sharded variables."""
     copied = make(settings)
-    adopt_optimizer(copied, axis)
+    adopt_optimizer(copied, axes)
     return copied

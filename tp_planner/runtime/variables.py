@@ -1,7 +1,8 @@
 """Keras variables whose value is sharded.
 
 A parallel variable is the user's own Variable object with another class and a DTensor inside. Its shape is the
-whole shape everywhere. Its ``value`` is
+whole shape everywhere. It is cut over the model axis, and what a rank holds of it there may be cut once more over the
+batch axis: then the parts are put together before each use, and let go after it. Its ``value`` is
 
 - during a planned layer call, what the plan says the layer reads: a plain local tensor, gradients flowing back;
 - during an optimizer update, this rank's plain shard;
@@ -11,7 +12,7 @@ whole shape everywhere. Its ``value`` is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,26 +23,75 @@ from keras.src.backend.common.stateless_scope import get_stateless_scope, in_sta
 from keras.src.backend.torch.core import get_device, to_torch_dtype
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Replicate as TorchReplicate
 from torch.distributed.tensor import Shard as TorchShard
 
-from tp_planner.ir.placement import Partial, Placement, Replicate, Shard, chunk_sizes
+from tp_planner.ir.placement import WHOLE, Partial, Placement, Replicate, Shape, Shard, chunk_sizes, local_shape
 from tp_planner.ir.plan import Boundary, Transition
-from tp_planner.runtime.boundaries import Axis, cross, gather, reduce_to_shard
+from tp_planner.runtime.boundaries import Axes, Axis, cross, gather, reduce_to_shard
 from tp_planner.runtime.calls import Reader, Site, running, standing_at
+from tp_planner.runtime.parts import Parts, put_together
 from tp_planner.runtime.rendezvous import meet
+from tp_planner.runtime.replicas import Replicas
 
 BackendVariable = type(keras.Variable(0.0, name="probe"))
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a variable is cut: over the model axis, then each piece over the batch axis."""
+
+    axes: Axes
+    placement: Placement
+    batch_placement: Placement = WHOLE
+
+    @property
+    def cuts(self) -> tuple[tuple[Shard, Axis], ...]:
+        """The cuts that are made, in order."""
+        placed = zip((self.placement, self.batch_placement), self.axes.all, strict=False)
+        return tuple((placement, axis) for placement, axis in placed if isinstance(placement, Shard))
+
+    def local_shape(self, shape: Shape) -> Shape:
+        """Return the shape of what this rank stores of a tensor of ``shape``."""
+        for placement, axis in self.cuts:
+            shape = local_shape(shape, placement, axis.size, axis.rank)
+        return shape
+
+    def own(self, value: Any) -> Any:
+        """Return what this rank stores of a whole tensor or array."""
+        for placement, axis in self.cuts:
+            value = own_shard(value, placement, axis)
+        return value
+
+    def whole(self, part: torch.Tensor, shape: Shape) -> torch.Tensor:
+        """Return the whole tensor of ``shape``, gathered from all ranks; no gradient flows through it."""
+        lengths = []
+        for placement, axis in self.cuts:
+            lengths.append((placement.dim, shape[placement.dim], axis))
+            shape = local_shape(shape, placement, axis.size, axis.rank)
+        for dim, length, axis in reversed(lengths):
+            part = gather(part, dim, length, axis)
+        return part
+
+    def at(self, places: Sequence[int]) -> Sharding:
+        """Return the sharding as the rank at these places on the axes has it."""
+        moved = [replace(axis, rank=rank) for axis, rank in zip(self.axes.all, places, strict=True)]
+        return replace(self, axes=Axes(self.axes.mesh, *moved))
 
 
 @dataclass
 class Stored:
     """How a parallel variable is stored, and what restoring it needs."""
 
-    axis: Axis
-    placement: Placement
+    sharding: Sharding
     plain_class: type
+    replicas: Replicas | None = None  # of a variable whose gradients the batch axis averages
     gathering: Callable[[Any], np.ndarray] | None = None  # set while ranks save together
     whole: torch.Tensor | None = None  # set while a non-elementwise update works on the whole value
+
+    @property
+    def placement(self) -> Placement:
+        return self.sharding.placement
 
 
 class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
@@ -102,7 +152,7 @@ class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
         elif isinstance(value, DTensor):
             value = value.redistribute(placements=self._value.placements).to_local()
         elif tuple(value.shape) == tuple(self.shape):
-            value = own_shard(value, self._stored.placement, self._stored.axis)
+            value = self._stored.sharding.own(value)
         elif tuple(value.shape) != tuple(target.shape) or not (running.values == "local" or running.frames):
             raise ValueError(
                 f"the value assigned to {self.path!r} has shape {tuple(value.shape)}, "
@@ -124,9 +174,11 @@ class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
         return f"<Variable path={self.path}, shape={self.shape}, dtype={self._dtype}, stored={self._stored.placement}>"
 
 
-def make_parallel(variable: Any, value: torch.nn.Parameter, placement: Placement, axis: Axis) -> None:
+def make_parallel(
+    variable: Any, value: torch.nn.Parameter, sharding: Sharding, replicas: Replicas | None = None
+) -> None:
     """Turn a Keras variable into a parallel one with ``value`` as its parameter."""
-    variable._stored = Stored(axis, placement, type(variable))
+    variable._stored = Stored(sharding, type(variable), replicas)
     variable._value = value
     variable.__class__ = ParallelVariable
 
@@ -140,7 +192,12 @@ def make_plain(variable: Any, value: torch.nn.Parameter) -> None:
 
 def is_sharded(variable: Any) -> bool:
     """Whether a Keras variable is stored in shards."""
-    return isinstance(variable, ParallelVariable) and isinstance(variable._stored.placement, Shard)
+    return isinstance(variable, ParallelVariable) and bool(variable._stored.sharding.cuts)
+
+
+def is_sharded_over(variable: Any, axis: Axis) -> bool:
+    """Whether a Keras variable is stored in shards over this axis."""
+    return is_sharded(variable) and any(axis == cut for _, cut in variable._stored.sharding.cuts)
 
 
 def local_tensor(variable: Any) -> torch.Tensor:
@@ -151,13 +208,18 @@ def local_tensor(variable: Any) -> torch.Tensor:
 
 
 def sharded_parameter(
-    local: torch.Tensor, shape: tuple[int, ...], placement: Shard, axis: Axis, requires_grad: bool
+    local: torch.Tensor, shape: tuple[int, ...], sharding: Sharding, requires_grad: bool
 ) -> torch.nn.Parameter:
     """Return a parameter of the whole ``shape`` of which this rank stores ``local``."""
     stride = tuple(math.prod(max(size, 1) for size in shape[dim + 1 :]) for dim in range(len(shape)))
-    whole = DTensor.from_local(
-        local, axis.mesh, [TorchShard(placement.dim)], run_check=False, shape=torch.Size(shape), stride=stride
-    )
+    placements: list[Any] = [
+        TorchShard(each.dim) if isinstance(each, Shard) else TorchReplicate()
+        for each in (sharding.placement, sharding.batch_placement)
+    ]
+    mesh = sharding.axes.mesh
+    if not isinstance(sharding.batch_placement, Shard):
+        mesh, placements = sharding.axes.model.mesh, placements[:1]
+    whole = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
     return torch.nn.Parameter(whole, requires_grad=requires_grad)
 
 
@@ -176,7 +238,7 @@ def read_as(boundary: Boundary, axis: Axis, site: Site) -> Reader:
     stored, used = boundary.forward.source, boundary.forward.target
     partial = isinstance(boundary.backward.source, Partial)
     if isinstance(stored, Shard) and used == stored:
-        return read_shard
+        return lambda variable: read_shard(variable, site)
     if isinstance(stored, Shard) and used == Replicate():
         return lambda variable: read_whole(variable, site, gradient_is_partial=partial)
     if isinstance(stored, Shard):
@@ -187,7 +249,7 @@ def read_as(boundary: Boundary, axis: Axis, site: Site) -> Reader:
             backward=Transition(used, Replicate()),
         )
         return lambda variable: cross(read_whole(variable, site), cut, axis, site)
-    return lambda variable: cross(variable._maybe_autocast(variable._value), boundary, axis, site)
+    return lambda variable: cross(read_shard(variable, site), boundary, axis, site)
 
 
 class _LocalShard(torch.autograd.Function):
@@ -205,42 +267,51 @@ class _LocalShard(torch.autograd.Function):
         return DTensor(gradient, ctx.spec, requires_grad=False)
 
 
-def read_shard(variable: Any) -> torch.Tensor:
-    """Return this rank's shard, gradients flowing back to the parameter."""
+def read_shard(variable: Any, site: Site | None) -> torch.Tensor:
+    """Return this rank's shard on the model axis, gradients flowing back to the parameter.
+
+    ``site`` is where the plan has what the batch axis communicates for it, None where it has nothing.
+    """
+    value = variable._value
+    if isinstance(value, DTensor):
+        with running.converting():
+            value = _LocalShard.apply(value)
+    cast: torch.Tensor = variable._maybe_autocast(value)
+    stored = variable._stored
+    if not isinstance(stored.sharding.batch_placement, Shard):
+        return cast
+    batch = stored.sharding.axes.batch
+    length = _shape_in_replica(stored.sharding, tuple(variable.shape))[stored.sharding.batch_placement.dim]
+    parts = Parts(cast.detach(), stored.sharding.batch_placement.dim, length, batch, stored.replicas, site)
     with running.converting():
-        local: torch.Tensor = _LocalShard.apply(variable._value)
-    cast: torch.Tensor = variable._maybe_autocast(local)
-    return cast
+        return put_together(cast, parts)
+
+
+def _shape_in_replica(sharding: Sharding, shape: Shape) -> Shape:
+    return local_shape(shape, sharding.placement, sharding.axes.model.size, sharding.axes.model.rank)
 
 
 class _Gathered(torch.autograd.Function):
-    """The whole value of a sharded parameter; each rank's gradient of it is whole, or a summand."""
+    """The whole of what the model axis stores in shards; each rank's gradient of it is whole, or a summand."""
 
     @staticmethod
     def forward(
-        ctx: Any, parameter: DTensor, stored: Stored, gradient_is_partial: bool, site: Site | None
+        ctx: Any, shard: torch.Tensor, dim: int, length: int, axis: Axis, gradient_is_partial: bool, site: Site | None
     ) -> torch.Tensor:
-        ctx.spec, ctx.placement, ctx.axis = parameter._spec, stored.placement, stored.axis
-        ctx.partial, ctx.site = gradient_is_partial, site
-        return _gathered(parameter, stored, site)
+        ctx.dim, ctx.axis, ctx.partial, ctx.site = dim, axis, gradient_is_partial, site
+        with standing_at(site):
+            return gather(shard.detach(), dim, length, axis)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[DTensor, None, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
         if ctx.partial:
             with standing_at(ctx.site):
-                shard = reduce_to_shard(gradient, ctx.placement.dim, ctx.axis)
+                shard = reduce_to_shard(gradient, ctx.dim, ctx.axis)
         else:
             # A copy: a slice would keep the whole gradient's storage.
-            shard = own_shard(gradient, ctx.placement, ctx.axis).clone(memory_format=torch.contiguous_format)
-        return DTensor(shard, ctx.spec, requires_grad=False), None, None, None
-
-
-def _gathered(parameter: DTensor, stored: Stored, site: Site | None) -> torch.Tensor:
-    placement = stored.placement
-    assert isinstance(placement, Shard)
-    with standing_at(site):
-        return gather(parameter._local_tensor.detach(), placement.dim, parameter.shape[placement.dim], stored.axis)
+            shard = own_shard(gradient, Shard(ctx.dim), ctx.axis).clone(memory_format=torch.contiguous_format)
+        return shard, None, None, None, None, None
 
 
 def read_whole(variable: Any, site: Site | None, gradient_is_partial: bool = False) -> torch.Tensor:
@@ -249,18 +320,25 @@ def read_whole(variable: Any, site: Site | None, gradient_is_partial: bool = Fal
     ``site`` is where the plan has the gathering, None where it has none.
     """
     with running.converting():
-        value: torch.Tensor = variable._maybe_autocast(variable._value)
-        if not isinstance(value, DTensor):
-            return value
-        whole: torch.Tensor = _Gathered.apply(value, variable._stored, gradient_is_partial, site)
+        shard = read_shard(variable, site)
+        sharding = variable._stored.sharding
+        if not isinstance(sharding.placement, Shard):
+            return shard
+        dim = sharding.placement.dim
+        whole: torch.Tensor = _Gathered.apply(
+            shard, dim, variable.shape[dim], sharding.axes.model, gradient_is_partial, site
+        )
         return whole
 
 
 def whole_tensor(variable: Any, site: Site | None = None) -> torch.Tensor:
     """Return the whole value without gradient history; every rank has to call it."""
     value = variable._value
-    with torch.no_grad():
-        whole: torch.Tensor = _gathered(value, variable._stored, site) if isinstance(value, DTensor) else value.detach()
+    with torch.no_grad(), standing_at(site):
+        if not isinstance(value, DTensor):
+            plain: torch.Tensor = value.detach()
+            return plain
+        whole: torch.Tensor = variable._stored.sharding.whole(value._local_tensor.detach(), tuple(variable.shape))
         return whole
 
 

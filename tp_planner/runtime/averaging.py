@@ -1,0 +1,146 @@
+"""Averaging: gradients of variables that every replica stores, bucket by bucket, while the backward pass runs.
+
+As torch's DistributedDataParallel does (https://arxiv.org/abs/2006.15704), which takes neither DTensor parameters nor
+models whose layers are no torch children. A bucket's all-reduce starts when the last of its gradients has arrived
+and no bucket before it waits; ``backward()`` returns when all have ended. Gradients are then views of their bucket.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+
+from tp_planner.runtime.calls import Site
+from tp_planner.runtime.replicas import Replicas, add_in_place, wait
+from tp_planner.runtime.variables import local_tensor
+
+
+class Bucket:
+    """Variables of one dtype whose gradients travel together, and behind them a mark for each that has one.
+
+    ``always`` says that it travels in every backward pass; else only if one of its gradients has arrived.
+    """
+
+    def __init__(self, variables: Sequence[Any], site: Site, always: bool) -> None:
+        self.variables, self.site, self.always = tuple(variables), site, always
+        shapes = [local_tensor(variable).shape for variable in variables]
+        ends = list(itertools.accumulate(shape.numel() for shape in shapes))
+        self._views = [(end - shape.numel(), end, shape) for end, shape in zip(ends, shapes, strict=True)]
+        self.device = local_tensor(variables[0]).device
+        self.arrived: set[int] = set()  # positions of variables
+        self.flat: torch.Tensor | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.arrived) == len(self.variables)
+
+    def fill(self, share: torch.Tensor) -> torch.Tensor:
+        """Put the gradients that have arrived into one tensor, in which they are from now on, and return it."""
+        gradients = [self._gradient(position) for position in range(len(self.variables))]
+        if self.is_complete:
+            marks = gradients[0].new_ones(len(gradients))
+        else:
+            marks = gradients[0].new_tensor([float(position in self.arrived) for position in range(len(gradients))])
+        self.flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), marks]).mul_(share)
+        for position in self.arrived:
+            self._place(position)
+        return self.flat
+
+    def _gradient(self, position: int) -> torch.Tensor:
+        parameter = self.variables[position]._value
+        if position not in self.arrived:
+            return torch.zeros_like(local_tensor(self.variables[position]))
+        return _local(parameter.grad)
+
+    def _view(self, position: int) -> torch.Tensor:
+        assert self.flat is not None
+        start, end, shape = self._views[position]
+        return self.flat[start:end].view(shape)
+
+    def _place(self, position: int) -> None:
+        parameter, view = self.variables[position]._value, self._view(position)
+        parameter.grad = DTensor(view, parameter._spec, requires_grad=False) if isinstance(parameter, DTensor) else view
+
+    def finish(self) -> None:
+        """Wait for the sum; gradients that only other replicas have are this replica's too."""
+        if self.flat is None:
+            return
+        wait(self.flat)
+        missing = set(range(len(self.variables))) - self.arrived
+        if missing and not isinstance(self.flat, FakeTensor):
+            marks = self.flat[-len(self.variables) :].tolist()
+            for position in missing:
+                if marks[position] > 0:
+                    self._add(position)
+        self.arrived, self.flat = set(), None
+
+    def _add(self, position: int) -> None:
+        before = self.variables[position]._value.grad
+        if before is None:
+            self._place(position)
+        else:
+            _local(before).add_(self._view(position))
+
+
+def _local(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient._local_tensor if isinstance(gradient, DTensor) else gradient
+
+
+class Averaging:
+    """Watches the gradients of the buckets' variables arrive, and averages them over the replicas."""
+
+    def __init__(self, replicas: Replicas, buckets: Sequence[Bucket]) -> None:
+        self._replicas, self._buckets = replicas, buckets
+        self._next = 0
+
+    def watch(self) -> list[Any]:
+        """Begin; return handles that end it."""
+        self._replicas.at_end.append(self._end)
+        return [
+            self._watch(bucket, position)
+            for bucket in self._buckets
+            for position, variable in enumerate(bucket.variables)
+            if variable._value.is_floating_point()
+        ]
+
+    def _watch(self, bucket: Bucket, position: int) -> Any:
+        parameter = bucket.variables[position]._value
+
+        def arrived(_: torch.Tensor) -> None:
+            self._arrived(bucket, position)
+
+        frozen = not parameter.requires_grad
+        if frozen:  # it may be trained later, and hooks are taken by parameters only that need a gradient
+            parameter.requires_grad = True
+        handle = parameter.register_post_accumulate_grad_hook(arrived)
+        if frozen:
+            parameter.requires_grad = False
+        return handle
+
+    def _arrived(self, bucket: Bucket, position: int) -> None:
+        self._replicas.meet(bucket.device)
+        bucket.arrived.add(position)
+        while self._next < len(self._buckets) and self._buckets[self._next].is_complete:
+            self._send(self._buckets[self._next])
+
+    def _send(self, bucket: Bucket) -> None:
+        self._next += 1
+        if bucket.arrived or bucket.always:
+            add_in_place(bucket.fill(self._replicas.share(bucket.device)), self._replicas.axis, bucket.site)
+
+    def _end(self) -> None:
+        try:
+            with torch.no_grad():
+                for bucket in self._buckets[self._next :]:
+                    self._send(bucket)
+                for bucket in self._buckets:
+                    bucket.finish()
+        finally:
+            self._next = 0
+            for bucket in self._buckets:
+                bucket.arrived, bucket.flat = set(), None
