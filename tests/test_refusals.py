@@ -104,10 +104,14 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: tp_planner.plan(small(), keras.distribution.LayoutMap(None)),
         "the LayoutMap has no device mesh; make it with LayoutMap(DeviceMesh(shape, axis_names, devices))",
     ),
-    "two axes larger than one": (
-        lambda: plan_small({"up/kernel": COLUMN}, shape=(2, 2), names=("batch", "model")),
-        "mesh (batch=2, model=2) has 2 axes larger than 1; tensor parallelism uses one: "
-        "give all but one of them size 1",
+    "three axes larger than one": (
+        lambda: plan_small({"up/kernel": COLUMN}, shape=(2, 2, 2), names=("batch", "model", "stage")),
+        "mesh (batch=2, model=2, stage=2) has 2 axes larger than 1 besides 'batch', over which the batch is split; "
+        "layers are split over one: give all but one of 'model', 'stage' size 1, or name another batch_axis",
+    ),
+    "batch axis that the mesh has not": (
+        lambda: tp_planner.plan(small(), on_mesh({"up/kernel": COLUMN}), batch_axis="data"),
+        "batch_axis is 'data', the mesh has 'model'; name one of these",
     ),
     "pattern is no regular expression": (
         lambda: plan_small({"up/(kernel": COLUMN}),
@@ -197,7 +201,7 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "plan of another version": (
         lambda: Plan.from_json(damaged(lambda data: data.update(format_version=99))),
-        "plan has format version 99, this tp_planner reads 2; plan the model again",
+        "plan has format version 99, this tp_planner reads 3; plan the model again",
     ),
     "plan without variables": (
         lambda: Plan.from_json(damaged(lambda data: data.pop("variables"))),

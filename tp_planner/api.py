@@ -96,7 +96,8 @@ def parallelize(
     given = layout_map_or_plan
     if isinstance(given, Plan) and batch_axis not in (None, given.mesh.batch_axis):
         raise PlanError(
-            f"batch_axis is {batch_axis!r}, the plan was made for {given.mesh.batch_axis!r}; plan again with batch_axis="
+            f"batch_axis is {batch_axis!r}, the plan was made for {given.mesh.batch_axis!r}; "
+            f"give batch_axis= to tp_planner.plan"
         )
     layout = given if isinstance(given, Plan) else read_layout(given, batch_axis)
     if check not in (None, "first_step"):

@@ -168,7 +168,7 @@ def _stored(variable: VariablePlan) -> StoredVariable:
         local_shape=variable.local_shape,
         dtype=variable.dtype,
         trainable=variable.trainable,
-        placement=str(variable.placement),
+        placement=variable.stored_as,
         whole_bytes=whole_bytes(variable),
         local_bytes=local_bytes(variable),
         rule=variable.rule,

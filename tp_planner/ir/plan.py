@@ -76,6 +76,11 @@ class VariablePlan:
     batch_placement: Placement = WHOLE
 
     @property
+    def stored_as(self) -> str:
+        """The placement, and that on the batch axis if it says anything: ``"S(0)"`` or ``"S(0), batch S(1)"``."""
+        return f"{self.placement}" + ("" if self.batch_placement == WHOLE else f", batch {self.batch_placement}")
+
+    @property
     def is_sharded(self) -> bool:
         """Whether no rank stores the whole variable."""
         return isinstance(self.placement, Shard) or isinstance(self.batch_placement, Shard)

@@ -45,6 +45,7 @@ def _of_plan(plan: Plan) -> Properties:
         "fingerprint of the model": plan.fingerprint,
         "mesh": str(plan.mesh),
         "axis": plan.axis,
+        "batch axis": plan.mesh.batch_axis or "",
         "inputs": ", ".join(f"{_shape(shape)} {dtype}" for shape, dtype in plan.inputs),
         "gradients of the inputs": "right" if plan.input_gradients else "not right",
         "optimizer": plan.step.optimizer,
@@ -74,7 +75,7 @@ def _of_rule(report: RuleReport) -> Properties:
 def _of_variable(variable: VariablePlan) -> Properties:
     """Return what the plan says of a variable; its local shape follows from placement and mesh."""
     return {
-        "placement": str(variable.placement),
+        "placement": variable.stored_as,
         "rule": variable.rule or "",
         "reason": variable.reason,
         "shape": _shape(variable.shape),

@@ -15,7 +15,7 @@ from importlib.resources import files
 from itertools import groupby
 
 from tp_planner.ir.figures import figures_of, local_bytes, whole_bytes
-from tp_planner.ir.placement import Placement, Shape, Shard, local_shape
+from tp_planner.ir.placement import Placement, Shape, local_shape
 from tp_planner.ir.plan import Plan, RuleReport
 from tp_planner.ir.step import Collective, MemoryUse
 from tp_planner.report.amounts import bytes_text
@@ -76,7 +76,7 @@ def _header(plan: Plan) -> Markup:
 def _totals(plan: Plan) -> Markup:
     figures, whole = figures_of(plan), sum(map(whole_bytes, plan.variables))
     peak = figures.peak_bytes
-    sharded = sum(isinstance(variable.placement, Shard) for variable in plan.variables)
+    sharded = sum(variable.is_sharded for variable in plan.variables)
     cards = (
         _card(
             "collectives per step",
@@ -164,16 +164,19 @@ def _parts(use: MemoryUse) -> list[tuple[str, int]]:
 
 def _ranks_alike(plan: Plan) -> list[tuple[str, int]]:
     """Return how many bytes of variables each rank has, neighbours that have as many together."""
-    parts = plan.axis_size
-    elements: Counter[tuple[Shape, Placement]] = Counter()  # bytes of one element of all variables that are alike
+    mesh, parts = plan.mesh, plan.axis_size
+    elements: Counter[tuple[Shape, Placement, Placement]] = Counter()  # bytes of one element of variables alike
     for each in plan.variables:
-        elements[each.shape, each.placement] += each.itemsize
-    sizes = [
-        sum(math.prod(local_shape(shape, placed, parts, rank)) * n for (shape, placed), n in elements.items())
-        for rank in range(parts)
-    ]
+        elements[each.shape, each.placement, each.batch_placement] += each.itemsize
+
+    def stored(shape: Shape, placed: Placement, across: Placement, rank: int) -> int:
+        shape = local_shape(shape, placed, parts, mesh.coordinate(rank, plan.axis))
+        replica = mesh.coordinate(rank, mesh.batch_axis) if mesh.batch_axis else 0
+        return math.prod(local_shape(shape, across, plan.replicas, replica))
+
+    sizes = [sum(stored(*kind, rank) * n for kind, n in elements.items()) for rank in range(mesh.size)]
     alike = []
-    for size, run in groupby(range(parts), lambda rank: sizes[rank]):
+    for size, run in groupby(range(mesh.size), lambda rank: sizes[rank]):
         first, *others = run
         alike.append((f"ranks {first} to {others[-1]}, each" if others else f"rank {first}", size))
     return alike

@@ -211,8 +211,8 @@ def _weights(setting: _Setting, leaf: Leaf, say: Say) -> list[Markup]:
 
 
 def _weight(setting: _Setting, variable: VariablePlan, is_gathered: bool, id: str, say: Say) -> Markup:
-    state = "gathered" if is_gathered else "replicated" if variable.placement == Replicate() else "sharded"
-    stored = f"{variable.placement}: {shape_text(variable.local_shape)}, {bytes_text(local_bytes(variable))} on rank 0"
+    state = "gathered" if is_gathered else "sharded" if variable.is_sharded else "replicated"
+    stored = f"{variable.stored_as}: {shape_text(variable.local_shape)}, {bytes_text(local_bytes(variable))} on rank 0"
     lines = [
         say(variable.key),
         f"{shape_text(variable.shape)} {variable.dtype}, {bytes_text(whole_bytes(variable))}",

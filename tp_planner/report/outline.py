@@ -263,7 +263,7 @@ def _leaf_key(leaf: Leaf) -> Hashable:
     return (
         plan and (plan.style, plan.class_name, plan.mode, plan.calls, say(plan.reason)),
         (leaf.enters, leaf.makes, leaf.leaves),
-        tuple((say(v.key), v.shape, v.placement, v.dtype, say(v.rule or ""), say(v.reason)) for v in leaf.variables),
+        tuple((say(v.key), v.shape, v.stored_as, v.dtype, say(v.rule or ""), say(v.reason)) for v in leaf.variables),
         tuple(map(say, leaf.borrowed)),
         tuple(
             (

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from tp_planner.ir.placement import Replicate, Shape, Shard
+from tp_planner.ir.placement import Replicate, Shape
 from tp_planner.ir.plan import Boundary, LayerPlan, Plan, Transition, VariablePlan
 from tp_planner.ir.step import Collective
 from tp_planner.report.amounts import bytes_text
@@ -46,11 +46,18 @@ def heading(plan: Plan) -> list[str]:
     """Return what the plan is for and how to read it, one sentence a line."""
     inputs = ", ".join(f"{_shape(shape)} {dtype}" for shape, dtype in plan.inputs)
     ranks = f"{plan.axis_size} rank{'s' if plan.axis_size > 1 else ''}"
-    return [
+    lines = [
         f"Plan for {plan.model!r} on mesh ({plan.mesh}): layers are split over {plan.axis!r}, {ranks}",
         f"traced with inputs {inputs}",
         "R: whole on every rank; S(d): sharded on dim d; P: a summand on every rank",
     ]
+    if plan.replicas > 1:
+        lines[1:2] = [
+            f"the batch is split over {plan.mesh.batch_axis!r}: {plan.replicas} replicas, each with its own share",
+            f"traced with inputs {inputs} of one replica",
+        ]
+        lines.append("batch S(d): each shard is stored in parts over the batch axis, and put together for use")
+    return lines
 
 
 def layer_rows(plan: Plan) -> list[LayerRow]:
@@ -73,7 +80,8 @@ def layer_rows(plan: Plan) -> list[LayerRow]:
 def collective_rows(plan: Plan) -> list[tuple[str, ...]]:
     """Return the cells under ``COLLECTIVE_HEADS`` for each group of equal collectives of a training step."""
     counts = Counter(
-        (c.layer, (c.phase, c.kind), (_where(c), str(c.bytes), str(c.wire_bytes))) for c in plan.collectives
+        (c.layer, (c.phase, c.kind), (_where(c) + _over(c, plan), str(c.bytes), str(c.wire_bytes)))
+        for c in plan.collectives
     )
     folded = _fold(((times, what, cells), layer) for (layer, what, cells), times in counts.items())
     return [(str(times * len(name.members)), *what, str(name), *cells) for (times, what, cells), name in folded]
@@ -87,12 +95,12 @@ def style_reasons(plan: Plan) -> list[Explanation]:
 
 def variable_reasons(plan: Plan) -> list[Explanation]:
     """Return each reason for a placement with the variables that have it."""
-    return _explain((f"{variable.placement}: {variable.reason}", variable.key) for variable in plan.variables)
+    return _explain((f"{variable.stored_as}: {variable.reason}", variable.key) for variable in plan.variables)
 
 
 def summary(plan: Plan) -> list[str]:
     """Return what the ranks store, one sentence a line."""
-    sharded = sum(isinstance(variable.placement, Shard) for variable in plan.variables)
+    sharded = sum(variable.is_sharded for variable in plan.variables)
     whole = sum(_bytes(variable.shape, variable.itemsize) for variable in plan.variables)
     local = sum(_bytes(variable.local_shape, variable.itemsize) for variable in plan.variables)
     return [
@@ -160,7 +168,7 @@ def _mode(layer: LayerPlan) -> str:
 
 def _variable_cells(variable: VariablePlan) -> tuple[str, ...]:
     name = variable.key.rpartition("/")[2]
-    return (name, _shape(variable.shape), str(variable.placement), _shape(variable.local_shape))
+    return (name, _shape(variable.shape), variable.stored_as, _shape(variable.local_shape))
 
 
 def _boundary_cells(layer: LayerPlan, own: Sequence[VariablePlan], crossed: set[str]) -> tuple[str, ...]:
@@ -225,6 +233,11 @@ def _where(collective: Collective) -> str:
         return f"implicit: {collective.cause}"
     words, _, path = collective.place.partition(" (")[0].rpartition(" ")
     return f"{words} {path.rpartition('/')[2]}".strip()
+
+
+def _over(collective: Collective, plan: Plan) -> str:
+    """Return the axis, where there is more than one to tell apart."""
+    return f", over {collective.axis!r}" if plan.replicas > 1 else ""
 
 
 def _shape(shape: Shape) -> str:

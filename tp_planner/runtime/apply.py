@@ -25,6 +25,7 @@ from tp_planner.runtime.calls import Reader, Site
 from tp_planner.runtime.parts import let_go_after_calls
 from tp_planner.runtime.regularization import parallel_constraint, parallel_regularizer
 from tp_planner.runtime.replicas import Replicas
+from tp_planner.runtime.statistics import OF_THE_BATCH, share_statistics
 from tp_planner.runtime.styles import STYLES, LayerCalls, Undo, open_scope, refuse_input_gradients
 from tp_planner.runtime.variables import (
     Sharding,
@@ -155,6 +156,10 @@ def _join_replicas(model: keras.Model, applied: Applied, replicas: Replicas, pla
     applied.undo.append(hook.remove)
     for layer in placer.layers_with_parts():
         applied.undo += [handle.remove for handle in let_go_after_calls(layer)]
+    for name, layer in named_layers(model).items():
+        if isinstance(layer, OF_THE_BATCH):
+            share_statistics(layer, replicas, Site(name, "statistics"))
+            applied.undo.append(functools.partial(layer.__dict__.pop, "_moments"))
     handles = Averaging(replicas, placer.buckets()).watch()
     applied.undo += [handle.remove for handle in handles]
 
@@ -278,7 +283,9 @@ class _Placer:
         if plan.is_sharded:
             penalty, limit = Site(layer, f"penalty of {plan.key}"), Site(layer, f"constraint of {plan.key}")
             regularizer, constraint = variable._regularizer, variable._constraint
-            variable._regularizer = regularizer and parallel_regularizer(regularizer, plan.placement, self.applied.axis, penalty)
+            variable._regularizer = regularizer and parallel_regularizer(
+                regularizer, plan.placement, self.applied.axis, penalty
+            )
             variable._constraint = constraint and parallel_constraint(constraint, limit)
 
 

@@ -39,14 +39,18 @@ class Bucket:
     def is_complete(self) -> bool:
         return len(self.arrived) == len(self.variables)
 
-    def fill(self, share: torch.Tensor) -> torch.Tensor:
-        """Put the gradients that have arrived into one tensor, in which they are from now on, and return it."""
+    def fill(self, replicas: Replicas) -> torch.Tensor:
+        """Put the gradients that have arrived into one tensor, in which they are from now on, and return it weighed."""
         gradients = [self._gradient(position) for position in range(len(self.variables))]
         if self.is_complete:
             marks = gradients[0].new_ones(len(gradients))
         else:
             marks = gradients[0].new_tensor([float(position in self.arrived) for position in range(len(gradients))])
-        self.flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), marks]).mul_(share)
+        self.flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), marks])
+        if replicas.samples:
+            self.flat.mul_(replicas.share(self.device))
+        else:  # it may be the gradient of the mean of nothing
+            self.flat.zero_()
         for position in self.arrived:
             self._place(position)
         return self.flat
@@ -131,7 +135,7 @@ class Averaging:
     def _send(self, bucket: Bucket) -> None:
         self._next += 1
         if bucket.arrived or bucket.always:
-            add_in_place(bucket.fill(self._replicas.share(bucket.device)), self._replicas.axis, bucket.site)
+            add_in_place(bucket.fill(self._replicas), self._replicas.axis, bucket.site)
 
     def _end(self) -> None:
         try:

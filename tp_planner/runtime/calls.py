@@ -23,6 +23,9 @@ class Site:
     place: str
 
 
+METRICS = Site("", "metrics")  # what metrics communicate depends on how the model is compiled, and is in no plan
+
+
 class Frame:
     """One running call: whose it is, a reader for each variable it uses, what its hooks keep until it returns."""
 

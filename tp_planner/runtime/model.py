@@ -8,9 +8,10 @@ from typing import Any
 
 import keras
 
-from tp_planner.frontend.layer_tree import named_variables
+from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.ir.errors import PlanError
 from tp_planner.runtime.apply import Applied
+from tp_planner.runtime.draws import OwnDraws, own_seeds
 from tp_planner.runtime.optimizer import (
     adopt_at_first_use,
     adopt_optimizer,
@@ -18,6 +19,8 @@ from tp_planner.runtime.optimizer import (
     release_optimizers_of,
 )
 from tp_planner.runtime.persistence import save_together
+from tp_planner.runtime.replicas import Replicas
+from tp_planner.runtime.totals import loss_of_share, results_of_all
 
 ATTRIBUTE = "_tp_planner"
 
@@ -36,9 +39,25 @@ def take_over(model: keras.Model, applied: Applied) -> None:
     for name in ("save", "save_weights"):
         _override(model, name, _saving(model, name), applied)
     _override(model, "compile", _compiling(model, applied), applied)
+    if applied.replicas is not None:
+        _take_replicas_into_account(model, applied, applied.replicas)
     adopt_at_first_use()
     if getattr(model, "optimizer", None) is not None:
         adopt_optimizer(model.optimizer, applied.axes)
+
+
+def _take_replicas_into_account(model: keras.Model, applied: Applied, replicas: Replicas) -> None:
+    """Let losses and metrics be those of the whole batch, and random numbers those of this replica."""
+    _override(model, "get_metrics_result", results_of_all(model, replicas), applied)
+    _override(model, "compute_loss", loss_of_share(model), applied)
+    draws = OwnDraws(replicas.axis.rank)
+    applied.undo.append(model.register_forward_pre_hook(draws.begin, prepend=True).remove)
+    applied.undo.append(model.register_forward_hook(draws.end, always_call=True).remove)
+    if replicas.axis.rank:
+        for layer in named_layers(model).values():
+            for generator in layer._seed_generators:
+                own_seeds(generator, replicas.axis.rank)
+                applied.undo.append(functools.partial(generator.__dict__.pop, "next"))
 
 
 def let_go(model: keras.Model) -> None:

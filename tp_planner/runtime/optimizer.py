@@ -145,10 +145,10 @@ class ParallelOptimizer:
     def check_finite(self, grads: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return whether all gradients are finite on all ranks, so that all ranks scale the loss alike."""
         finite = super().check_finite(grads)  # type: ignore[misc]
-        not_finite = (~finite).to(torch.float32).reshape(1)
+        not_finite: torch.Tensor = (~finite).to(torch.float32).reshape(1)
         for axis in self._axes_of(self.inner_optimizer._trainable_variables):  # type: ignore[attr-defined]
             not_finite = change(not_finite, SUM_OVER_RANKS, axis, LOSS_SCALE)
-        return (not_finite == 0).reshape(())
+        return not_finite.eq(0).reshape(())
 
 
 @functools.cache

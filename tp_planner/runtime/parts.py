@@ -52,7 +52,9 @@ class Parts:
     def own(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return this replica's part of the mean of all replicas' gradients."""
         assert self._replicas is not None
-        weighed = gradient * self._replicas.share(gradient.device)
+        share = self._replicas.share(gradient.device)
+        # Without samples it may be the gradient of the mean of nothing.
+        weighed = gradient * share if self._replicas.samples else torch.zeros_like(gradient)
         with standing_at(self._site):
             return reduce_to_shard(weighed, self._dim, self._axis)
 

@@ -102,9 +102,7 @@ def _device_mesh(mesh: Mesh) -> DeviceMesh:
         _made.clear()
         _made_for[:] = [dist.group.WORLD]
     if mesh not in _made:
-        _made[mesh] = DeviceMesh(
-            device_type(), _ranks(mesh), mesh_dim_names=(mesh.model_axis, mesh.batch_axis)
-        )
+        _made[mesh] = DeviceMesh(device_type(), _ranks(mesh), mesh_dim_names=(mesh.model_axis, mesh.batch_axis))
     return _made[mesh]
 
 

@@ -19,7 +19,7 @@ from tp_planner.frontend.dispatch import WatchingMode, tensors_in
 from tp_planner.frontend.layer_tree import named_layers
 from tp_planner.ir.step import Collective, CollectiveKind, Phase
 from tp_planner.runtime.boundaries import Axes
-from tp_planner.runtime.calls import running
+from tp_planner.runtime.calls import METRICS, running
 
 # By the names of torch's functional collectives, and of the older ones that work in place.
 KINDS: dict[str, CollectiveKind] = {
@@ -72,7 +72,7 @@ class CollectiveRecorder(WatchingMode):
             return self._run_on_dtensors(func, args, kwargs)
         if func.namespace in ("_c10d_functional", "c10d"):
             name = func.__name__.partition(".")[0]
-            if name not in LOCAL_OPS:
+            if name not in LOCAL_OPS and running.site != METRICS:
                 self.note(self._collective(str(func), name, args))
         return func(*args, **kwargs)
 
