@@ -161,9 +161,11 @@ def train(name: str, rules: str, shape: Shape, dtype: str, sizes: list[int], opt
     models = [case.build(dtype, seed=seed) for seed in (0, dist.get_rank())]
     replica = dist.get_rank() // shape[1]
     shares = [(share(x, replica, shape[0]), share(y, replica, shape[0])) for x, y in batches]
-    plan = tp_planner.plan(models[1], layout(name, rules, shape), shares[0][0], optimizer, batch_axis="batch")
+    tp_planner.parallelize(models[1], layout(name, rules, shape), shares[0][0], check="first_step", batch_axis="batch")
+    applied = applied_to(models[1])
+    assert applied is not None
+    plan = applied.plan
     assert tp_planner.Plan.from_json(plan.to_json()) == plan
-    tp_planner.parallelize(models[1], plan, check="first_step")
     results = []
     for model, fed in zip(models, (batches, shares), strict=True):
         metrics = ["mae"] if case.loss == "MeanSquaredError" else ["accuracy"]

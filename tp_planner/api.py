@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -105,6 +106,8 @@ def parallelize(
     require_process_group(layout.mesh.size)
     _agree_on_mesh(layout.mesh)
     axes = job_axes(layout.mesh)
+    if inputs is not None and layout.mesh.replicas > 1:
+        inputs = _as_on_rank_zero(inputs)
     chosen = _agree(lambda: _choose(model, layout, inputs))
     _share_random_state()
     applied = apply_layers(model, chosen, axes, scatter_from_rank_zero(this_device(), chosen.mesh))
@@ -210,6 +213,17 @@ def _agree_on_mesh(mesh: Mesh) -> None:
     if len(set(answers)) > 1:
         meshes = "; ".join(f"rank {rank}: {answer}" for rank, answer in enumerate(answers))
         raise PlanError(f"ranks have different meshes ({meshes}); give all of them the same")
+
+
+def _as_on_rank_zero(inputs: Any) -> Any:
+    """Return the inputs as rank 0 has them, for which all ranks plan: replicas may have shares of different sizes."""
+    leaves = keras.tree.flatten(inputs)
+    mine = [[list(leaf.shape), keras.backend.standardize_dtype(leaf.dtype)] for leaf in leaves]
+    first = json.loads(exchange("the inputs of tp_planner.parallelize", json.dumps(mine))[0])
+    if len(first) != len(mine):
+        return inputs  # ranks will make different plans, and hear of it
+    specs = [keras.InputSpec(shape=tuple(shape), dtype=dtype) for shape, dtype in first]
+    return keras.tree.pack_sequence_as(inputs, specs)
 
 
 def _agree(choose: Callable[[], Plan]) -> Plan:

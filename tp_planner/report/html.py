@@ -65,6 +65,11 @@ def _header(plan: Plan) -> Markup:
     facts = {
         "mesh": join(element("span", *ranks, class_="ranks", aria_hidden="true"), f"{plan.mesh}"),
         "layers are split over": f"{plan.axis}, {plan.axis_size} rank{'s' if plan.axis_size > 1 else ''}",
+        **(
+            {"the batch is split over": f"{plan.mesh.batch_axis}, {plan.replicas} replicas"}
+            if plan.replicas > 1
+            else {}
+        ),
         "traced with": ", ".join(f"{shape_text(shape)} {dtype}" for shape, dtype in plan.inputs) or "no inputs",
         "optimizer": plan.step.optimizer or "none named",
         "plan": plan.hash[:12],
