@@ -3,118 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import keras
-import keras_hub
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 import tp_planner
-from tests.models import CASES, Batch, Case, building, randomize
+from tests.models import Batch, Case
+from tests.replicas import MODELS, Shape, layout, relative, share, weights, whole
 from tests.workers import Pools
-from tp_planner.frontend.layer_tree import named_variables
-from tp_planner.ir.layout import AxisSpec, Layout, LayoutRule
-from tp_planner.ir.mesh import Mesh
-from tp_planner.ir.placement import chunk_sizes
-
-Axes = tuple[AxisSpec, ...]
-Rules = Mapping[str, Axes]
-Shape = tuple[int, int]  # sizes of the mesh's axes "batch" and "model"
+from tp_planner.frontend.layer_tree import named_layers, named_variables
+from tp_planner.ir.step import Memory
+from tp_planner.ir.step_log import memory_of
+from tp_planner.runtime.collector import without_collector
+from tp_planner.runtime.metering import StepMeter
+from tp_planner.runtime.model import applied_to
+from tp_planner.runtime.repeats import BlockRepeats
+from tp_planner.runtime.simulate import TrainingStep
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12}
-
-
-# Models that look at all of the batch
-
-
-def normalized(dtype: str = "float32", *, seed: int = 0) -> keras.Model:
-    """A model with batch normalization of images, and of sequences that are masked."""
-    with building(dtype):
-        pixels = keras.Input((6, 6, 2), name="pixels")
-        steps = keras.Input((5, 3), name="steps")
-        x = keras.layers.Conv2D(8, 3, name="conv")(pixels)
-        x = keras.layers.BatchNormalization(name="conv_norm")(x)
-        x = keras.layers.GlobalAveragePooling2D(name="pool")(keras.layers.ReLU(name="relu")(x))
-        y = keras.layers.BatchNormalization(name="steps_norm")(keras.layers.Masking(name="masking")(steps))
-        y = keras.layers.Flatten(name="flatten")(y)
-        z = keras.layers.Concatenate(name="both")([x, y])
-        z = keras.layers.Dense(16, name="up")(z)
-        z = keras.layers.Activation("gelu", name="gelu")(keras.layers.BatchNormalization(name="up_norm")(z))
-        model = keras.Model([pixels, steps], keras.layers.Dense(8, name="down")(z), name="normalized")
-        return randomize(model, seed)
-
-
-def normalized_batch(rng: np.random.Generator, size: int) -> Batch:
-    steps = rng.standard_normal((size, 5, 3)).astype("float32") + 1
-    steps[rng.random((size, 5)) < 0.4] = 0  # masked
-    pixels = 3 * rng.standard_normal((size, 6, 6, 2)).astype("float32") + rng.standard_normal((size, 1, 1, 1))
-    return [pixels.astype("float32"), steps], rng.standard_normal((size, 8)).astype("float32")
-
-
-NORMALIZED_RULES: dict[str, Axes] = {
-    "conv/kernel": (None, None, None, "model"),
-    "up/kernel": (None, "model"),
-    "up/bias": ("model",),
-    "up_norm/(gamma|beta|moving_mean|moving_variance)": ("model",),
-    "down/kernel": ("model", "batch"),
-}
-MODELS = CASES | {
-    "normalized": Case("normalized", normalized, normalized_batch, "MeanSquaredError", {}, None),
-}
-
-
-# Layouts
-
-
-def hub_rules(backbone: Any) -> Rules:
-    """Return the rules that KerasHub comes with for a family."""
-    mesh = keras.distribution.DeviceMesh((1, 1), ("batch", "model"), ["cpu:0"])
-    layout_map = backbone.get_layout_map(mesh)
-    return {pattern: tuple(layout_map._layout_map[pattern].axes) for pattern in layout_map}
-
-
-def also_over_batch(rules: Rules) -> Rules:
-    """Return rules that shard another dim over the batch axis, or, where there is none, the same."""
-
-    def both(axes: Axes) -> Axes:
-        if None not in axes:
-            return tuple(("batch", axis) if isinstance(axis, str) else axis for axis in axes)
-        first = axes.index(None)
-        return (*axes[:first], "batch", *axes[first + 1 :])
-
-    return {pattern: both(axes) for pattern, axes in rules.items()}
-
-
-def on_one_dim(rules: Rules) -> Rules:
-    """Return rules that shard the same dim over both axes."""
-    return {p: tuple(("batch", axis) if isinstance(axis, str) else axis for axis in axes) for p, axes in rules.items()}
-
-
-def over_batch_alone(rules: Rules) -> Rules:
-    return {pattern: tuple("batch" if axis else None for axis in axes) for pattern, axes in rules.items()}
-
-
-LAYOUTS: dict[str, Callable[[str], Rules]] = {
-    "no rules": lambda name: {},
-    "model axis": lambda name: MODELS[name].rules,
-    "both axes": lambda name: also_over_batch(MODELS[name].rules),
-    "both axes on one dim": lambda name: on_one_dim(MODELS[name].rules),
-    "batch axis alone": lambda name: over_batch_alone(MODELS[name].rules),
-    "KerasHub's": lambda name: hub_rules(
-        {"llama": keras_hub.models.LlamaBackbone, "gemma": keras_hub.models.GemmaBackbone}[name]
-    ),
-    "normalized": lambda name: NORMALIZED_RULES,
-}
-
-
-def layout(name: str, rules: str, shape: Shape) -> Layout:
-    mesh = Mesh((("batch", shape[0]), ("model", shape[1])))
-    return Layout(mesh, tuple(LayoutRule(pattern, axes) for pattern, axes in LAYOUTS[rules](name).items()))
 
 
 # On the ranks
@@ -127,20 +39,6 @@ class Trained:
     errors: dict[str, float]
     stored: dict[str, bytes]
     collectives: Counter[tuple[str, str]]  # by kind and axis
-
-
-def share(tree: Any, replica: int, replicas: int) -> Any:
-    """Return the replica's share of each array: a run of rows."""
-
-    def rows(array: np.ndarray) -> np.ndarray:
-        sizes = chunk_sizes(len(array), replicas)
-        return array[sum(sizes[:replica]) : sum(sizes[: replica + 1])]
-
-    return keras.tree.map_structure(rows, tree)
-
-
-def whole(tensor: torch.Tensor) -> np.ndarray:
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().numpy().copy()
 
 
 def gradients_of(model: keras.Model, case: Case, dtype: str, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
@@ -195,12 +93,20 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
 }
 
 
-def weights(model: keras.Model) -> dict[str, np.ndarray]:
-    return {key: whole(variable._value) for key, variable in named_variables(model).items()}
-
-
-def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max(initial=0.0) / max(np.abs(expected).max(initial=0.0), 1e-30))
+def meter_step(name: str, rules: str, shape: Shape) -> tuple[Memory, Memory]:
+    """Return the planned memory of a step on rank 0, and what the same step takes of this rank."""
+    case, model = MODELS[name], MODELS[name].build()
+    x, _ = case.batch(np.random.default_rng(1), 8)
+    plan = tp_planner.plan(model, layout(name, rules, shape), x, "adamw", batch_axis="batch")
+    tp_planner.parallelize(model, plan)
+    model.compile("adamw", case.make_loss(), jit_compile=False)
+    applied = applied_to(model)
+    assert applied is not None
+    meter = StepMeter(applied.axes)
+    with without_collector(), BlockRepeats(named_layers(model), None, {}, meter).watched():
+        TrainingStep(model, meter, model.optimizer).run(keras.tree.map_structure(torch.as_tensor, x), {})
+    meter.forget()
+    return plan.step.memory, memory_of(meter.log)
 
 
 # In the parent
@@ -241,3 +147,22 @@ def test_replicas_train_as_one_process_on_the_whole_batch(
         assert {key: error for key, error in each.errors.items() if not error <= TOLERANCE[dtype]} == {}
         if rules in ("no rules", "model axis"):
             assert each.stored == ranks[rank % shape[1]].stored
+
+
+MEMORY: list[tuple[str, str, Shape]] = [
+    ("gpt", "model axis", (2, 2)),
+    ("gpt", "both axes", (2, 2)),
+    ("llama", "KerasHub's", (2, 2)),
+    ("mlp", "batch axis alone", (4, 1)),
+]
+
+
+@pytest.mark.parametrize("metered", MEMORY, ids=lambda m: f"{m[0]}, {m[1]}, {m[2][0]}x{m[2][1]}")
+def test_memory_is_as_planned(pools: Pools, metered: tuple[str, str, Shape]) -> None:
+    """Each rank holds what was planned, at the peak and of each kind, within 5 %; parts are put together and let go."""
+    for planned, found in pools(4).run(meter_step, *metered):
+        for use in ("peak", "largest"):
+            expected, measured = getattr(planned, use), getattr(found, use)
+            assert measured.total == pytest.approx(expected.total, rel=0.05)
+            assert measured.parameters == expected.parameters
+            assert measured.gradients == pytest.approx(expected.gradients, rel=0.05)

@@ -10,7 +10,7 @@ import keras
 
 from tp_planner.frontend.blocks import Blocks, find_blocks
 from tp_planner.frontend.fingerprint import fingerprint
-from tp_planner.frontend.layer_tree import naming_once
+from tp_planner.frontend.layer_tree import named_layers, naming_once
 from tp_planner.frontend.survey import survey
 from tp_planner.frontend.trace import require_built, trace
 from tp_planner.ir.graph import LayerInfo, ModelGraph, VariableInfo
@@ -21,6 +21,7 @@ from tp_planner.ir.step import NO_STEP
 from tp_planner.passes.bucket_gradients import bucket_gradients
 from tp_planner.passes.choose_styles import choose_styles
 from tp_planner.passes.honor_output_rules import honor_output_rules
+from tp_planner.passes.note_own_state import note_own_state
 from tp_planner.passes.place_boundaries import close, place_boundaries, write_layer_plans
 from tp_planner.passes.resolve_rules import Resolution, resolve_rules
 from tp_planner.progress import stage
@@ -30,6 +31,7 @@ from tp_planner.runtime.process_group import planning_axes
 from tp_planner.runtime.prove import prove
 from tp_planner.runtime.sharding_rules import DTensorRules
 from tp_planner.runtime.simulate import simulate
+from tp_planner.runtime.statistics import OF_THE_BATCH
 
 
 def make_plan(
@@ -97,7 +99,7 @@ class _Job:
                     stage(f"proving the plan of {self.model.name}")
                     conflicts = prove(self.model, self.inputs, plan, graphs, walks, one_replica)
                     if not conflicts:
-                        return self._simulated(self._across_replicas(plan), graphs[0], axes)
+                        return self._simulated(self._across_replicas(plan, graphs[0]), graphs[0], axes)
                 if graphs[0].functions is not None:
                     closings = close(closings, conflicts)
                 else:  # boundaries at the functions inside layers may do
@@ -125,7 +127,7 @@ class _Job:
         assert plan is not None
         return plan
 
-    def _across_replicas(self, plan: Plan) -> Plan:
+    def _across_replicas(self, plan: Plan, graph: ModelGraph) -> Plan:
         """Return the plan with what replicas store and communicate among themselves."""
         if plan.replicas == 1:
             return plan
@@ -138,7 +140,9 @@ class _Job:
             )
             for each in plan.variables
         )
-        return replace(plan, variables=variables, buckets=bucket_gradients(variables))
+        shared = {name for name, layer in named_layers(self.model).items() if isinstance(layer, OF_THE_BATCH)}
+        notes = plan.notes + tuple(note_own_state(graph, shared))
+        return replace(plan, variables=variables, buckets=bucket_gradients(variables), notes=notes)
 
     def _write(
         self, graph: ModelGraph, layers: tuple[LayerPlan, ...], input_gradients: bool, notes: tuple[str, ...]

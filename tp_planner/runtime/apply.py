@@ -160,8 +160,7 @@ def _join_replicas(model: keras.Model, applied: Applied, replicas: Replicas, pla
         if isinstance(layer, OF_THE_BATCH):
             share_statistics(layer, replicas, Site(name, "statistics"))
             applied.undo.append(functools.partial(layer.__dict__.pop, "_moments"))
-    handles = Averaging(replicas, placer.buckets()).watch()
-    applied.undo += [handle.remove for handle in handles]
+    applied.undo += Averaging(replicas, placer.buckets()).watch()
 
 
 def _scopes(plan: Plan, layers: Mapping[str, Any]) -> set[str]:

@@ -7,8 +7,9 @@ and no bucket before it waits; ``backward()`` returns when all have ended. Gradi
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from tp_planner.runtime.calls import Site
-from tp_planner.runtime.replicas import Replicas, add_in_place, wait
+from tp_planner.runtime.replicas import SAMPLES, Replicas, add_in_place, wait
 from tp_planner.runtime.variables import local_tensor
+
+GRADIENTS = Site("", "gradients")
 
 
 class Bucket:
@@ -102,15 +105,16 @@ class Averaging:
         self._replicas, self._buckets = replicas, buckets
         self._next = 0
 
-    def watch(self) -> list[Any]:
-        """Begin; return handles that end it."""
+    def watch(self) -> list[Callable[[], None]]:
+        """Begin; return what ends it."""
         self._replicas.at_end.append(self._end)
-        return [
-            self._watch(bucket, position)
-            for bucket in self._buckets
-            for position, variable in enumerate(bucket.variables)
-            if variable._value.is_floating_point()
-        ]
+        undo: list[Callable[[], None]] = []
+        for bucket in self._buckets:
+            for position, variable in enumerate(bucket.variables):
+                undo.append(self._watch(bucket, position).remove)
+                _averaged_by[id(variable)] = self
+                undo.append(functools.partial(_forget, id(variable)))
+        return undo
 
     def _watch(self, bucket: Bucket, position: int) -> Any:
         parameter = bucket.variables[position]._value
@@ -137,6 +141,23 @@ class Averaging:
         if bucket.arrived or bucket.always:
             add_in_place(bucket.fill(self._replicas), self._replicas.axis, bucket.site)
 
+    def mean(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the means over the replicas of gradients that no backward pass has left in their parameters."""
+        with torch.no_grad():
+            samples = self._replicas.samples
+            total = gradients[0].new_full((1,), samples, dtype=torch.float64)
+            add_in_place(total, self._replicas.axis, SAMPLES)
+            share, means = samples / wait(total), list(gradients)
+            for dtype in sorted({gradient.dtype for gradient in gradients}, key=str):
+                same = [position for position, gradient in enumerate(gradients) if gradient.dtype == dtype]
+                flat = torch.cat([gradients[position].reshape(-1) for position in same])
+                flat = flat.mul_(share) if samples else flat.zero_()
+                add_in_place(flat, self._replicas.axis, GRADIENTS)
+                parts = wait(flat).split([gradients[position].numel() for position in same])
+                for position, part in zip(same, parts, strict=True):
+                    means[position] = part.view(gradients[position].shape)
+            return means
+
     def _end(self) -> None:
         try:
             with torch.no_grad():
@@ -148,3 +169,39 @@ class Averaging:
             self._next = 0
             for bucket in self._buckets:
                 bucket.arrived, bucket.flat = set(), None
+
+
+_averaged_by: dict[int, Averaging] = {}  # by id of the variable
+
+
+def _forget(variable: int) -> None:
+    _averaged_by.pop(variable, None)
+
+
+def averaged(gradients: Sequence[Any], variables: Sequence[Any]) -> Sequence[Any]:
+    """Return the gradients, those averaged that are not what a backward pass has left in the variables' parameters.
+
+    They may come from ``torch.autograd.grad``, which no hook sees. A mean of means is what it was, so that gradients
+    which a training loop has made of averaged ones may come too.
+    """
+    strays = [
+        position
+        for position, (gradient, variable) in enumerate(zip(gradients, variables, strict=False))
+        if gradient is not None and id(variable) in _averaged_by and not _is_left_in(gradient, variable._value)
+    ]
+    if not strays:
+        return gradients
+    means = _averaged_by[id(variables[strays[0]])].mean([_local(gradients[position]) for position in strays])
+    result = list(gradients)
+    for position, mean in zip(strays, means, strict=True):
+        given = gradients[position]
+        result[position] = DTensor(mean, given._spec, requires_grad=False) if isinstance(given, DTensor) else mean
+    return result
+
+
+def _is_left_in(gradient: torch.Tensor, parameter: torch.Tensor) -> bool:
+    if parameter.grad is None:
+        return False
+    given, left = _local(gradient), _local(parameter.grad)
+    same_storage = given.untyped_storage()._cdata == left.untyped_storage()._cdata
+    return same_storage and given.storage_offset() == left.storage_offset()

@@ -50,6 +50,7 @@ class _Running(threading.local):
         self.scopes: Counter[tuple[int, str]] = Counter()
         self.entered: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.values: str = "dtensor"
+        self.updating = False  # whether an optimizer applies gradients
         self.site: Site | None = None  # where the collectives that run now stand in the plan
         self.converting: Callable[[], AbstractContextManager[None]] = nullcontext  # entered around every conversion
 

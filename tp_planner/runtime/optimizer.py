@@ -19,8 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from tp_planner.ir.placement import Partial, Replicate
 from tp_planner.ir.plan import Transition
+from tp_planner.runtime.averaging import averaged
 from tp_planner.runtime.boundaries import Axes, Axis, change
-from tp_planner.runtime.calls import Site, reading_local_values, standing_at
+from tp_planner.runtime.calls import Site, reading_local_values, running, standing_at
 from tp_planner.runtime.variables import (
     Sharding,
     is_sharded,
@@ -217,10 +218,16 @@ def _adopting(plain: Any) -> Any:
         variables = None if trainable_variables is None else list(trainable_variables)
         known = variables or (self._trainable_variables if self.built else [])
         sharded = next((variable for variable in known if is_sharded(variable)), None)
-        if sharded is None or isinstance(self, ParallelOptimizer):
+        if sharded is not None and not isinstance(self, ParallelOptimizer):
+            adopt_optimizer(self, sharded._stored.sharding.axes)
+            return self.apply(grads, variables)
+        if running.updating:  # an optimizer around this one has seen the gradients
             return plain(self, grads, variables)
-        adopt_optimizer(self, sharded._stored.sharding.axes)
-        return self.apply(grads, variables)
+        running.updating = True
+        try:
+            return plain(self, averaged(grads, known), variables)
+        finally:
+            running.updating = False
 
     apply.adopts = True  # type: ignore[attr-defined]
     return apply

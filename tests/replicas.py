@@ -1,0 +1,134 @@
+"""Replicas of the zoo's models: layouts on meshes of two axes, shares of a batch, and what ranks are compared by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+import keras_hub
+import numpy as np
+import torch
+
+from tests.models import CASES, Batch, Case, building, randomize
+from tp_planner.frontend.layer_tree import named_variables
+from tp_planner.ir.layout import AxisSpec, Layout, LayoutRule
+from tp_planner.ir.mesh import Mesh
+from tp_planner.ir.placement import chunk_sizes
+
+Axes = tuple[AxisSpec, ...]
+Rules = Mapping[str, Axes]
+Shape = tuple[int, int]  # sizes of the mesh's axes "batch" and "model"
+
+
+# Models that look at all of the batch
+
+
+def normalized(dtype: str = "float32", *, seed: int = 0) -> keras.Model:
+    """A model with batch normalization of images, and of sequences that are masked."""
+    with building(dtype):
+        pixels = keras.Input((6, 6, 2), name="pixels")
+        steps = keras.Input((5, 3), name="steps")
+        x = keras.layers.Conv2D(8, 3, name="conv")(pixels)
+        x = keras.layers.BatchNormalization(name="conv_norm")(x)
+        x = keras.layers.GlobalAveragePooling2D(name="pool")(keras.layers.ReLU(name="relu")(x))
+        y = keras.layers.BatchNormalization(name="steps_norm")(keras.layers.Masking(name="masking")(steps))
+        y = keras.layers.Flatten(name="flatten")(y)
+        z = keras.layers.Concatenate(name="both")([x, y])
+        z = keras.layers.Dense(16, name="up")(z)
+        z = keras.layers.Activation("gelu", name="gelu")(keras.layers.BatchNormalization(name="up_norm")(z))
+        model = keras.Model([pixels, steps], keras.layers.Dense(8, name="down")(z), name="normalized")
+        return randomize(model, seed)
+
+
+def normalized_batch(rng: np.random.Generator, size: int) -> Batch:
+    steps = rng.standard_normal((size, 5, 3)).astype("float32") + 1
+    steps[rng.random((size, 5)) < 0.4] = 0  # masked
+    pixels = 3 * rng.standard_normal((size, 6, 6, 2)).astype("float32") + rng.standard_normal((size, 1, 1, 1))
+    return [pixels.astype("float32"), steps], rng.standard_normal((size, 8)).astype("float32")
+
+
+NORMALIZED_RULES: dict[str, Axes] = {
+    "conv/kernel": (None, None, None, "model"),
+    "up/kernel": (None, "model"),
+    "up/bias": ("model",),
+    "up_norm/(gamma|beta|moving_mean|moving_variance)": ("model",),
+    "down/kernel": ("model", "batch"),
+}
+MODELS = CASES | {
+    "normalized": Case("normalized", normalized, normalized_batch, "MeanSquaredError", {}, None),
+}
+
+
+# Layouts
+
+
+def hub_rules(backbone: Any) -> Rules:
+    """Return the rules that KerasHub comes with for a family."""
+    mesh = keras.distribution.DeviceMesh((1, 1), ("batch", "model"), ["cpu:0"])
+    layout_map = backbone.get_layout_map(mesh)
+    return {pattern: tuple(layout_map._layout_map[pattern].axes) for pattern in layout_map}
+
+
+def also_over_batch(rules: Rules) -> Rules:
+    """Return rules that shard another dim over the batch axis, or, where there is none, the same."""
+
+    def both(axes: Axes) -> Axes:
+        if None not in axes:
+            return tuple(("batch", axis) if isinstance(axis, str) else axis for axis in axes)
+        first = axes.index(None)
+        return (*axes[:first], "batch", *axes[first + 1 :])
+
+    return {pattern: both(axes) for pattern, axes in rules.items()}
+
+
+def on_one_dim(rules: Rules) -> Rules:
+    """Return rules that shard the same dim over both axes."""
+    return {p: tuple(("batch", axis) if isinstance(axis, str) else axis for axis in axes) for p, axes in rules.items()}
+
+
+def over_batch_alone(rules: Rules) -> Rules:
+    return {pattern: tuple("batch" if axis else None for axis in axes) for pattern, axes in rules.items()}
+
+
+LAYOUTS: dict[str, Callable[[str], Rules]] = {
+    "no rules": lambda name: {},
+    "model axis": lambda name: MODELS[name].rules,
+    "both axes": lambda name: also_over_batch(MODELS[name].rules),
+    "both axes on one dim": lambda name: on_one_dim(MODELS[name].rules),
+    "batch axis alone": lambda name: over_batch_alone(MODELS[name].rules),
+    "KerasHub's": lambda name: hub_rules(
+        {"llama": keras_hub.models.LlamaBackbone, "gemma": keras_hub.models.GemmaBackbone}[name]
+    ),
+    "normalized": lambda name: NORMALIZED_RULES,
+}
+
+
+def layout(name: str, rules: str, shape: Shape) -> Layout:
+    mesh = Mesh((("batch", shape[0]), ("model", shape[1])))
+    return Layout(mesh, tuple(LayoutRule(pattern, axes) for pattern, axes in LAYOUTS[rules](name).items()))
+
+
+# On the ranks
+
+
+def share(tree: Any, replica: int, replicas: int) -> Any:
+    """Return the replica's share of each array: a run of rows."""
+
+    def rows(array: np.ndarray) -> np.ndarray:
+        sizes = chunk_sizes(len(array), replicas)
+        return array[sum(sizes[:replica]) : sum(sizes[: replica + 1])]
+
+    return keras.tree.map_structure(rows, tree)
+
+
+def whole(tensor: torch.Tensor) -> np.ndarray:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().numpy().copy()
+
+
+def weights(model: keras.Model) -> dict[str, np.ndarray]:
+    return {key: whole(variable._value) for key, variable in named_variables(model).items()}
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max(initial=0.0) / max(np.abs(expected).max(initial=0.0), 1e-30))
