@@ -157,7 +157,8 @@ def test_replicas_drop_out_on_their_own(pools: Pools, seeded: bool) -> None:
     """
     ranks = pools(4).run(drop_out, seeded)
     calls, after = [each[0] for each in ranks], [each[1] for each in ranks]
-    assert calls[0] == calls[1] and calls[2] == calls[3]
+    assert calls[0] == calls[1]
+    assert calls[2] == calls[3]
     assert len({calls[0][0], calls[0][1], calls[2][0], calls[2][1]}) == 4
     assert len(set(after)) == 1
 
@@ -203,13 +204,18 @@ def test_state_of_each_replica_is_noted() -> None:
 
 
 def test_gradients_travel_in_buckets_of_25_mib() -> None:
-    """Last variables first; one that is larger is alone, and frozen ones do not travel."""
-    layers = [keras.layers.Dense(2**n, name=f"layer_{n}") for n in (12, 11, 12)]
-    model = small(*layers)
-    layers[0].trainable = False
+    """Last variables first; one that is larger is alone, frozen ones do not travel, each has a mark of its own."""
+    with keras.device("meta"):
+        widths = {"first": 4096, "second": 2048, "third": 1024}
+        model = small(*(keras.layers.Dense(width, name=name) for name, width in widths.items()))
+    model.get_layer("first").trainable = False
     plan = plan_across(model)
-    assert plan.buckets == (("layer_12/bias",), ("layer_12/kernel",), ("layer_11/bias",), ("layer_11/kernel",))
-    assert [(each.place, each.bytes) for each in plan.collectives] == []
+    assert plan.buckets == (("third/bias", "third/kernel", "second/bias"), ("second/kernel",))
+    elements = [1024 + 2048 * 1024 + 2048 + 3, 4096 * 2048 + 1]
+    assert [(each.place, each.bytes) for each in plan.collectives] == [
+        ("samples of each replica", 8),
+        *((f"gradients {number}", 4 * size) for number, size in enumerate(elements)),
+    ]
 
 
 def test_report_of_replicas() -> None:
