@@ -1,7 +1,7 @@
 """Averaging: gradients of variables that every replica stores, bucket by bucket, while the backward pass runs.
 
-As torch's DistributedDataParallel does (https://arxiv.org/abs/2006.15704), which takes neither DTensor parameters nor
-models whose layers are no torch children. A bucket's all-reduce starts when the last of its gradients has arrived
+As torch's DistributedDataParallel does (https://arxiv.org/abs/2006.15704), which fails on DTensor parameters, and sees
+only what is called through its wrapper, not what ``fit`` calls. A bucket's all-reduce starts when the last of its gradients has arrived
 and no bucket before it waits; ``backward()`` returns when all have ended. Gradients are then views of their bucket.
 """
 
