@@ -12,6 +12,7 @@ import keras_hub
 import pytest
 
 from tests.models import CASES
+from tests.replicas import layout as layout_across
 from tp_planner import planner
 from tp_planner.frontend.blocks import Blocks, layer_signature
 from tp_planner.ir.layout import Layout, LayoutRule
@@ -30,6 +31,13 @@ def test_plan_is_that_of_all_blocks(name: str) -> None:
     """One block for all gives the same plan, simulated step included, as running each of them."""
     model = CASES[name].build()
     assert_equal_plans(model, layout_of(name))
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+@pytest.mark.parametrize("rules", ["model axis", "both axes"])
+def test_plan_of_replicas_is_that_of_all_blocks(name: str, rules: str) -> None:
+    """So it is where replicas store weights in parts, and average gradients."""
+    assert_equal_plans(CASES[name].build(), layout_across(name, rules, (2, 2)))
 
 
 def assert_equal_plans(model: keras.Model, layout: Layout, **options: Any) -> None:

@@ -19,7 +19,6 @@ from tp_planner.frontend.layer_tree import named_layers, named_variables, own_va
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.placement import Replicate, Shard
 from tp_planner.ir.plan import LayerPlan, Plan, VariablePlan
-from tp_planner.runtime.averaging import Averaging, Bucket
 from tp_planner.runtime.boundaries import Axes, Axis
 from tp_planner.runtime.calls import Reader, Site
 from tp_planner.runtime.parts import let_go_after_calls
@@ -122,7 +121,7 @@ def apply_layers(
         plan: the plan.
         axes: the axes of the plan's mesh.
         scatter: makes this rank's stored tensor of a variable.
-        left_out: layers that stay as they are, by name; none if there are replicas.
+        left_out: layers that stay as they are, by name.
 
     If anything fails, the model is as before.
     """
@@ -132,7 +131,7 @@ def apply_layers(
     for layer_plan in plan.layers:
         by_layer.setdefault(layer_plan.layer, {})[layer_plan.mode] = layer_plan
     try:
-        placer = _Placer(model, applied, scatter)
+        placer = _Placer(model, applied, scatter, list(layers.values()))
         if not plan.input_gradients:
             refuse_input_gradients(next(iter(layers.values())), applied.undo)
         for name in sorted(_scopes(plan, layers)):
@@ -151,16 +150,16 @@ def apply_layers(
 
 
 def _join_replicas(model: keras.Model, applied: Applied, replicas: Replicas, placer: _Placer) -> None:
-    """Let replicas average their gradients, and put their parts of variables together for use."""
+    """Let replicas count their samples, put their parts of variables together for use, and share statistics."""
     hook = model.register_forward_pre_hook(replicas.see, with_kwargs=True)
     applied.undo.append(hook.remove)
     for layer in placer.layers_with_parts():
         applied.undo += [handle.remove for handle in let_go_after_calls(layer)]
-    for name, layer in named_layers(model).items():
+    for layer in placer.layers:
+        name = placer.names[id(layer)]
         if isinstance(layer, OF_THE_BATCH):
             share_statistics(layer, replicas, Site(name, "statistics"))
             applied.undo.append(functools.partial(layer.__dict__.pop, "_moments"))
-    applied.undo += Averaging(replicas, placer.buckets()).watch()
 
 
 def _scopes(plan: Plan, layers: Mapping[str, Any]) -> set[str]:
@@ -190,10 +189,10 @@ class Rebinding:
 class _Placer:
     """Places the variables of one layer after the other, each once."""
 
-    def __init__(self, model: keras.Model, applied: Applied, scatter: Scatter) -> None:
+    def __init__(self, model: keras.Model, applied: Applied, scatter: Scatter, layers: list[keras.Layer]) -> None:
         self.applied, self.rebind, self.scatter = applied, Rebinding(model), scatter
         self.plans = {variable.key: variable for variable in applied.plan.variables}
-        self.layers = list(named_layers(model).values())
+        self.layers = layers
         self.names = {id(layer): name for name, layer in named_layers(model).items()}
         self.variables = named_variables(model)
         self.keys = {id(variable): key for key, variable in self.variables.items()}
@@ -230,20 +229,6 @@ class _Placer:
             for layer in self.layers
             if self.names[id(layer)] in used or any(self._in_parts(self.keys[id(v)]) for v in own_variables(layer))
         ]
-
-    def buckets(self) -> list[Bucket]:
-        """Return the plan's buckets, and behind them one for each other variable, which may be trained later."""
-        planned = [
-            Bucket([self.variables[key] for key in keys], Site("", f"gradients {number}"), always=True)
-            for number, keys in enumerate(self.applied.plan.buckets)
-        ]
-        known = {key for keys in self.applied.plan.buckets for key in keys}
-        others = [
-            Bucket([variable], Site("", f"gradient {key}"), always=False)
-            for key, variable in self.variables.items()
-            if key not in known and not self._in_parts(key) and variable._value.is_floating_point()
-        ]
-        return planned + others
 
     def place(self, layer: keras.Layer) -> None:
         """Give each of the layer's own variables the value that this rank stores."""

@@ -1,8 +1,9 @@
 """Averaging: gradients of variables that every replica stores, bucket by bucket, while the backward pass runs.
 
 As torch's DistributedDataParallel does (https://arxiv.org/abs/2006.15704), which fails on DTensor parameters, and sees
-only what is called through its wrapper, not what ``fit`` calls. A bucket's all-reduce starts when the last of its gradients has arrived
-and no bucket before it waits; ``backward()`` returns when all have ended. Gradients are then views of their bucket.
+only what is called through its wrapper, not what ``fit`` calls. A bucket's all-reduce starts when the last of its
+gradients has arrived and no bucket before it waits; ``backward()`` returns when all have ended. Gradients are then
+views of their bucket.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ GRADIENTS = Site("", "gradients")
 class Bucket:
     """Variables of one dtype whose gradients travel together, and behind them a mark for each that has one.
 
-    ``always`` says that it travels in every backward pass; else only if one of its gradients has arrived.
+    The gradient of a single variable travels as it is. ``always`` says that the bucket travels in every backward pass;
+    else it does only if one of its gradients has arrived.
     """
 
     def __init__(self, variables: Sequence[Any], site: Site, always: bool) -> None:
@@ -45,11 +47,13 @@ class Bucket:
     def fill(self, replicas: Replicas) -> torch.Tensor:
         """Put the gradients that have arrived into one tensor, in which they are from now on, and return it weighed."""
         gradients = [self._gradient(position) for position in range(len(self.variables))]
-        if self.is_complete:
-            marks = gradients[0].new_ones(len(gradients))
+        if len(gradients) == 1:
+            self.flat = gradients[0].reshape(-1)
+        elif self.is_complete:
+            self.flat = _joined(gradients, gradients[0].new_ones(len(gradients)))
         else:
-            marks = gradients[0].new_tensor([float(position in self.arrived) for position in range(len(gradients))])
-        self.flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), marks])
+            marks = [float(position in self.arrived) for position in range(len(gradients))]
+            self.flat = _joined(gradients, gradients[0].new_tensor(marks))
         if replicas.samples:
             self.flat.mul_(replicas.share(self.device))
         else:  # it may be the gradient of the mean of nothing
@@ -80,7 +84,9 @@ class Bucket:
         wait(self.flat)
         missing = set(range(len(self.variables))) - self.arrived
         if missing and not isinstance(self.flat, FakeTensor):
-            marks = self.flat[-len(self.variables) :].tolist()
+            marks = (
+                self.flat[-len(self.variables) :].tolist() if len(self.variables) > 1 else self.flat.any().reshape(1)
+            )
             for position in missing:
                 if marks[position] > 0:
                     self._add(position)
@@ -92,6 +98,10 @@ class Bucket:
             self._place(position)
         else:
             _local(before).add_(self._view(position))
+
+
+def _joined(gradients: Sequence[torch.Tensor], marks: torch.Tensor) -> torch.Tensor:
+    return torch.cat([*(gradient.reshape(-1) for gradient in gradients), marks])
 
 
 def _local(gradient: torch.Tensor) -> torch.Tensor:

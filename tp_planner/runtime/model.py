@@ -10,7 +10,10 @@ import keras
 
 from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.ir.errors import PlanError
+from tp_planner.ir.placement import Shard
 from tp_planner.runtime.apply import Applied
+from tp_planner.runtime.averaging import Averaging, Bucket
+from tp_planner.runtime.calls import Site
 from tp_planner.runtime.draws import OwnDraws, own_seeds
 from tp_planner.runtime.optimizer import (
     adopt_at_first_use,
@@ -47,7 +50,8 @@ def take_over(model: keras.Model, applied: Applied) -> None:
 
 
 def _take_replicas_into_account(model: keras.Model, applied: Applied, replicas: Replicas) -> None:
-    """Let losses and metrics be those of the whole batch, and random numbers those of this replica."""
+    """Average gradients, let losses and metrics be those of the whole batch, and random numbers this replica's."""
+    applied.undo += Averaging(replicas, _buckets(model, applied)).watch()
     _override(model, "get_metrics_result", results_of_all(model, replicas), applied)
     _override(model, "compute_loss", loss_of_share(model), applied)
     draws = OwnDraws(replicas.axis.rank)
@@ -58,6 +62,23 @@ def _take_replicas_into_account(model: keras.Model, applied: Applied, replicas: 
             for generator in layer._seed_generators:
                 own_seeds(generator, replicas.axis.rank)
                 applied.undo.append(functools.partial(generator.__dict__.pop, "next"))
+
+
+def _buckets(model: keras.Model, applied: Applied) -> list[Bucket]:
+    """Return the plan's buckets, and behind them one for each other variable, which may be trained later."""
+    variables = named_variables(model)
+    planned = [
+        Bucket([variables[key] for key in keys], Site("", f"gradients {number}"), always=True)
+        for number, keys in enumerate(applied.plan.buckets)
+    ]
+    known = {key for keys in applied.plan.buckets for key in keys}
+    known |= {each.key for each in applied.plan.variables if isinstance(each.batch_placement, Shard)}
+    others = [
+        Bucket([variable], Site("", f"gradient {key}"), always=False)
+        for key, variable in variables.items()
+        if key not in known and variable._value.is_floating_point()
+    ]
+    return planned + others
 
 
 def let_go(model: keras.Model) -> None:

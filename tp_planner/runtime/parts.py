@@ -6,7 +6,9 @@ The backward pass puts it together again where it is needed, and leaves each rep
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +38,7 @@ class Parts:
     def __init__(
         self, part: torch.Tensor, dim: int, length: int, axis: Axis, replicas: Replicas | None, site: Site | None
     ) -> None:
-        self._part, self._dim, self._length, self._axis = part, dim, length, axis
+        self.part, self._dim, self._length, self._axis = part, dim, length, axis
         self._replicas, self._site = replicas, site
         self._whole: TensorWeakRef | None = None
 
@@ -45,7 +47,7 @@ class Parts:
         known = None if self._whole is None else self._whole()
         if known is None:
             with torch.no_grad(), standing_at(self._site):
-                known = gather(self._part, self._dim, self._length, self._axis)
+                known = gather(self.part, self._dim, self._length, self._axis)
             self._whole = TensorWeakRef(known)
         return known
 
@@ -93,6 +95,7 @@ class _Uses:
 class _Running(threading.local):
     def __init__(self) -> None:
         self.uses: list[_Uses] = []
+        self.looking = False
 
 
 _running = _Running()
@@ -114,6 +117,16 @@ def let_go_after_calls(layer: keras.Layer) -> list[Any]:
     before = layer.register_forward_pre_hook(_begin)
     after = layer.register_forward_hook(_end, always_call=True)
     return [before, after]
+
+
+@contextlib.contextmanager
+def looking_at_what_is_kept() -> Iterator[None]:
+    """Inside, what is kept for the backward pass can be read, and nothing is put together for that."""
+    _running.looking = True
+    try:
+        yield
+    finally:
+        _running.looking = False
 
 
 def _begin(layer: keras.Layer, args: Any) -> None:
@@ -140,4 +153,6 @@ def _leave_out(tensor: torch.Tensor) -> torch.Tensor | _LeftOut:
 def _put_back(kept: torch.Tensor | _LeftOut) -> torch.Tensor:
     if isinstance(kept, torch.Tensor):
         return kept
+    if _running.looking:
+        return kept.parts.part
     return kept.parts.whole().as_strided(kept.size, kept.stride, kept.offset)

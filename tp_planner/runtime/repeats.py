@@ -25,6 +25,7 @@ from tp_planner.ir.step import Phase
 from tp_planner.ir.step_log import Again, Edge
 from tp_planner.runtime.calls import running
 from tp_planner.runtime.metering import StepMeter
+from tp_planner.runtime.parts import looking_at_what_is_kept
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ class BlockRepeats:
         gc.collect(0)
         self._edge(call, "forward", False)
         outputs = _tensors(result)
-        saved = {self._meter.storage(tensor) for tensor in _saved_tensors(outputs, first_node)}
+        with looking_at_what_is_kept():
+            saved = {self._meter.storage(tensor) for tensor in _saved_tensors(outputs, first_node)}
         self.outputs.update(map(self._meter.storage, outputs))
         with_gradient = tuple(position for position, output in enumerate(outputs) if output.requires_grad)
         self._saved[call] = _Saved(self._positions(inputs, saved), self._positions(outputs, saved), with_gradient)

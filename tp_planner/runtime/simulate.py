@@ -23,14 +23,26 @@ from tp_planner.ir.errors import PlanError, in_one_line
 from tp_planner.ir.graph import ModelGraph
 from tp_planner.ir.plan import Plan
 from tp_planner.ir.step import Collective, Step
-from tp_planner.ir.step_log import Twin, collectives_of, memory_of, unfold, work_of
+from tp_planner.ir.step_log import (
+    Began,
+    Freed,
+    Kernel,
+    StepLog,
+    Twin,
+    collectives_of,
+    memory_of,
+    unfold,
+    work_of,
+)
 from tp_planner.passes.place_boundaries import tensor_names_again
 from tp_planner.runtime.apply import applied_for_simulation
 from tp_planner.runtime.boundaries import Axes
 from tp_planner.runtime.collector import only_new_garbage, without_collector
 from tp_planner.runtime.metering import StepMeter
 from tp_planner.runtime.optimizer import adopt_optimizer, updates_all_at_once
+from tp_planner.runtime.recording import REASONS
 from tp_planner.runtime.repeats import BlockRepeats, multiplicities
+from tp_planner.runtime.replicas import Replicas
 from tp_planner.runtime.variables import local_tensor
 
 
@@ -64,17 +76,17 @@ def simulate(
     Raises:
         PlanError: if the forward or backward pass fails on fake tensors.
     """
-    repeats = graph.repeats if axes.batch is None and _blocks_are_independent(model, graph, optimizer) else {}
+    repeats = graph.repeats if _blocks_are_independent(model, graph, optimizer) else {}
     left_out = graph.repeated_layers if repeats else frozenset()
     settings = None if optimizer is None else optimizer.get_config()  # reads values, so before tensors are fake
     meter = StepMeter(axes)
     blocks = BlockRepeats(named_layers(model), graph, repeats, meter)
     with fake_tensors(), without_collector(), only_new_garbage():
         arguments = fake_inputs(model, inputs)
-        with applied_for_simulation(model, plan, axes, left_out), blocks.watched():
+        with applied_for_simulation(model, plan, axes, left_out) as applied, blocks.watched():
             updating = None if optimizer is None else _adopted(type(optimizer).from_config, settings, axes)
             variables = {key for layer in left_out for key in graph.layers[layer].variables}
-            step = TrainingStep(model, meter, updating, variables)
+            step = TrainingStep(model, meter, updating, variables, applied.replicas)
             _hold_left_out_variables(meter, plan, variables)
             try:
                 step.run(arguments, multiplicities(repeats))
@@ -90,6 +102,7 @@ def simulate(
         call: Twin(each.twin, dict(each.layers) | tensor_names_again(each, graph)) for call, each in repeats.items()
     }
     log = unfold(meter.log, twins, frozenset(blocks.outputs))
+    _average_gradients(log, plan)
     name = "" if optimizer is None else type(optimizer).__name__
     return Simulation(collectives_of(log), Step(name, memory_of(log), work_of(log), not step.notes), tuple(step.notes))
 
@@ -102,6 +115,7 @@ class TrainingStep:
         meter: writes the log.
         optimizer: makes the update; None for no update.
         left_out: variables that take no part, by key.
+        replicas: the replicas, which meet when the backward pass begins; None for one. They do not average gradients.
     """
 
     def __init__(
@@ -110,8 +124,10 @@ class TrainingStep:
         meter: StepMeter,
         optimizer: keras.optimizers.Optimizer | None,
         left_out: Set[str] = frozenset(),
+        replicas: Replicas | None = None,
     ) -> None:
         self.model, self.meter, self.optimizer, self.left_out = model, meter, optimizer, left_out
+        self._replicas = replicas
         self.notes: list[str] = []
         self._slots: list[tuple[Any, Any]] = []
 
@@ -136,6 +152,8 @@ class TrainingStep:
             meter.end_forward()
             if loss is None or not loss.requires_grad:
                 return
+            if self._replicas is not None:
+                loss.register_hook(self._meet)
             loss.backward()
             del loss
             gc.collect(0)
@@ -145,6 +163,10 @@ class TrainingStep:
                 self._stand_for(variable, 1 + others.get(keys[id(variable)], 0))
             if self.optimizer is not None and trained:
                 self._update(self.optimizer, trained)
+
+    def _meet(self, gradient: torch.Tensor) -> None:
+        assert self._replicas is not None
+        self._replicas.meet(gradient.device)
 
     def _update(self, optimizer: keras.optimizers.Optimizer, trained: list[Any]) -> None:
         try:
@@ -211,6 +233,31 @@ def _hold_left_out_variables(meter: StepMeter, plan: Plan, left_out: Set[str]) -
     for variable in plan.variables:
         if variable.key in left_out:
             meter.log.allocate(math.prod(variable.local_shape) * variable.itemsize, "parameters")
+
+
+def _average_gradients(log: StepLog, plan: Plan) -> None:
+    """Note at the end of the backward pass that replicas average their gradients, bucket by bucket.
+
+    In the simulated step they do not, because of equal blocks only one has gradients.
+    """
+    positions = {event.phase: position for position, event in enumerate(log.events) if isinstance(event, Began)}
+    if "backward" not in positions or plan.mesh.batch_axis is None:
+        return
+    rest = log.events[positions.get("update", len(log.events)) :]
+    del log.events[len(log.events) - len(rest) :]
+    variables = {variable.key: variable for variable in plan.variables}
+    for number, keys in enumerate(plan.buckets):
+        itemsize = variables[keys[0]].itemsize
+        elements = sum(math.prod(variables[key].local_shape) for key in keys)
+        marks = len(keys) if len(keys) > 1 else 0
+        size = (elements + marks) * itemsize
+        joined = log.allocate(size if marks else 0)
+        log.events += [Kernel("backward", "", 0, 2 * size)] * (2 if marks else 1)
+        place, reason = f"gradients {number}", REASONS["all_reduce"]
+        axis, replicas = plan.mesh.batch_axis, plan.replicas
+        log.events.append(Collective("all_reduce", axis, replicas, size, "", place, "backward", reason))
+        log.events.append(Freed(joined))  # in the end, the gradients are in it, and no longer where they were
+    log.events += rest
 
 
 def _adopted(make: Callable[[Any], keras.optimizers.Optimizer], settings: Any, axes: Axes) -> Any:
