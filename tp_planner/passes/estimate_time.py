@@ -52,9 +52,9 @@ def _assumptions_of(plan: Plan, hardware: Hardware) -> tuple[str, ...]:
     assumptions = []
     if not plan.step.optimizer:
         assumptions.append("no update: the plan was made without an optimizer")
-    if plan.axis_size > hardware.node_size.value:
+    if plan.mesh.size > hardware.node_size.value:
         assumptions.append(
-            f"{plan.axis_size} ranks are more than the {hardware.node_size.value:g} devices that the links connect: "
+            f"{plan.mesh.size} ranks are more than the {hardware.node_size.value:g} devices that the links connect: "
             f"between nodes communication takes longer"
         )
     return tuple(assumptions)

@@ -18,7 +18,7 @@ def estimate_lines(plan: Plan, hardware: Hardware) -> list[str]:
     estimate = estimate_time(plan, hardware)
     inputs = ", ".join(f"{'x'.join(map(str, shape))} {dtype}" for shape, dtype in plan.inputs)
     return [
-        f"estimated, not measured: one training step with inputs {inputs} on {plan.axis_size} x {hardware.name}",
+        f"estimated, not measured: one training step with inputs {inputs} on {plan.mesh.size} x {hardware.name}",
         f"  {_range(estimate.total)}",
         *(f"    {_phase(phase)}" for phase in estimate.phases),
         f"  {_memory(plan, hardware)}",
