@@ -922,7 +922,8 @@ def test_report_is_text(folder: Path) -> None:
         ([], "broken.toml", "model=2", 1),
         ([], "gone.toml", "model=2", 2),
         ([], "mlp", "model", 2),
-        ([], "mlp", "batch=2,model=2", 2),
+        ([], "mlp", "batch=2,model=2", 0),
+        ([], "mlp", "batch=2,model=2,stage=2", 2),
         (["--input", "2 by 4"], "mlp", "model=2", 2),
     ],
 )

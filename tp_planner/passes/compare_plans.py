@@ -47,6 +47,7 @@ def _of_plan(plan: Plan) -> Properties:
         "axis": plan.axis,
         "batch axis": plan.mesh.batch_axis or "",
         "inputs": ", ".join(f"{_shape(shape)} {dtype}" for shape, dtype in plan.inputs),
+        "buckets of gradients": "; ".join(f"({', '.join(bucket)})" for bucket in plan.buckets),
         "gradients of the inputs": "right" if plan.input_gradients else "not right",
         "optimizer": plan.step.optimizer,
         "whole update": str(plan.step.whole_update),

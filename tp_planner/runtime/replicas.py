@@ -66,6 +66,8 @@ class Replicas:
         try:
             for each in self.at_end:
                 each()
+            if self._share is None and self._total is not None:  # a replica without samples has not asked
+                wait(self._total)
         finally:
             self._pass, self._total, self._share = -1, None, None
 
