@@ -24,8 +24,9 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "linter": ({"ir", "passes", "frontend", "planner"}, {"keras"}),
     "sweep": ({"ir", "passes", "planner"}, {"keras"}),
     "api": ({"ir", "frontend", "runtime", "planner"}, {"keras", "numpy", "torch"}),
+    "keras_distribution": ({"api", "frontend", "ir", "keras_distribution", "runtime"}, {"keras", "numpy", "torch"}),
     "progress": (set(), set()),
-    "__init__": ({"api", "ir", "linter", "runtime"}, set()),
+    "__init__": ({"api", "ir", "keras_distribution", "linter", "runtime"}, set()),
     "cli": (
         {"__init__", "cli", "explain", "ir", "frontend", "linter", "passes", "planner", "progress", "report", "sweep"},
         {"keras", "rich", "typer"},

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from tp_planner.ir.errors import ContractError, ParallelRuntimeError, PlanError, TpPlannerError
     from tp_planner.ir.finding import Finding
     from tp_planner.ir.plan import Plan
+    from tp_planner.keras_distribution.install import disable_keras_distribution, enable_keras_distribution
     from tp_planner.linter import lint
     from tp_planner.runtime.verify import Verification, verify_model_parallel
 
@@ -25,6 +26,8 @@ __all__ = [
     "Recording",
     "TpPlannerError",
     "Verification",
+    "disable_keras_distribution",
+    "enable_keras_distribution",
     "lint",
     "parallelize",
     "plan",
@@ -42,6 +45,8 @@ _HOMES = {
     "Recording": "tp_planner.ir.contract",
     "TpPlannerError": "tp_planner.ir.errors",
     "Verification": "tp_planner.runtime.verify",
+    "disable_keras_distribution": "tp_planner.keras_distribution.install",
+    "enable_keras_distribution": "tp_planner.keras_distribution.install",
     "lint": "tp_planner.linter",
     "parallelize": "tp_planner.api",
     "plan": "tp_planner.api",

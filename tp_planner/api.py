@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
 import keras
-import numpy as np
-import torch
 import torch.distributed as dist
 
 from tp_planner.frontend.fingerprint import fingerprint
@@ -28,6 +25,7 @@ from tp_planner.runtime.checking import Recorder, check_first_step, recording
 from tp_planner.runtime.log import log_sharding, logger
 from tp_planner.runtime.model import applied_to, let_go, refuse_jit, take_over
 from tp_planner.runtime.process_group import job_axes, require_process_group, this_device
+from tp_planner.runtime.random_state import share_random_state
 from tp_planner.runtime.rendezvous import exchange, meet
 
 
@@ -109,7 +107,7 @@ def parallelize(
     if inputs is not None and layout.mesh.replicas > 1:
         inputs = _as_on_rank_zero(inputs)
     chosen = _agree(lambda: _choose(model, layout, inputs))
-    _share_random_state()
+    share_random_state()
     applied = apply_layers(model, chosen, axes, scatter_from_rank_zero(this_device(), chosen.mesh))
     applied.commit()
     for variable in chosen.variables:
@@ -243,18 +241,3 @@ def _agree(choose: Callable[[], Plan]) -> Plan:
             f"ranks made different plans ({hashes}); build the same model with the same layout on all of them"
         )
     return chosen
-
-
-def _share_random_state() -> None:
-    """Continue on all ranks from rank 0's random state, so that replicated dropout masks and data order agree."""
-    state: list[Any] = [None]
-    if dist.get_rank() == 0:
-        cuda = torch.cuda.get_rng_state() if this_device().type == "cuda" else None
-        state = [(torch.get_rng_state(), cuda, np.random.get_state(), random.getstate())]
-    dist.broadcast_object_list(state, 0, device=this_device())
-    cpu, cuda, numpy_state, python_state = state[0]
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda)
-    np.random.set_state(numpy_state)
-    random.setstate(python_state)

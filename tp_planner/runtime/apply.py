@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as TorchShard
 from torch.distributed.tensor.parallel import parallelize_module
 
 from tp_planner.frontend.layer_tree import named_layers, named_variables, own_variables
@@ -243,17 +244,19 @@ class _Placer:
         local = self.scatter(variable, sharding)
         trainable = old.requires_grad and old.is_floating_point()
         if sharding.cuts:
-            new = sharded_parameter(local, plan.shape, sharding, trainable)
-        elif isinstance(local, FakeTensor):
+            kept = isinstance(old, DTensor) and old.device_mesh == axes.mesh and old._local_tensor is local
+            new = old if kept else sharded_parameter(local, plan.shape, sharding, trainable)
+        elif isinstance(local, FakeTensor) or isinstance(old, DTensor):
             new = torch.nn.Parameter(local, requires_grad=trainable)
         else:
             new = old  # the same object: a torch module inside the model may hold it too
+        replaced = new is not old or isinstance(old, DTensor)
         parallel = bool(sharding.cuts) or key in self.converted
         regularizer, constraint = variable._regularizer, variable._constraint
         self.applied.placed[key] = PlacedVariable(
-            variable, old.device, parallel, regularizer, constraint, old, old.data if new is old else None
+            variable, old.device, parallel, regularizer, constraint, old, None if replaced else old.data
         )
-        if new is old:
+        if not replaced:
             old.data = local
         if parallel:
             make_parallel(variable, new, sharding, self.applied.replicas)
@@ -276,10 +279,13 @@ class _Placer:
 def scatter_from_rank_zero(device: torch.device, mesh: Mesh) -> Scatter:
     """Return a scatter that makes rank 0's values the truth, one variable at a time.
 
-    Only rank 0's value is read. Sharded values are cut on the device they are on, and only the shards move.
+    Only rank 0's value is read. Sharded values are cut on the device they are on, and only the shards move. A value
+    that is in shards already stays so.
     """
 
     def scatter(variable: Any, sharding: Sharding) -> torch.Tensor:
+        if isinstance(variable._value, DTensor):
+            return _part_of_shards(variable._value, sharding)
         value = variable._value.detach()
         shape = sharding.local_shape(tuple(variable.shape))
         local = torch.empty(shape, dtype=variable._value.dtype, device=device)
@@ -292,6 +298,23 @@ def scatter_from_rank_zero(device: torch.device, mesh: Mesh) -> Scatter:
             return _scatter_shards(value, sharding, mesh, local)
 
     return scatter
+
+
+def _part_of_shards(value: DTensor, sharding: Sharding) -> torch.Tensor:
+    """Return this rank's part of a value that is stored in shards; nothing moves where these are the wanted ones."""
+    wanted = {axis.name: placement.dim for placement, axis in sharding.cuts}
+    names = value.device_mesh.mesh_dim_names or ()
+    stored = {
+        name: placement.dim
+        for name, size, placement in zip(names, value.device_mesh.shape, value.placements, strict=True)
+        if size > 1 and isinstance(placement, TorchShard)
+    }
+    # Of a dim that both axes cut, the order of the cuts may be another.
+    if wanted and stored == wanted and len(set(wanted.values())) == len(wanted):
+        return value._local_tensor
+    with torch.no_grad():
+        part: torch.Tensor = sharding.own(value.full_tensor())
+        return part.clone()
 
 
 def _scatter_shards(value: torch.Tensor, sharding: Sharding, mesh: Mesh, local: torch.Tensor) -> torch.Tensor:

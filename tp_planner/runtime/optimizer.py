@@ -198,8 +198,16 @@ def adopt_optimizer(optimizer: Any, axes: Axes) -> None:
     _adopted.add(optimizer)
     if optimizer.built and inner is None:
         for variable, slot in existing_slots(optimizer):
-            local = variable._stored.sharding.own(slot._value.detach()).clone()
+            local = _part_of_slot(slot._value.detach(), variable)
             bind_slot(optimizer, variable, slot, local.to(local_tensor(variable).device))
+
+
+def _part_of_slot(value: torch.Tensor, variable: Any) -> torch.Tensor:
+    """Return this rank's part of a slot; one that was created in shards is stored as its variable is."""
+    if isinstance(value, DTensor):
+        return value._local_tensor
+    part: torch.Tensor = variable._stored.sharding.own(value)
+    return part.clone()
 
 
 def adopt_at_first_use() -> None:

@@ -1,0 +1,171 @@
+"""Births: variables that are created under a distribution, each as this process's shard.
+
+The value is made on the host, one variable at a time, and only the shard moves to the device. Until a plan says how
+layers read it, such a variable is an ``UnplannedVariable``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+import torch.distributed as dist
+from keras.src.backend.torch.core import convert_to_numpy, to_torch_dtype
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+
+from tp_planner.keras_distribution.backend import BackendLayout, distribute_variable, own_part, whole_of
+from tp_planner.keras_distribution.calling import in_layer_call, is_symbolic
+from tp_planner.runtime.random_state import share_random_state
+from tp_planner.runtime.rendezvous import meet
+from tp_planner.runtime.variables import BackendVariable
+
+
+class UnplannedVariable(BackendVariable):
+    """A Keras variable stored in shards before a plan says how layers read it.
+
+    A layer that is called alone reads the whole value, gathered, gradients flowing back to the shards. Elsewhere
+    ``value`` is the DTensor parameter, the leaf that holds ``.grad``.
+    """
+
+    @property
+    def value(self) -> Any:
+        """The tensor that the variable stands for at this moment; see the class's text."""
+        value = self._value
+        if not isinstance(value, DTensor):
+            return super().value
+        if is_symbolic():
+            return self._maybe_autocast(torch.empty(self._shape, dtype=to_torch_dtype(self._dtype), device="meta"))
+        return self._maybe_autocast(value.full_tensor()) if in_layer_call() else value
+
+    def assign(self, value: Any) -> Any:
+        """Set the value from a whole array, tensor or variable; each process keeps its shard."""
+        if not isinstance(self._value, DTensor):
+            return super().assign(value)
+        if isinstance(value, BackendVariable):
+            value = value.value
+        value = value if isinstance(value, torch.Tensor) else np.asarray(value)
+        self._direct_assign(value)
+        return value
+
+    def _direct_assign(self, value: Any) -> None:
+        own = self._value
+        if not isinstance(own, DTensor):
+            super()._direct_assign(value)
+            return
+        if tuple(value.shape) != tuple(self.shape):
+            raise ValueError(
+                f"the value assigned to {self.path!r} has shape {tuple(value.shape)}, "
+                f"the variable has shape {tuple(self.shape)}; assign the whole value"
+            )
+        if isinstance(value, DTensor):
+            part: Any = value.redistribute(own.device_mesh, own.placements).to_local()
+        else:
+            part = own_part(value, BackendLayout(own.device_mesh, tuple(own.placements)))
+        if isinstance(part, np.ndarray):
+            part = part.astype("float32") if part.dtype.name == "bfloat16" else part
+            part = torch.as_tensor(np.ascontiguousarray(part))
+        with torch.no_grad():
+            own._local_tensor.copy_(part)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if isinstance(self._value, DTensor):
+            meet(f"reading the whole value of variable {self.path!r}")
+            array: np.ndarray = convert_to_numpy(whole_of(self._value))
+        else:
+            array = convert_to_numpy(self._value)
+        return array.astype(dtype) if dtype else array
+
+    def __repr__(self) -> str:
+        return f"<Variable path={self.path}, shape={self.shape}, dtype={self._dtype}, stored in shards>"
+
+
+def is_unplanned(variable: Any) -> bool:
+    """Whether a Keras variable is stored in shards that no plan reads yet."""
+    return isinstance(variable, UnplannedVariable) and isinstance(variable._value, DTensor)
+
+
+@contextlib.contextmanager
+def not_sharding() -> Iterator[None]:
+    """Inside, variables are created whole, whatever the distribution says."""
+    before = _Births.paused
+    _Births.paused = True
+    try:
+        yield
+    finally:
+        _Births.paused = before
+
+
+class _Births:
+    paused = False
+    agreed: Any = None  # the process group whose ranks draw the same random numbers
+
+
+def born_with_initializer(plain: Callable[..., None]) -> Callable[..., None]:
+    """Return Keras's creation of a variable from an initializer, with sharding at birth."""
+
+    def _initialize_with_initializer(self: Any, initializer: Any) -> None:
+        if _layout_of(self, tuple(self._shape), self._dtype) is None:
+            plain(self, initializer)
+            return
+        _agree_on_random_numbers()
+        with keras.device("cpu"):
+            value = self._convert_to_tensor(initializer(self._shape, dtype=self._dtype))
+        self._initialize(value)
+
+    return _initialize_with_initializer
+
+
+def born_with_value(plain: Callable[..., None]) -> Callable[..., None]:
+    """Return Keras's creation of a variable from its value, with sharding at birth."""
+
+    def _initialize(self: Any, value: Any) -> None:
+        if isinstance(value, torch.nn.Parameter | FakeTensor):
+            plain(self, value)
+            return
+        layout = _layout_of(self, tuple(value.shape), self._dtype)
+        if layout is None:
+            plain(self, value)
+            return
+        value = value.to(to_torch_dtype(self._dtype)) if isinstance(value, torch.Tensor) else value
+        self._value = distribute_variable(value, layout, self.trainable)
+        self.__class__ = UnplannedVariable
+
+    return _initialize
+
+
+def _layout_of(variable: Any, shape: tuple[int, ...], dtype: str) -> BackendLayout | None:
+    """Return the layout under which a variable is born in shards; None for one that is born whole.
+
+    A variable whose layout does not fit is born whole: the planner lists these problems, all at once.
+    """
+    distribution = keras.distribution.distribution()
+    if _Births.paused or is_symbolic():
+        return None
+    if variable._layout is None and distribution is not None:
+        variable._shape = shape
+        with contextlib.suppress(ValueError):  # two patterns match
+            variable._layout = distribution.get_variable_layout(variable)
+    layout = variable._layout
+    if isinstance(layout, BackendLayout):
+        return layout
+    if layout is None or layout.device_mesh is None or not keras.backend.is_float_dtype(dtype):
+        return None
+    sizes = dict(zip(layout.device_mesh.axis_names, layout.device_mesh.shape, strict=True))
+    named = [axis for axis in layout.axes if axis is not None]
+    if len(layout.axes) != len(shape) or len(set(named)) < len(named) or all(sizes[axis] == 1 for axis in named):
+        return None
+    backend_layout: BackendLayout = layout.backend_layout
+    return backend_layout
+
+
+def _agree_on_random_numbers() -> None:
+    """Continue from rank 0's random state, once in a process group: initializers then draw the same everywhere."""
+    if _Births.agreed is not dist.group.WORLD:
+        meet("creating the first variable under a distribution")
+        share_random_state()
+        _Births.agreed = dist.group.WORLD

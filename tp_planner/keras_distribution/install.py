@@ -1,0 +1,72 @@
+"""Install: put tp_planner's distribution library in the place that Keras keeps for a backend's own, and take it out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras.src import backend as keras_backend
+from keras.src.backend import torch as torch_backend
+from keras.src.callbacks import CallbackList
+from keras.src.distribution import distribution_lib
+from keras.src.trainers import data_adapters
+
+from tp_planner.ir.errors import PlanError
+from tp_planner.keras_distribution import backend, births, data, logs, models
+
+logger = logging.getLogger("tp_planner")
+
+_undo: list[Callable[[], None]] = []
+
+
+def enable_keras_distribution() -> None:
+    """Let ``keras.distribution`` work on the torch backend; a second call does nothing.
+
+    A model is planned and sharded when it is first called under ``keras.distribution.ModelParallel``. Variables that
+    are created under it are stored in shards from the beginning.
+
+    Raises PlanError on another backend.
+    """
+    if keras.backend.backend() != "torch":
+        raise PlanError(
+            f"Keras runs on the {keras.backend.backend()!r} backend, which has its own distribution library; "
+            f"set KERAS_BACKEND=torch before importing keras, or do without tp_planner"
+        )
+    if _undo:
+        return
+    if keras_backend.distribution_lib is not None:
+        logger.warning(
+            "Keras %s brings a distribution library for torch; tp_planner's is in use instead, until "
+            "tp_planner.disable_keras_distribution()",
+            keras.__version__,
+        )
+    for place in (keras_backend, distribution_lib, torch_backend):
+        _replace(place, "distribution_lib", backend)
+    _wrap(torch_backend.core.Variable, "_initialize", births.born_with_value)
+    _wrap(torch_backend.core.Variable, "_initialize_with_initializer", births.born_with_initializer)
+    _wrap(keras.Model, "_maybe_build", models.planned_when_built)
+    _wrap(keras.Model, "_symbolic_build", models.checked_before_training)
+    _wrap(keras.Model, "save", models.planned_before_saving)
+    _wrap(keras.Model, "save_weights", models.planned_before_saving)
+    _wrap(data_adapters, "get_data_adapter", data.shared_out)
+    _wrap(CallbackList, "__init__", logs.writing_on_rank_zero)
+    _wrap(CallbackList, "on_epoch_end", logs.deciding_alike)
+
+
+def disable_keras_distribution() -> None:
+    """Undo ``enable_keras_distribution``; models that are sharded stay so."""
+    while _undo:
+        _undo.pop()()
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+    _replace(owner, name, wrapper(getattr(owner, name)))
+
+
+def _replace(owner: Any, name: str, new: Any) -> None:
+    """Set an attribute; undoing gives back the old one, or removes what was inherited before."""
+    had, old = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, new)
+    _undo.append(lambda: setattr(owner, name, old) if had else delattr(owner, name))

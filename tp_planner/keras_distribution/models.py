@@ -1,0 +1,138 @@
+"""Models under a distribution: the plan is made and applied when a model is first called on data.
+
+By then all its variables exist, and the inputs are known. The model that is called is the one that is planned, with
+all models inside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+
+from tp_planner.api import parallelize
+from tp_planner.frontend.layer_tree import named_variables
+from tp_planner.ir.errors import PlanError
+from tp_planner.keras_distribution.births import UnplannedVariable, is_unplanned, not_sharding
+from tp_planner.keras_distribution.calling import in_layer_call, is_symbolic
+from tp_planner.runtime.model import applied_to, let_go, refuse_jit
+
+# What Keras has made for the loop that the first call may be in; none is compiled, or planning would have refused.
+STEP_FUNCTIONS = ("train_function", "test_function", "predict_function")
+
+_planned: weakref.WeakSet[keras.Model] = weakref.WeakSet()
+
+
+def planned_when_built(plain: Callable[..., None]) -> Callable[..., None]:
+    """Return Keras's ``_maybe_build``, which comes before every call, with the planning of the model after it."""
+
+    @functools.wraps(plain)
+    def _maybe_build(self: keras.Model, call_spec: Any) -> None:
+        plain(self, call_spec)
+        if not (in_layer_call() or is_symbolic()) and needs_plan(self) and _is_data(call_spec.first_arg):
+            plan_and_apply(self, call_spec.first_arg)
+
+    return _maybe_build
+
+
+def checked_before_training(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Keras's ``_symbolic_build``, which comes before training, refusing what a plan cannot carry out."""
+
+    @functools.wraps(plain)
+    def _symbolic_build(self: keras.Model, *args: Any, **kwargs: Any) -> Any:
+        if needs_plan(self):
+            refuse_jit(self)
+        return plain(self, *args, **kwargs)
+
+    return _symbolic_build
+
+
+def planned_before_saving(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``save`` or ``save_weights``: a model that is stored in shards is planned first, so that rank 0 writes."""
+
+    @functools.wraps(plain)
+    def save(self: keras.Model, *args: Any, **kwargs: Any) -> Any:
+        if self.built and needs_plan(self) and any(is_unplanned(variable) for variable in self.variables):
+            plan_and_apply(self, None)
+            return getattr(self, plain.__name__)(*args, **kwargs)  # the one that the plan put there
+        return plain(self, *args, **kwargs)
+
+    return save
+
+
+def needs_plan(model: keras.Model) -> bool:
+    """Whether there is a distribution over several devices by which the model is not planned.
+
+    A model inside a planned one runs as that one's plan says.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None or distribution.device_mesh.devices.size == 1 or applied_to(model) is not None:
+        return False
+    return not any(model in planned._flatten_layers() for planned in _planned if applied_to(planned) is not None)
+
+
+def plan_and_apply(model: keras.Model, inputs: Any) -> None:
+    """Plan the model for the current distribution, and shard it.
+
+    Models that share variables with it are planned anew when they are called next.
+
+    Args:
+        model: a built model.
+        inputs: what it is called with; None for the inputs that it declares.
+
+    Raises PlanError with all problems; the model is then as before.
+    """
+    distribution = keras.distribution.distribution()
+    layout_map = getattr(distribution, "_layout_map", None)
+    if layout_map is None:
+        raise PlanError(
+            f"{type(distribution).__name__} has no layout map to plan by; "
+            f"use keras.distribution.ModelParallel(layout_map=..., batch_dim_name=...)"
+        )
+    with not_sharding():
+        _build_rest(model, inputs)
+        own = {id(variable) for variable in named_variables(model).values()}
+        for other in list(_planned):
+            if applied_to(other) is not None and own & {id(each) for each in named_variables(other).values()}:
+                _take_back(other)
+        running = {name: getattr(model, name, None) for name in STEP_FUNCTIONS}
+        parallelize(model, layout_map, inputs)
+        model.__dict__.update(running)
+    _planned.add(model)
+
+
+def _build_rest(model: keras.Model, inputs: Any) -> None:
+    """Build what a model would only build in its first call."""
+    if inputs is not None and not all(layer.built for layer in model._flatten_layers()):
+        specs = keras.tree.map_structure(
+            lambda leaf: keras.KerasTensor(tuple(leaf.shape), keras.backend.standardize_dtype(leaf.dtype)), inputs
+        )
+        keras.src.backend.compute_output_spec(model, specs)
+
+
+def _take_back(model: keras.Model) -> None:
+    """Undo the plan of a model; its variables stay in shards."""
+    applied = applied_to(model)
+    assert applied is not None
+    let_go(model)
+    placed = list(applied.placed.values())
+    applied.revert(model, lambda key, each: each.variable._value)
+    for each in placed:
+        if isinstance(each.variable._value, DTensor):
+            each.variable.__class__ = UnplannedVariable
+
+
+def _is_data(inputs: Any) -> bool:
+    """Whether a model is called on tensors that hold values."""
+    leaves = [leaf for leaf in keras.tree.flatten(inputs) if leaf is not None]
+    return (
+        bool(leaves)
+        and all(isinstance(leaf, torch.Tensor) and not leaf.is_meta for leaf in leaves)
+        and not any(isinstance(leaf, FakeTensor) for leaf in leaves)
+    )
