@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
@@ -36,7 +35,7 @@ def planned_when_built(plain: Callable[..., None]) -> Callable[..., None]:
     def _maybe_build(self: keras.Model, call_spec: Any) -> None:
         plain(self, call_spec)
         if not (in_layer_call() or is_symbolic()) and needs_plan(self) and _is_data(call_spec.first_arg):
-            plan_and_apply(self, call_spec.first_arg)
+            plan_and_apply(self, _with_shapes(call_spec.first_arg))
 
     return _maybe_build
 
@@ -129,10 +128,13 @@ def _take_back(model: keras.Model) -> None:
 
 
 def _is_data(inputs: Any) -> bool:
-    """Whether a model is called on tensors that hold values."""
+    """Whether a model is called on values, and not traced."""
     leaves = [leaf for leaf in keras.tree.flatten(inputs) if leaf is not None]
-    return (
-        bool(leaves)
-        and all(isinstance(leaf, torch.Tensor) and not leaf.is_meta for leaf in leaves)
-        and not any(isinstance(leaf, FakeTensor) for leaf in leaves)
-    )
+    traced = (keras.KerasTensor, FakeTensor)
+    return bool(leaves) and not any(isinstance(leaf, traced) or getattr(leaf, "is_meta", False) for leaf in leaves)
+
+
+def _with_shapes(inputs: Any) -> Any:
+    """Return the inputs that a model is called with if all have shapes; None, for those it declares, if not."""
+    leaves = keras.tree.flatten(inputs)
+    return inputs if all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves) else None
