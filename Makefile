@@ -8,10 +8,10 @@ INSTALLED := $(VENV)/.installed
 export KERAS_BACKEND := torch
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check demo sweep bench clean
+.PHONY: help setup test check demo sweep bench jax-parity keras-distribution-tests clean
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 32
 
 setup: $(INSTALLED) ## Install everything into .venv; nothing to do where that is up to date
 
@@ -44,6 +44,12 @@ sweep: $(INSTALLED) ## Run the slow tests: every layer and every family, on 2 an
 
 bench: $(INSTALLED) ## Time training steps against hand-written tensor parallelism
 	$(PYTHON) benchmarks/step_time.py
+
+jax-parity: $(INSTALLED) ## Train one script on JAX and on torch and compare; skipped without JAX in .venv-jax
+	$(PYTHON) benchmarks/jax_parity.py
+
+keras-distribution-tests: $(INSTALLED) ## Run Keras's own tests of keras.distribution against this library
+	$(PYTHON) benchmarks/keras_distribution_tests.py
 
 clean: ## Remove what tools have written, except .venv
 	rm -rf dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

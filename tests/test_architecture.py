@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"__init__", "cli", "explain", "ir", "frontend", "linter", "passes", "planner", "progress", "report", "sweep"},
         {"keras", "rich", "typer"},
     ),
-    "demo": ({"__init__"}, {"keras", "numpy", "torch"}),
+    "gpt": (set(), {"keras"}),
+    "demo": ({"__init__", "gpt"}, {"keras", "numpy", "torch"}),
 }
 EXCEPTIONS = {("ir/plan.py", "tp_planner.report.text")}  # print(plan) shows the report; imported when it is called
 PRINTERS = {"cli/answer.py", "cli/app.py", "cli/plan.py", "demo.py", "runtime/verify.py"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import weakref
 from collections.abc import Iterator
@@ -19,10 +18,9 @@ from torch.distributed.tensor import DTensor
 
 import tp_planner
 from tests import test_parity as parity
-from tests.models import CASES, mlp
-from tests.workers import Pools, WorkerPool, layout_map
+from tests.models import CASES
+from tests.workers import Pools, layout_map
 from tp_planner.frontend.layer_tree import named_variables
-from tp_planner.keras_distribution.births import is_unplanned
 from tp_planner.runtime.model import applied_to
 from tp_planner.runtime.variables import is_sharded
 

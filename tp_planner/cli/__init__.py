@@ -7,12 +7,20 @@ from tp_planner.cli import diff as _diff
 from tp_planner.cli import explain as _explain
 from tp_planner.cli import lint as _lint
 from tp_planner.cli import plan as _plan
+from tp_planner.cli import run as _run
 from tp_planner.cli import sweep as _sweep
 from tp_planner.cli.app import app
 
 __all__ = ["app", "main"]
 
-_COMMANDS = (_plan, _explain, _diff, _sweep, _lint)  # importing a command's module adds the command to the application
+_COMMANDS = (
+    _plan,
+    _explain,
+    _diff,
+    _sweep,
+    _lint,
+    _run,
+)  # importing a command's module adds the command to the application
 
 
 def main() -> None:

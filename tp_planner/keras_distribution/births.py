@@ -129,13 +129,23 @@ def born_with_value(plain: Callable[..., None]) -> Callable[..., None]:
             return
         layout = _layout_of(self, tuple(value.shape), self._dtype)
         if layout is None:
-            plain(self, value)
+            _whole(plain, self, value)
             return
         value = value.to(to_torch_dtype(self._dtype)) if isinstance(value, torch.Tensor) else value
         self._value = distribute_variable(value, layout, self.trainable)
         self.__class__ = UnplannedVariable
 
     return _initialize
+
+
+def _whole(plain: Callable[..., None], variable: Any, value: Any) -> None:
+    """Create a variable as Keras does; of integers, which take no gradient, torch's Keras creates no trainable ones."""
+    dtype, trainable = to_torch_dtype(variable._dtype), variable._trainable
+    variable._trainable = trainable and (dtype.is_floating_point or dtype.is_complex)
+    try:
+        plain(variable, value)
+    finally:
+        variable._trainable = trainable
 
 
 def _layout_of(variable: Any, shape: tuple[int, ...], dtype: str) -> BackendLayout | None:
