@@ -49,7 +49,7 @@ def import_the_tests() -> None:
     if absent := importlib.util.find_spec("tensorflow") is None:
         sys.modules["tensorflow"] = NoTensorFlow("tensorflow")
     try:
-        with mock.patch("keras.src.backend.backend", lambda: "jax"):
+        with mock.patch("keras.src.backend.backend", return_value="jax"):
             importlib.import_module(MODULE)
     finally:
         if absent:

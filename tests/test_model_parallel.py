@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -217,13 +217,27 @@ def nested_both() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def refusals() -> dict[str, str]:
-    """Return what users hear, and check that the model is as before."""
-    heard = {}
-    x, y = data()
-    with model_parallel({"up/kernal": (None, "model"), ".*up/kernel": (None, "rows", None)}):
-        with pytest.raises(ValueError, match="rows") as error:
-            pair().predict(x, verbose=0)
-        heard["mesh"] = str(error.value)
+    """Return what users hear."""
+    heard, (x, y) = {}, data()
+
+    def hear(name: str, call: Callable[[], Any]) -> None:
+        with pytest.raises(ValueError) as error:  # noqa: PT011  the whole message is compared
+            call()
+        heard[name] = str(error.value)
+
+    with model_parallel({"down/kernal": (None, "model"), ".*up/kernel": (None, "model", None)}) as distribution:
+        model = pair()
+        hear("layout", lambda: model.predict(x, verbose=0))
+        assert applied_to(model) is None
+        model.compile("sgd", "mse", jit_compile=True)
+        hear("jit", lambda: model.fit(x, y, verbose=0))
+        with keras.distribution.DataParallel(devices=distribution.device_mesh.devices.flatten().tolist()).scope():
+            hear("data parallel", lambda: pair().predict(x, verbose=0))
+        mesh = keras.distribution.DeviceMesh((1, 8), ("batch", "model"), [f"cpu:{n}" for n in range(8)])
+        layouts = keras.distribution.LayoutMap(mesh)
+        layouts[".*up/kernel"] = (None, "model")
+        with keras.distribution.ModelParallel(layout_map=layouts).scope():
+            hear("processes", pair)
     return heard
 
 
@@ -310,3 +324,20 @@ def test_models_inside_others_and_beside_them(pools: Pools) -> None:
             np.testing.assert_allclose(seen[key], alone[key], rtol=1e-4, atol=1e-6)
         for found, expected in zip(seen["weights"], alone["weights"], strict=True):
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_refusals(pools: Pools) -> None:
+    """Mistakes are told when the model is first called, or where the first variable needs the processes."""
+    for heard in pools(2).run(refusals):
+        assert heard == {
+            "layout": "2 problems:\n"
+            "  - layout rule '.*up/kernel' -> (None, model, None) has 3 entries, variable 'up/kernel' of shape (8, 16) "
+            "has 2 dims; write one entry per dim\n"
+            "  - layout rule 'down/kernal' matches no variable; closest: 'down/kernel'",
+            "jit": "model 'pair' is compiled with jit_compile=True, which sharded models do not support; "
+            "call model.compile(..., jit_compile=False)",
+            "data parallel": "DataParallel has no layout map to plan by; "
+            "use keras.distribution.ModelParallel(layout_map=..., batch_dim_name=...)",
+            "processes": "the mesh has 8 devices, the job has 2 processes; start torchrun with --nproc-per-node=8 or "
+            "make a mesh of 2 devices",
+        }

@@ -14,11 +14,11 @@ from unittest import mock
 
 import keras
 import numpy as np
-import torch.distributed as dist
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 from tp_planner.ir.errors import ParallelRuntimeError
 from tp_planner.ir.placement import chunk_sizes
+from tp_planner.runtime.process_group import require_process_group
 from tp_planner.runtime.random_state import share_random_state
 from tp_planner.runtime.rendezvous import exchange, meet
 
@@ -52,8 +52,7 @@ class SharedBatches:
         self._batches, self._shard, self._shards = batches, shard, shards
 
     def __iter__(self) -> Iterator[Any]:
-        meet("beginning to read data under a distribution")
-        share_random_state()
+        _begin_to_read()
         return self._shares(iter(self._batches))  # made here, for it draws random numbers, as in one process
 
     def _shares(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -61,6 +60,11 @@ class SharedBatches:
             if not number:
                 require_equal(batch)
             yield batch if self._shards == 1 else share_batch(batch, self._shard, self._shards)
+
+
+def _begin_to_read() -> None:
+    meet("beginning to read data under a distribution")
+    share_random_state()
 
 
 def require_equal(batch: Any) -> None:
@@ -89,6 +93,7 @@ class SharedDataAdapter(DataAdapter):
         return SharedBatches(self._adapter.get_torch_dataloader(), self._shard, self._shards)
 
     def on_epoch_begin(self) -> None:
+        _begin_to_read()  # workers of a PyDataset begin now
         self._adapter.on_epoch_begin()
 
     def on_epoch_end(self) -> None:
@@ -121,10 +126,9 @@ def shared_out(plain: Callable[..., DataAdapter]) -> Callable[..., DataAdapter]:
     @functools.wraps(plain)
     def get_data_adapter(*args: Any, **kwargs: Any) -> DataAdapter:
         distribution = keras.distribution.distribution()
-        if distribution is None or not dist.is_initialized() or dist.get_world_size() == 1:
+        if distribution is None or distribution.num_processes == 1 or not distribution.auto_shard_dataset:
             return plain(*args, **kwargs)
-        if not distribution.auto_shard_dataset:
-            return plain(*args, **kwargs)
+        require_process_group(distribution.num_processes)
         with mock.patch.object(distribution, "_is_multi_process", False):  # Keras itself shares out tf.data alone
             adapter = plain(*args, **kwargs)
         return SharedDataAdapter(adapter, distribution.data_shard_id, distribution.num_model_replicas)

@@ -9,9 +9,10 @@ from typing import Any
 import keras
 from keras.src import backend as keras_backend
 from keras.src.backend import torch as torch_backend
-from keras.src.callbacks import CallbackList
+from keras.src.callbacks import CallbackList, backup_and_restore, model_checkpoint
 from keras.src.distribution import distribution_lib
 from keras.src.trainers import data_adapters
+from keras.src.utils import io_utils
 
 from tp_planner.ir.errors import PlanError
 from tp_planner.keras_distribution import backend, births, data, logs, models
@@ -53,6 +54,10 @@ def enable_keras_distribution() -> None:
     _wrap(data_adapters, "get_data_adapter", data.shared_out)
     _wrap(CallbackList, "__init__", logs.writing_on_rank_zero)
     _wrap(CallbackList, "on_epoch_end", logs.deciding_alike)
+    _wrap(CallbackList, "on_train_end", logs.ending_together)
+    _wrap(io_utils, "print_msg", logs.printing_on_rank_zero)
+    _wrap(backup_and_restore, "file_utils", logs.FilesOfRankZero)
+    _wrap(model_checkpoint, "file_utils", logs.FilesOfRankZero)
 
 
 def disable_keras_distribution() -> None:
