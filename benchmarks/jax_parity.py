@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -69,10 +70,10 @@ def losses_of(command: Sequence[str], settings: dict[str, str]) -> Sequence[floa
     """Run the script and return its losses, which all its processes have to agree on."""
     environment = {**os.environ, **settings, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    lines = {line for line in run.stdout.splitlines() if line.startswith('{"losses"')}
-    if run.returncode or len(lines) != 1:
+    found = set(re.findall(r'{"losses".*?}', run.stdout))  # processes write into each other's lines
+    if run.returncode or len(found) != 1:
         raise SystemExit(f"{' '.join(command)} ended with {run.returncode}:\n{run.stdout}\n{run.stderr}")
-    losses: Sequence[float] = json.loads(lines.pop())["losses"]
+    losses: Sequence[float] = json.loads(found.pop())["losses"]
     return losses
 
 

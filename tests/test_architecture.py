@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"api", "ir", "keras_distribution", "linter", "runtime"}, set()),
     "cli": (
         {"__init__", "cli", "explain", "ir", "frontend", "linter", "passes", "planner", "progress", "report", "sweep"},
-        {"keras", "rich", "typer"},
+        {"keras", "rich", "torch", "typer"},
     ),
     "gpt": (set(), {"keras"}),
     "demo": ({"__init__", "gpt"}, {"keras", "numpy", "torch"}),

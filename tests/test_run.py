@@ -1,0 +1,124 @@
+"""``tp-planner run``: processes with keras.distribution enabled; what fails on one ends all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+
+from tp_planner.cli import run
+from tp_planner.ir.errors import PlanError
+
+ROOT = Path(__file__).resolve().parents[1]
+COUNT = "--nproc-per-node=2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gpus", "expected"),
+    [
+        ((2, 1, 0, None, 29500), 0, ["--standalone", COUNT]),
+        ((None, 1, 0, None, 29500), 2, ["--standalone", COUNT]),
+        (
+            (2, 2, 1, "10.0.0.1", 1234),
+            8,
+            ["--nnodes=2", "--node-rank=1", "--master-addr=10.0.0.1", "--master-port=1234", COUNT],
+        ),
+        (
+            (None, 1, 0, None, 29500),
+            0,
+            "this machine has no CUDA devices; give --devices, the number of processes on its CPU",
+        ),
+        (
+            (4, 1, 0, None, 29500),
+            2,
+            "--devices is 4, this machine has 2 CUDA devices; one process needs one of them",
+        ),
+        ((2, 2, 2, "10.0.0.1", 29500), 0, "--node-rank is 2; of 2 machines it is 0 to 1"),
+        (
+            (2, 2, 0, None, 29500),
+            0,
+            "--nodes is 2; give --master-addr, the address of machine 0, on all of them",
+        ),
+    ],
+)
+def test_torchrun_settings(arguments: Any, gpus: int, expected: Any) -> None:
+    with mock.patch("torch.cuda.device_count", return_value=gpus):
+        try:
+            found: Any = run.torchrun_settings(*arguments)
+        except PlanError as error:
+            found = str(error)
+    assert found == expected
+
+
+SCRIPT = """
+import os, sys, time
+import keras
+
+print("has", keras.distribution.list_devices(), sys.argv[1:], __name__, flush=True)
+keras.distribution.initialize()
+if os.environ["RANK"] == "1" and "fail" in sys.argv:
+    os.kill(os.getpid(), 9)
+if "fail" in sys.argv:
+    time.sleep(600)
+"""
+
+
+def start(script: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tp_planner.cli", "run", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        command, env=environment, cwd=script.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def test_a_process_that_dies_ends_the_others(script: Path) -> None:
+    """The script needs no line of its own for torch; its arguments are its own, options too."""
+    process = start(script, "--devices", "2", "train.py", "fail", "--devices", "3")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert sorted(out.splitlines()) == ["has ['cpu:0', 'cpu:1'] ['fail', '--devices', '3'] __main__"] * 2
+    assert err.splitlines()[-1] == (
+        "error: rank 1 of train.py ended by signal 9; its output is above; the other processes were stopped"
+    )
+
+
+def test_a_script_that_is_not_there(script: Path) -> None:
+    process = start(script, "--devices", "2", "trian.py")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err == "error: trian.py: no such file; give the path of a Python script\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [(), ("fail",)], ids=["well", "a process dies"])
+def test_two_machines(script: Path, arguments: Sequence[str]) -> None:
+    """Two launchers on loopback are one job; both end when a process of one dies, if the other communicates."""
+    script.write_text(SCRIPT.replace("time.sleep(600)", "keras.distribution.initialize()"))
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # finds a free port
+    port = str(store.port)
+    del store
+    machines = [
+        start(
+            script,
+            *("--devices", "1", "--nodes", "2", "--node-rank", str(number)),
+            *("--master-addr", "127.0.0.1", "--master-port", port, "train.py", *arguments),
+        )
+        for number in range(2)
+    ]
+    ended = [machine.communicate(timeout=120) for machine in machines]
+    assert [machine.returncode for machine in machines] == [1, 1] if arguments else [0, 0]
+    assert all("has ['cpu:0', 'cpu:1']" in out for out, _ in ended)
