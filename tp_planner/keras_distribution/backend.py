@@ -16,10 +16,10 @@ import torch.distributed as dist
 from keras.src.backend.torch.core import convert_to_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement
 
 from tp_planner.ir.errors import PlanError
+from tp_planner.ir.placement import chunk_sizes
 from tp_planner.keras_distribution.calling import in_layer_call
 from tp_planner.runtime.process_group import device_type as group_device_type
 from tp_planner.runtime.process_group import require_process_group, this_device
@@ -229,6 +229,25 @@ def distribute_data_input(per_process_batch: Any, layout: Any, batch_dim_name: s
 def as_shards(whole: torch.Tensor, layout: BackendLayout) -> DTensor:
     """Return the DTensor of which this process keeps its part of ``whole``; nothing is communicated."""
     local = own_part(whole, layout).to(this_device(), copy=True, memory_format=torch.contiguous_format)
+    return _dtensor(local, whole, layout)
+
+
+def scatter_from_rank_zero(whole: torch.Tensor, layout: BackendLayout) -> DTensor:
+    """Return the DTensor of rank 0's ``whole``, of which each process is sent its part; all have to call it."""
+    own = own_part(whole, layout)
+    local = torch.empty(own.shape, dtype=whole.dtype, device=this_device())
+    if dist.get_rank() == 0:
+        local.copy_(own)
+        for rank in range(1, dist.get_world_size()):
+            part = part_of(rank, whole, layout)
+            if part.numel():
+                dist.send(part.to(local.device).contiguous(), rank)
+    elif local.numel():
+        dist.recv(local, 0)
+    return _dtensor(local, whole, layout)
+
+
+def _dtensor(local: torch.Tensor, whole: torch.Tensor, layout: BackendLayout) -> DTensor:
     stride = torch.empty(whole.shape, device="meta").stride()
     return DTensor.from_local(local, layout.mesh, layout.placements, run_check=False, shape=whole.shape, stride=stride)
 
@@ -238,11 +257,22 @@ def own_part(whole: Any, layout: BackendLayout) -> Any:
 
     Raises ValueError if a placement names a dim that it does not have.
     """
-    dims = [placement.dim for placement in layout.placements if isinstance(placement, Shard)]
-    if any(dim >= whole.ndim for dim in dims):
-        raise ValueError(f"the layout shards dim {max(dims)}, the tensor of shape {tuple(whole.shape)} has no such dim")
-    sizes, starts = compute_local_shape_and_global_offset(torch.Size(whole.shape), layout.mesh, layout.placements)
-    return whole[tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))]
+    return part_of(dist.get_rank(), whole, layout)
+
+
+def part_of(rank: int, whole: Any, layout: BackendLayout) -> Any:
+    """Return the part that process ``rank`` keeps, as ``own_part`` does: chunks as ``torch.chunk`` cuts them."""
+    place = (layout.mesh.mesh == rank).nonzero()[0].tolist()
+    part = whole
+    for size, number, placement in zip(layout.mesh.shape, place, layout.placements, strict=True):
+        if isinstance(placement, Shard):
+            if placement.dim >= whole.ndim:
+                shape = tuple(whole.shape)
+                raise ValueError(f"the layout shards dim {placement.dim}, the tensor of shape {shape} has no such dim")
+            sizes = chunk_sizes(part.shape[placement.dim], size)
+            start = sum(sizes[:number])
+            part = part[(slice(None),) * placement.dim + (slice(start, start + sizes[number]),)]
+    return part
 
 
 # Collectives

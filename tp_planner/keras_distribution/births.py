@@ -1,7 +1,7 @@
 """Births: variables that are created under a distribution, each as this process's shard.
 
-The value is made on the host, one variable at a time, and only the shard moves to the device. Until a plan says how
-layers read it, such a variable is an ``UnplannedVariable``.
+The value is made on the host, one variable at a time, and rank 0's is the truth: it sends each process its shard.
+Until a plan says how layers read it, such a variable is an ``UnplannedVariable``.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from typing import Any
 import keras
 import numpy as np
 import torch
-import torch.distributed as dist
 from keras.src.backend.torch.core import convert_to_numpy, to_torch_dtype
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
-from tp_planner.keras_distribution.backend import BackendLayout, distribute_variable, own_part, whole_of
+from tp_planner.keras_distribution.backend import BackendLayout, own_part, scatter_from_rank_zero, whole_of
 from tp_planner.keras_distribution.calling import in_layer_call, is_symbolic
-from tp_planner.runtime.random_state import share_random_state
 from tp_planner.runtime.rendezvous import meet
 from tp_planner.runtime.variables import BackendVariable
 
@@ -102,7 +100,6 @@ def not_sharding() -> Iterator[None]:
 
 class _Births:
     paused = False
-    agreed: Any = None  # the process group whose ranks draw the same random numbers
 
 
 def born_with_initializer(plain: Callable[..., None]) -> Callable[..., None]:
@@ -112,7 +109,6 @@ def born_with_initializer(plain: Callable[..., None]) -> Callable[..., None]:
         if _layout_of(self, tuple(self._shape), self._dtype) is None:
             plain(self, initializer)
             return
-        _agree_on_random_numbers()
         with keras.device("cpu"):
             value = self._convert_to_tensor(initializer(self._shape, dtype=self._dtype))
         self._initialize(value)
@@ -131,9 +127,11 @@ def born_with_value(plain: Callable[..., None]) -> Callable[..., None]:
         if layout is None:
             _whole(plain, self, value)
             return
-        value = value.to(to_torch_dtype(self._dtype)) if isinstance(value, torch.Tensor) else value
-        self._value = distribute_variable(value, layout, self.trainable)
+        value = value.detach().to(to_torch_dtype(self._dtype))
+        meet(f"creating variable {self.path!r}")
+        self._value = torch.nn.Parameter(scatter_from_rank_zero(value, layout), self._trainable)
         self.__class__ = UnplannedVariable
+        self._born_under = keras.distribution.distribution()
 
     return _initialize
 
@@ -171,11 +169,3 @@ def _layout_of(variable: Any, shape: tuple[int, ...], dtype: str) -> BackendLayo
         return None
     backend_layout: BackendLayout = layout.backend_layout
     return backend_layout
-
-
-def _agree_on_random_numbers() -> None:
-    """Continue from rank 0's random state, once in a process group: initializers then draw the same everywhere."""
-    if _Births.agreed is not dist.group.WORLD:
-        meet("creating the first variable under a distribution")
-        share_random_state()
-        _Births.agreed = dist.group.WORLD

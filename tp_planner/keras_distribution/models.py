@@ -6,6 +6,7 @@ all models inside it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable
@@ -25,7 +26,29 @@ from tp_planner.runtime.model import applied_to, let_go, refuse_jit
 # What Keras has made for the loop that the first call may be in; none is compiled, or planning would have refused.
 STEP_FUNCTIONS = ("train_function", "test_function", "predict_function")
 
-_planned: weakref.WeakSet[keras.Model] = weakref.WeakSet()
+_planned: weakref.WeakKeyDictionary[keras.Model, Any] = weakref.WeakKeyDictionary()  # and by which distribution
+
+
+def under_its_distribution(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of a model that runs under the model's own distribution where none is current.
+
+    So a model that was built inside of ``distribution.scope()`` is fed and planned outside as it would be inside.
+    """
+
+    @functools.wraps(plain)
+    def method(self: keras.Model, *args: Any, **kwargs: Any) -> Any:
+        own = None if keras.distribution.distribution() is not None else distribution_of(self)
+        with contextlib.nullcontext() if own is None else own.scope():
+            return plain(self, *args, **kwargs)
+
+    return method
+
+
+def distribution_of(model: keras.Model) -> Any:
+    """Return the distribution by which a model is planned, or under which its variables were born; None without."""
+    if applied_to(model) is not None:
+        return _planned.get(model)
+    return next((variable._born_under for variable in model.variables if is_unplanned(variable)), None)
 
 
 def planned_when_built(plain: Callable[..., None]) -> Callable[..., None]:
@@ -70,14 +93,16 @@ def needs_plan(model: keras.Model) -> bool:
 
     A model inside a planned one runs as that one's plan says.
     """
-    distribution = keras.distribution.distribution()
-    if distribution is None or distribution.device_mesh.devices.size == 1 or applied_to(model) is not None:
+    if applied_to(model) is not None:
+        return False
+    distribution = keras.distribution.distribution() or distribution_of(model)
+    if distribution is None or distribution.device_mesh.devices.size == 1:
         return False
     return not any(model in planned._flatten_layers() for planned in _planned if applied_to(planned) is not None)
 
 
 def plan_and_apply(model: keras.Model, inputs: Any) -> None:
-    """Plan the model for the current distribution, and shard it.
+    """Plan the model for the current distribution, or its own, and shard it.
 
     Models that share variables with it are planned anew when they are called next.
 
@@ -87,7 +112,7 @@ def plan_and_apply(model: keras.Model, inputs: Any) -> None:
 
     Raises PlanError with all problems; the model is then as before.
     """
-    distribution = keras.distribution.distribution()
+    distribution = keras.distribution.distribution() or distribution_of(model)
     layout_map = getattr(distribution, "_layout_map", None)
     if layout_map is None:
         raise PlanError(
@@ -103,7 +128,7 @@ def plan_and_apply(model: keras.Model, inputs: Any) -> None:
         running = {name: getattr(model, name, None) for name in STEP_FUNCTIONS}
         parallelize(model, layout_map, inputs)
         model.__dict__.update(running)
-    _planned.add(model)
+    _planned[model] = distribution
 
 
 def _build_rest(model: keras.Model, inputs: Any) -> None:
@@ -125,6 +150,7 @@ def _take_back(model: keras.Model) -> None:
     for each in placed:
         if isinstance(each.variable._value, DTensor):
             each.variable.__class__ = UnplannedVariable
+            each.variable._born_under = _planned[model]
 
 
 def _is_data(inputs: Any) -> bool:
