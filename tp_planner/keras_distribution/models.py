@@ -119,6 +119,11 @@ def plan_and_apply(model: keras.Model, inputs: Any) -> None:
             f"{type(distribution).__name__} has no layout map to plan by; "
             f"use keras.distribution.ModelParallel(layout_map=..., batch_dim_name=...)"
         )
+    if distribution.num_model_replicas > 1:
+        raise PlanError(
+            f"the distribution has {distribution.num_model_replicas} replicas of the model, over mesh axis "
+            f"{distribution.batch_dim_name!r}, and gradients are not averaged over them; give this axis size 1"
+        )
     with not_sharding():
         _build_rest(model, inputs)
         own = {id(variable) for variable in named_variables(model).values()}
