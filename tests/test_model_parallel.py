@@ -247,17 +247,12 @@ def refusals() -> dict[str, str]:
             call()
         heard[name] = str(error.value)
 
-    with model_parallel({"down/kernal": (None, "model"), ".*up/kernel": (None, "model", None)}) as distribution:
+    with model_parallel({"down/kernal": (None, "model"), ".*up/kernel": (None, "model", None)}):
         model = pair()
         hear("layout", lambda: model.predict(x, verbose=0))
         assert applied_to(model) is None
         model.compile("sgd", "mse", jit_compile=True)
         hear("jit", lambda: model.fit(x, y, verbose=0))
-        with keras.distribution.DataParallel(devices=distribution.device_mesh.devices.flatten().tolist()).scope():
-            hear("data parallel", lambda: pair().predict(x, verbose=0))
-        replicas = keras.distribution.DeviceMesh((2, 1), ("batch", "model"), ["cpu:0", "cpu:1"])
-        with keras.distribution.ModelParallel(layout_map=keras.distribution.LayoutMap(replicas)).scope():
-            hear("replicas", lambda: pair().predict(x, verbose=0))
         mesh = keras.distribution.DeviceMesh((1, 8), ("batch", "model"), [f"cpu:{n}" for n in range(8)])
         layouts = keras.distribution.LayoutMap(mesh)
         layouts[".*up/kernel"] = (None, "model")
@@ -371,10 +366,6 @@ def test_refusals(pools: Pools) -> None:
             "  - layout rule 'down/kernal' matches no variable; closest: 'down/kernel'",
             "jit": "model 'pair' is compiled with jit_compile=True, which sharded models do not support; "
             "call model.compile(..., jit_compile=False)",
-            "data parallel": "DataParallel has no layout map to plan by; "
-            "use keras.distribution.ModelParallel(layout_map=..., batch_dim_name=...)",
-            "replicas": "the distribution has 2 replicas of the model, over mesh axis 'batch', and gradients are not "
-            "averaged over them; give this axis size 1",
             "processes": "the mesh has 8 devices, the job has 2 processes; start torchrun with --nproc-per-node=8 or "
             "make a mesh of 2 devices",
         }

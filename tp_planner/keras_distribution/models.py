@@ -18,7 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from tp_planner.api import parallelize
 from tp_planner.frontend.layer_tree import named_variables
+from tp_planner.frontend.layout_map import read_device_mesh
 from tp_planner.ir.errors import PlanError
+from tp_planner.ir.layout import Layout
 from tp_planner.keras_distribution.births import UnplannedVariable, is_unplanned, not_sharding
 from tp_planner.keras_distribution.calling import in_layer_call, is_symbolic
 from tp_planner.runtime.model import applied_to, let_go, refuse_jit
@@ -114,15 +116,12 @@ def plan_and_apply(model: keras.Model, inputs: Any) -> None:
     """
     distribution = keras.distribution.distribution() or distribution_of(model)
     layout_map = getattr(distribution, "_layout_map", None)
+    if isinstance(distribution, keras.distribution.DataParallel):
+        layout_map = Layout(read_device_mesh(distribution.device_mesh), ())
     if layout_map is None:
         raise PlanError(
             f"{type(distribution).__name__} has no layout map to plan by; "
             f"use keras.distribution.ModelParallel(layout_map=..., batch_dim_name=...)"
-        )
-    if distribution.num_model_replicas > 1:
-        raise PlanError(
-            f"the distribution has {distribution.num_model_replicas} replicas of the model, over mesh axis "
-            f"{distribution.batch_dim_name!r}, and gradients are not averaged over them; give this axis size 1"
         )
     with not_sharding():
         _build_rest(model, inputs)
@@ -131,7 +130,7 @@ def plan_and_apply(model: keras.Model, inputs: Any) -> None:
             if applied_to(other) is not None and own & {id(each) for each in named_variables(other).values()}:
                 _take_back(other)
         running = {name: getattr(model, name, None) for name in STEP_FUNCTIONS}
-        parallelize(model, layout_map, inputs)
+        parallelize(model, layout_map, inputs, batch_axis=distribution.batch_dim_name)
         model.__dict__.update(running)
     _planned[model] = distribution
 
