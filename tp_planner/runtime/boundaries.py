@@ -75,7 +75,9 @@ def _change(tensor: torch.Tensor, transition: Transition, axis: Axis) -> torch.T
             return _done(_reduce_scatter(tensor.contiguous(), "sum", dim, axis.mesh))
         case Replicate(), Shard(dim):
             length = tensor.shape[dim] // axis.size
-            return tensor.narrow(dim, axis.rank * length, length).contiguous()
+            # A copy: a slice would keep the whole tensor's storage.
+            shard = tensor.narrow(dim, axis.rank * length, length)
+            return shard.clone(memory_format=torch.contiguous_format)
     raise AssertionError(f"no boundary changes {transition}")
 
 
