@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import keras
@@ -91,6 +94,21 @@ def over_batch_alone(rules: Rules) -> Rules:
     return {pattern: tuple("batch" if axis else None for axis in axes) for pattern, axes in rules.items()}
 
 
+def random_rules(name: str, seed: int) -> Rules:
+    """Return rules that shard random dims of two thirds of the variables over either axis, or both, without sense."""
+    rng, rules = random.Random(seed), {}
+    for variable in MODELS[name].build().variables:
+        if rng.random() < 0.67:
+            axes: list[AxisSpec] = [None] * len(variable.shape)
+            for dim in rng.sample(range(len(axes)), min(len(axes), rng.choice([1, 2]))):
+                free = [axis for axis in ("batch", "model") if axis not in axes]
+                axes[dim] = rng.choice([*free, ("batch", "model")] if len(free) == 2 else free or [None])
+                if isinstance(axes[dim], tuple):
+                    break
+            rules[re.escape(variable.path)] = tuple(axes)
+    return rules
+
+
 LAYOUTS: dict[str, Callable[[str], Rules]] = {
     "no rules": lambda name: {},
     "model axis": lambda name: MODELS[name].rules,
@@ -101,6 +119,7 @@ LAYOUTS: dict[str, Callable[[str], Rules]] = {
         {"llama": keras_hub.models.LlamaBackbone, "gemma": keras_hub.models.GemmaBackbone}[name]
     ),
     "normalized": lambda name: NORMALIZED_RULES,
+    **{f"random {seed}": partial(random_rules, seed=seed) for seed in range(8)},
 }
 
 

@@ -130,6 +130,12 @@ TRAININGS: list[tuple[str, str, Shape, str, list[int], str]] = [
     ("mlp", "both axes", (1, 2), "float32", [8, 8], "sgd"),
     ("gpt", "both axes", (2, 2), "float64", [4, 3, 1], "sgd"),
     ("tied", "both axes", (2, 2), "float64", [4, 3], "adamw"),
+    ("handwritten", "random 0", (2, 2), "float64", [4, 3], "sgd"),
+    ("encoder", "random 1", (2, 2), "float64", [4, 4], "adamw"),
+    ("llama", "random 2", (2, 2), "float64", [4, 4], "sgd"),
+    ("convnet", "random 3", (2, 2), "float64", [4, 4], "adamw"),
+    ("tied", "random 4", (2, 2), "float64", [4, 3], "sgd"),
+    ("normalized", "random 5", (2, 2), "float64", [6, 4], "sgd"),
 ]
 
 

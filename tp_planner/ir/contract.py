@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -20,7 +20,12 @@ class Recording:
     collectives: tuple[Collective, ...]
 
 
-def check_contract(inputs: Sequence[tuple[Shape, str]], planned: Sequence[Collective], recorded: Recording) -> None:
+def check_contract(
+    inputs: Sequence[tuple[Shape, str]],
+    planned: Sequence[Collective],
+    recorded: Recording,
+    unequal: Set[str] = frozenset(),
+) -> None:
     """Raise ContractError with the first difference between what was planned and what ran.
 
     On the way forward the order counts too; on the way back it follows from the loss, which a plan does not know.
@@ -31,6 +36,7 @@ def check_contract(inputs: Sequence[tuple[Shape, str]], planned: Sequence[Collec
         inputs: shape and dtype name of the inputs that the plan was made for.
         planned: the plan's collectives.
         recorded: what ran.
+        unequal: variables of which a plan, which is that of rank 0, has the largest part: other ranks may move less.
     """
     factor = _batch_factor(inputs, recorded.inputs)
     for position, (each, found) in enumerate(zip(planned, recorded.collectives, strict=False)):
@@ -41,7 +47,7 @@ def check_contract(inputs: Sequence[tuple[Shape, str]], planned: Sequence[Collec
                 f"collective {position + 1} of the step should be {_said(each)} but was {_said(found)}{_why(found)}"
             )
     _check_counts(planned, recorded.collectives)
-    _check_sizes(planned, recorded.collectives, factor)
+    _check_sizes(planned, recorded.collectives, factor, unequal)
 
 
 def _check_counts(planned: Sequence[Collective], ran: Sequence[Collective]) -> None:
@@ -60,7 +66,9 @@ def _check_counts(planned: Sequence[Collective], ran: Sequence[Collective]) -> N
             raise ContractError(f"{_said(each)} ran, and is not in the plan{_why(each)}{_next_step(each)}")
 
 
-def _check_sizes(planned: Sequence[Collective], ran: Sequence[Collective], factor: Fraction) -> None:
+def _check_sizes(
+    planned: Sequence[Collective], ran: Sequence[Collective], factor: Fraction, unequal: Set[str]
+) -> None:
     sizes: dict[Collective, list[int]] = {}
     for each in planned:
         sizes.setdefault(_signed(each), []).append(each.bytes)
@@ -68,6 +76,8 @@ def _check_sizes(planned: Sequence[Collective], ran: Sequence[Collective], facto
         known = sizes[_signed(each)]
         factors = (Fraction(1), factor) if each.of_activation else (Fraction(1),)
         fitting = [size for size in known if each.bytes in [size * times for times in factors]]
+        if not fitting and each.place in unequal:
+            fitting = [size for size in known if each.bytes < size]
         if not fitting:
             allowed = dict.fromkeys(str(size * times) for size in known for times in factors)
             raise ContractError(f"{_said(each)} moved {each.bytes} bytes, not {' or '.join(allowed)}")

@@ -12,7 +12,7 @@ from tp_planner.ir.contract import Recording, check_contract
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import LayoutRule
 from tp_planner.ir.mesh import Mesh
-from tp_planner.ir.placement import WHOLE, Placement, Shape, Shard, collective_between
+from tp_planner.ir.placement import WHOLE, Placement, Shape, Shard, collective_between, divides
 from tp_planner.ir.step import Collective, CollectiveKind, Step
 
 Style = Literal["column", "row", "vocabulary", "batched", "elementwise", "gathered", "replicated"]
@@ -228,7 +228,8 @@ class Plan:
         if not self.step.whole_update:
             planned = tuple(each for each in planned if each.phase != "update")
             ran = tuple(each for each in ran if each.phase != "update")
-        check_contract(self.inputs, planned, Recording(recorded.inputs, ran))
+        unequal = {each.key for each in self.variables if not divides(each.shape, each.placement, self.axis_size)}
+        check_contract(self.inputs, planned, Recording(recorded.inputs, ran), unequal)
 
     def to_json(self) -> str:
         """Return the plan as JSON text: sorted keys, versioned, byte-identical for equal plans."""
