@@ -13,6 +13,23 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from tests.workers import Pools, WorkerPool  # imports Keras, which reads the environment once
 
 
+# Models of the zoo that `make test` trains in both dtypes on both numbers of processes; the others in float64 on two and
+# in float32 on four.
+EVERYWHERE = {"mlp", "gpt", "llama", "handwritten"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave some of what a fixture multiplies to `make sweep`."""
+    for item in items:
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if {"model", "dtype", "workers"} <= params.keys() and params["model"] not in EVERYWHERE:
+            if (params["dtype"], params["workers"]) in {("float32", 2), ("float64", 4)}:
+                item.add_marker(pytest.mark.slow)
+        elif params.get("seed") == 1 and params.get("workers") == 4:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def pools() -> Iterator[Pools]:
     """Return the pool of a number of processes; it starts on first use and serves the whole session."""
