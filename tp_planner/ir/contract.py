@@ -66,9 +66,7 @@ def _check_counts(planned: Sequence[Collective], ran: Sequence[Collective]) -> N
             raise ContractError(f"{_said(each)} ran, and is not in the plan{_why(each)}{_next_step(each)}")
 
 
-def _check_sizes(
-    planned: Sequence[Collective], ran: Sequence[Collective], factor: Fraction, unequal: Set[str]
-) -> None:
+def _check_sizes(planned: Sequence[Collective], ran: Sequence[Collective], factor: Fraction, unequal: Set[str]) -> None:
     sizes: dict[Collective, list[int]] = {}
     for each in planned:
         sizes.setdefault(_signed(each), []).append(each.bytes)
