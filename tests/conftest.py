@@ -12,8 +12,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from tests.workers import Pools, WorkerPool  # imports Keras, which reads the environment once
 
-# Models of the zoo that `make test` trains in both dtypes on both numbers of processes; the others in float64 on two and
-# in float32 on four.
+# Models of the zoo that `make test` trains in both dtypes on both numbers of processes; the others in float64 on two,
+# and in float32 on four.
 EVERYWHERE = {"mlp", "gpt", "llama", "handwritten"}
 
 
