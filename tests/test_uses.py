@@ -98,6 +98,54 @@ def in_place(x: Any, weight: Any) -> Any:
     return total
 
 
+def norm_of_all(x: Any, weight: Any) -> Any:
+    return x / (ops.norm(x * weight, axis=-1, keepdims=True) + 1)
+
+
+def gathered_features(x: Any, weight: Any) -> Any:
+    places = ops.cast(ops.argsort(ops.sum(x * 0, axis=-1)), "int64")[:, None] + ops.arange(2, dtype="int64")
+    return x + torch.gather(x * weight, -1, places).sum(-1, keepdim=True)
+
+
+def view_read_whole_too(x: Any, weight: Any) -> Any:
+    gate = ops.tanh(ops.sum(weight) * ops.mean(ops.stop_gradient(x), axis=-1))
+    column = ops.expand_dims(gate, -1)
+    return x * column + ops.sum(column[:, 0] * 2)
+
+
+def written_into(x: Any, weight: Any) -> Any:
+    scale = ops.tanh(ops.cumsum(ops.ones_like(x) * 0.1, axis=-1)) * 1.0
+    y = x + scale
+    scale += 1
+    return y * scale
+
+
+def by_its_size(x: Any, weight: Any) -> Any:
+    y = ops.tanh(x * weight)
+    return y * 2 if y.shape[-1] < 8 else y
+
+
+class Rows(layers.Layer):
+    """A row-parallel layer, and a table of rows, in torch's own functions."""
+
+    def build(self, input_shape: tuple[int, ...]) -> None:
+        self.kernel = self.add_weight(shape=(8, 4), name="down_kernel")
+        self.bias = self.add_weight(shape=(4,), name="bias")
+        self.table = self.add_weight(shape=(8, 4), name="rows_table")
+
+    def call(self, x: Any) -> Any:
+        kernel = ops.convert_to_tensor(self.kernel)
+        ids = ops.cast(ops.minimum(ops.abs(x[:, :1]) * 3, 7), "int64")[:, 0]
+        linear = torch.nn.functional.linear(x, kernel.t(), ops.convert_to_tensor(self.bias))
+        added = torch.addmm(ops.convert_to_tensor(self.bias), x, kernel)
+        return linear * added + ops.take(self.table, ids, axis=0)
+
+
+def rows() -> keras.Model:
+    inputs = keras.Input((6,))
+    return keras.Model(inputs, Rows(name="rows")(layers.Dense(8, "relu", name="up")(inputs)), name="rows_model")
+
+
 def written(code: Callable[..., Any]) -> keras.Model:
     return between(Written(code, name="written"))
 
@@ -198,6 +246,12 @@ MODELS: dict[str, Callable[[], keras.Model]] = {
     "features with features": lambda: written(features_with_features),
     "heads": lambda: written(in_heads),
     "in place": lambda: written(in_place),
+    "norm": lambda: written(norm_of_all),
+    "gather": lambda: written(gathered_features),
+    "view read whole too": lambda: written(view_read_whole_too),
+    "written into": lambda: written(written_into),
+    "by its size": lambda: written(by_its_size),
+    "rows": rows,
     "layer normalization": lambda: between(layers.LayerNormalization(name="layer_norm")),
     "group normalization": lambda: between(layers.GroupNormalization(4, name="group_norm")),
     "packed projections": packed_projections,
@@ -207,6 +261,7 @@ MODELS: dict[str, Callable[[], keras.Model]] = {
 }
 PREFIXED = {f".*{pattern}": axes for pattern, axes in MLP.items()}
 PREFIXED |= {"norm/.*": ("model",), ".*_table/embeddings": ("model", None)}
+PREFIXED |= {"rows/(down_kernel|rows_table)": ("model", None)}
 
 
 def built(build: Callable[[], keras.Model]) -> keras.Model:

@@ -50,9 +50,7 @@ class FunctionRecorder(TorchFunctionMode):
                     number,
                     tuple((position, known) for position, known in enumerate(ids) if known is not None),
                     tuple(known for known in returned if known is not None),
-                    tuple(
-                        (position, leaf) for position, leaf in enumerate(leaves) if isinstance(leaf, int | float | str)
-                    ),
+                    tuple((position, leaf) for position, leaf in enumerate(leaves) if isinstance(leaf, CONSTANT)),
                     (first, first + len(ops)),
                 )
             )

@@ -36,5 +36,6 @@ class ContractError(ParallelRuntimeError):
 def in_one_line(error: BaseException) -> str:
     """Return an error of somebody else's code as "Type: message", without Keras's wrapping, colours and arguments."""
     text = re.sub(r"\x1b\[\d*m", "", str(error)).partition("\n\nArguments received")[0]
+    text = re.sub(r" at 0x[0-9a-f]+", "", text)  # ranks compare plans, in which this may stand
     text = re.sub(r"^Exception encountered when calling .*\(\)\.", "", text)
     return f"{type(error).__name__}: {' '.join(text.split())}"

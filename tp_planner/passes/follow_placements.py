@@ -455,8 +455,8 @@ class _Walker:
         """Let a whole tensor enter at the arguments of the call that reads it with shards, if it can."""
         behind = self._made_from(call, tensor)
         positions = self._argument_positions(call, behind)
-        read_whole = behind == tensor and (call, tensor) in self.read_whole
-        if positions and not read_whole and tensor not in self.graph.calls[call].outputs:
+        read_whole = (call, tensor) in self.read_whole
+        if positions and not read_whole and not {tensor, behind} & set(self.graph.calls[call].outputs):
             for position in positions:
                 self._enter(call, position, behind)
         elif not info.requires_grad and tensor not in self.from_inputs:

@@ -63,10 +63,10 @@ class Bucket:
         return self.flat
 
     def _gradient(self, position: int) -> torch.Tensor:
-        parameter = self.variables[position]._value
-        if position not in self.arrived:
+        gradient = self.variables[position]._value.grad
+        if gradient is None:
             return torch.zeros_like(local_tensor(self.variables[position]))
-        return _local(parameter.grad)
+        return _local(gradient)  # of an earlier pass, where none has arrived in this one: the average goes on from it
 
     def _view(self, position: int) -> torch.Tensor:
         assert self.flat is not None
@@ -89,15 +89,8 @@ class Bucket:
             )
             for position in missing:
                 if marks[position] > 0:
-                    self._add(position)
+                    self._place(position)
         self.arrived, self.flat = set(), None
-
-    def _add(self, position: int) -> None:
-        before = self.variables[position]._value.grad
-        if before is None:
-            self._place(position)
-        else:
-            _local(before).add_(self._view(position))
 
 
 def _joined(gradients: Sequence[torch.Tensor], marks: torch.Tensor) -> torch.Tensor:

@@ -58,10 +58,10 @@ def _take_replicas_into_account(model: keras.Model, applied: Applied, replicas: 
     applied.undo.append(model.register_forward_pre_hook(draws.begin, prepend=True).remove)
     applied.undo.append(model.register_forward_hook(draws.end, always_call=True).remove)
     if replicas.axis.rank:
-        for layer in named_layers(model).values():
-            for generator in layer._seed_generators:
-                own_seeds(generator, replicas.axis.rank)
-                applied.undo.append(functools.partial(generator.__dict__.pop, "next"))
+        generators = [each for layer in named_layers(model).values() for each in layer._seed_generators]
+        for generator in {id(each): each for each in generators}.values():  # layers may share one
+            own_seeds(generator, replicas.axis.rank)
+            applied.undo.append(functools.partial(generator.__dict__.pop, "next"))
 
 
 def _buckets(model: keras.Model, applied: Applied) -> list[Bucket]:

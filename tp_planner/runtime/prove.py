@@ -97,6 +97,12 @@ def _compare_run(
             starts = [*_stuck(graph, recorder), op.call] if fails else [op.call]
             culprits = _writing_sizes(graph, walk, starts) or _culprits(graph, walk, op)
             return [Conflict(culprits, f"{op.name} in {layer!r} {difference}", in_code=True)]
+    if failure is None and len(ran) > len(assumed):
+        more = ran[len(assumed)]
+        layer = recorder.calls[more.call].layer
+        call = next(call.id for call in graph.calls.values() if call.layer == layer)
+        reason = f"{more.name} in {layer!r} runs on local shards only"
+        return [Conflict(_sharded_inside(graph, walk, call), reason, in_code=True)]
     if failure is not None:
         stuck = _stuck(graph, recorder)
         culprits = _writing_sizes(graph, walk, stuck) or _sharded_inside(graph, walk, stuck[0])

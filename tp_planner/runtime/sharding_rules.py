@@ -6,6 +6,7 @@ on exactly the local tensors it was given: no collective and no slice.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,6 +30,8 @@ from tp_planner.passes.follow_ops import Followed, Refused
 CPU_ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu.default"
 # DTensor takes these for elementwise where their dim is negative.
 SCANS = {f"aten.{name}.default" for name in ("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "_cummax_helper")}
+# Ops that look up along a dim. DTensor makes summands of them with a mask that it keeps from one use to the next.
+LOOKUPS = {"aten.embedding.default", "aten.gather.default", "aten.index_select.default"}
 # Ops that draw random numbers only where their dropout_p is not 0; Keras always calls them with 0.
 ATTENTION_DROPOUT = {CPU_ATTENTION}
 
@@ -50,6 +53,8 @@ class DTensorRules:
             return Refused("draws random numbers for a sharded tensor")
         if op.name in SCANS:
             return Refused("runs along a dim")
+        if op.name in LOOKUPS and inputs[op.inputs[0]] == Shard(_looked_up_dim(op, tensors)):
+            return Refused("looks up what other ranks have")
         key = (self._question(op, tensors), tuple(inputs[tensor] for tensor in op.inputs))
         if key not in self._answers:
             own = OWN_RULES.get(op.name)
@@ -73,7 +78,7 @@ class DTensorRules:
 
     def _ask(self, op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement]) -> Followed | Refused:
         function = _resolve(op.name)
-        given: dict[int, torch.Size] = {}
+        given: dict[int, torch.Tensor] = {}
         with self._fake, quiet_torch():
 
             def as_dtensor(leaf: Any) -> Any:
@@ -81,7 +86,7 @@ class DTensorRules:
                     return leaf
                 number = op.inputs[leaf.position]
                 tensor = _fake_dtensor(tensors[number], inputs[number], self._mesh)
-                given[leaf.position] = tensor._local_tensor.shape
+                given[leaf.position] = tensor._local_tensor
                 return tensor
 
             args, kwargs = tree_map(as_dtensor, op.arguments)
@@ -94,9 +99,17 @@ class DTensorRules:
         expected = [given[leaf.position] for leaf in tree_flatten(op.arguments)[0] if isinstance(leaf, TensorRef)]
         if watch.communicated:
             return Refused("needs communication between the shards")
-        if watch.shapes != expected:
+        same = len(watch.tensors) == len(expected) and all(map(operator.is_, watch.tensors, expected))
+        if not same:  # also of the same shape: a whole tensor that became a summand
             return Refused("needs its inputs placed in another way")
         return _outputs(result, watch.arguments, self._mesh.size())
+
+
+def _looked_up_dim(op: Op, tensors: Mapping[int, TensorInfo]) -> int:
+    if op.name == "aten.embedding.default":
+        return 0
+    dim: int = op.arguments[0][1]
+    return dim % max(len(tensors[op.inputs[0]].shape), 1)
 
 
 class _LocalCalls(WatchingMode):
@@ -106,7 +119,7 @@ class _LocalCalls(WatchingMode):
         super().__init__()
         self.function = function
         self.communicated = False
-        self.shapes: list[torch.Size] = []
+        self.tensors: list[torch.Tensor] = []
         self.arguments: tuple[Any, ...] = ()
 
     def watch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
@@ -116,7 +129,7 @@ class _LocalCalls(WatchingMode):
             self.communicated = True
         if func is self.function:
             leaves = tree_flatten((args, kwargs))[0]
-            self.shapes = [leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            self.tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
             self.arguments = tuple(leaf for leaf in leaves if not isinstance(leaf, torch.Tensor))
         return func(*args, **kwargs)
 
@@ -146,7 +159,7 @@ def _from_torch_placement(placement: Any) -> Placement | None:
         return Replicate()
     if placement.is_shard():
         return Shard(placement.dim)
-    if placement.is_partial("sum"):
+    if type(placement) is TorchPartial and placement.is_partial("sum"):
         return Partial()
     return None
 

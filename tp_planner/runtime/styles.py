@@ -185,7 +185,8 @@ class LayerCalls:
         if not running.scopes:  # nothing would end the sharing
             return cross(tensor, boundary, self.axis, site)
         crossed = running.entered.setdefault(tensor, {})
-        key = (boundary.forward, boundary.backward, torch.is_grad_enabled())
+        version = 0 if tensor.is_inference() else tensor._version  # one that is written into is another
+        key = (boundary.forward, boundary.backward, torch.is_grad_enabled(), version)
         if key not in crossed:
             crossed[key] = cross(tensor, boundary, self.axis, site)
         result: torch.Tensor = crossed[key]

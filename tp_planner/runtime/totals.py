@@ -56,14 +56,17 @@ def _added(own: list[torch.Tensor], variables: list[Any], replicas: Replicas) ->
 
 
 def loss_of_share(model: keras.Model) -> Callable[..., Any]:
-    """Return Keras's ``compute_loss``: a share without samples has a loss of 0, and not the mean of nothing."""
+    """Return Keras's ``compute_loss``: a share without samples has a loss of 0, and not the mean of nothing.
+
+    Losses that layers add are its own all the same: those of weights in parts communicate.
+    """
     plain = type(model).compute_loss
 
     @functools.wraps(plain)
     def compute_loss(x: Any = None, y: Any = None, y_pred: Any = None, *args: Any, **kwargs: Any) -> Any:
         outputs = [leaf for leaf in keras.tree.flatten(y_pred) if isinstance(leaf, torch.Tensor)]
         if outputs and not outputs[0].numel():
-            return sum(output.sum() for output in outputs)
+            return sum(output.sum() for output in outputs) + sum(model.losses)
         return plain(model, x, y, y_pred, *args, **kwargs)
 
     return compute_loss
