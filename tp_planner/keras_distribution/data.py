@@ -8,19 +8,49 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import keras
 import numpy as np
+import torch
+import torch.distributed as dist
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 from tp_planner.ir.errors import ParallelRuntimeError
 from tp_planner.ir.placement import chunk_sizes
-from tp_planner.runtime.process_group import require_process_group
+from tp_planner.runtime.process_group import this_device
 from tp_planner.runtime.random_state import share_random_state
 from tp_planner.runtime.rendezvous import exchange, meet
+
+BATCH_ARGUMENTS = ("x", "y", "sample_weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which of how many data shards this process is fed, and the processes that are fed the others."""
+
+    shard: int
+    shards: int
+    group: dist.ProcessGroup
+
+
+def own_share() -> Share | None:
+    """Return this process's share of global batches; None where Keras is given what the process is to work on.
+
+    The shard is the process's place along the batch axis, wherever the mesh has that axis.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None or distribution.num_processes == 1 or not distribution.auto_shard_dataset:
+        return None
+    if distribution.device_mesh.devices.size == 1:
+        return None
+    mesh, axis = distribution.device_mesh.backend_mesh, distribution.batch_dim_name
+    return Share(mesh.get_local_rank(axis), mesh.get_group(axis).size(), mesh.get_group(axis))
 
 
 def share_of(rows: int, shard: int, shards: int) -> slice:
@@ -125,12 +155,83 @@ def shared_out(plain: Callable[..., DataAdapter]) -> Callable[..., DataAdapter]:
 
     @functools.wraps(plain)
     def get_data_adapter(*args: Any, **kwargs: Any) -> DataAdapter:
-        distribution = keras.distribution.distribution()
-        if distribution is None or distribution.num_processes == 1 or not distribution.auto_shard_dataset:
+        share = own_share()
+        if share is None:
             return plain(*args, **kwargs)
-        require_process_group(distribution.num_processes)
+        distribution = keras.distribution.distribution()
         with mock.patch.object(distribution, "_is_multi_process", False):  # Keras itself shares out tf.data alone
             adapter = plain(*args, **kwargs)
-        return SharedDataAdapter(adapter, distribution.data_shard_id, distribution.num_model_replicas)
+        return SharedDataAdapter(adapter, share.shard, share.shards)
 
     return get_data_adapter
+
+
+# Single batches, and rows that come out
+
+_fed: weakref.WeakSet[keras.Model] = weakref.WeakSet()  # models that were given a batch which is equal on all ranks
+
+
+def sharing_its_batch(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of a model, such as ``train_on_batch``, that is given a global batch and works on its share.
+
+    The first batch that a model is given is compared across ranks.
+    """
+    signature = inspect.signature(plain)
+
+    @functools.wraps(plain)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        share = own_share()
+        if share is None:
+            return plain(*args, **kwargs)
+        call = signature.bind(*args, **kwargs)
+        batch = {name: call.arguments[name] for name in BATCH_ARGUMENTS if name in call.arguments}
+        if args[0] not in _fed:
+            require_equal(batch)
+            _fed.add(args[0])
+        call.arguments.update(share_batch(batch, share.shard, share.shards))
+        return plain(*call.args, **call.kwargs)
+
+    return method
+
+
+def predicting_all_rows(plain: Callable[..., None]) -> Callable[..., None]:
+    """Return Keras's ``make_predict_function``, whose function returns the rows of all shares of a batch, in order."""
+
+    @functools.wraps(plain)
+    def make_predict_function(self: keras.Model, *args: Any, **kwargs: Any) -> None:
+        before = self.predict_function
+        plain(self, *args, **kwargs)
+        own_rows = self.predict_function
+        if own_rows is before:
+            return
+
+        @functools.wraps(own_rows)
+        def all_rows(data: Any) -> Any:
+            outputs, share = own_rows(data), own_share()
+            if share is None or share.shards == 1:
+                return outputs
+            return keras.tree.map_structure(lambda leaf: rows_of_all(leaf, share), outputs)
+
+        self.predict_function = all_rows
+
+    return make_predict_function
+
+
+def rows_of_all(own: Any, share: Share) -> Any:
+    """Return the rows that all shares have of a tensor, in order; what has no rows as it is.
+
+    They travel as bytes, for not every backend knows every dtype.
+    """
+    if not isinstance(own, torch.Tensor) or not own.ndim:
+        return own
+    lengths = torch.zeros(share.shards, dtype=torch.int64, device=this_device())
+    lengths[share.shard] = len(own)
+    dist.all_reduce(lengths, group=share.group)
+    rows: list[int] = lengths.tolist()
+    width = own.shape[1:].numel() * own.element_size()
+    sent = torch.zeros(max(rows) * width, dtype=torch.uint8, device=this_device())
+    sent[: len(own) * width] = own.detach().contiguous().reshape(-1).view(torch.uint8)
+    received = [torch.empty_like(sent) for _ in rows]
+    dist.all_gather(received, sent, share.group)
+    whole = torch.cat([part[: count * width] for part, count in zip(received, rows, strict=True)])
+    return whole.view(own.dtype).reshape(sum(rows), *own.shape[1:])

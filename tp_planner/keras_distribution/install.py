@@ -51,6 +51,9 @@ def enable_keras_distribution() -> None:
     _wrap(keras.Model, "_symbolic_build", models.checked_before_training)
     _wrap(keras.Model, "save", models.planned_before_saving)
     _wrap(keras.Model, "save_weights", models.planned_before_saving)
+    for name in ("train_on_batch", "test_on_batch", "predict_on_batch"):
+        _wrap(keras.Model, name, data.sharing_its_batch)
+    _wrap(keras.Model, "make_predict_function", data.predicting_all_rows)
     for name in ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch"):
         _wrap(keras.Model, name, models.under_its_distribution)
     _wrap(data_adapters, "get_data_adapter", data.shared_out)
