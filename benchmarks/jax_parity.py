@@ -1,7 +1,7 @@
 """Compare ``keras.distribution`` on JAX and on torch: one script, unchanged but for ``KERAS_BACKEND``, the same losses.
 
-Runs ``one_script.py`` for each model on 1 and 2 devices of both backends, and prints the losses of the last step. JAX
-is looked for in ``.venv-jax``; where there is none, the comparison is skipped.
+Runs ``one_script.py`` for each model on meshes of 1, 2 and 4 devices of both backends, batch axis first, and prints the
+losses of the last step. JAX is looked for in ``.venv-jax``; where there is none, the comparison is skipped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "one_script.py"
 JAX = ROOT / ".venv-jax" / "bin" / "python"
 MODELS = ("gpt", "llama", "gemma")
-MESHES = ("1x1", "1x2")
+MESHES = ("1x1", "2x1", "1x2", "2x2", "1x4")
 TOLERANCE = 1e-5  # relative, in float32
 
 

@@ -1,7 +1,8 @@
 """Data under a distribution: each process is fed its share of every global batch.
 
 Every process reads the same global batches, in rank 0's order, and keeps the rows of its model replica. So the ranks
-of one replica see the same rows, replicas see different ones, and an epoch has the steps it has in one process.
+of one replica see the same rows, replicas see different ones, and an epoch has the steps it has in one process. What
+a model predicts for the shares is put together again.
 """
 
 from __future__ import annotations
@@ -185,9 +186,9 @@ def sharing_its_batch(plain: Callable[..., Any]) -> Callable[..., Any]:
             return plain(*args, **kwargs)
         call = signature.bind(*args, **kwargs)
         batch = {name: call.arguments[name] for name in BATCH_ARGUMENTS if name in call.arguments}
-        if args[0] not in _fed:
+        if call.arguments["self"] not in _fed:
             require_equal(batch)
-            _fed.add(args[0])
+            _fed.add(call.arguments["self"])
         call.arguments.update(share_batch(batch, share.shard, share.shards))
         return plain(*call.args, **call.kwargs)
 
