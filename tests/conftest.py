@@ -25,8 +25,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if {"model", "dtype", "workers"} <= params.keys() and params["model"] not in EVERYWHERE:
             if (params["dtype"], params["workers"]) in {("float32", 2), ("float64", 4)}:
                 item.add_marker(pytest.mark.slow)
-        elif params.get("seed") == 1 and params.get("workers") == 4:
-            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

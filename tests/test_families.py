@@ -162,7 +162,10 @@ HUB_MAPS = {
 }
 
 
-@pytest.mark.parametrize(("name", "backbone"), HUB_MAPS.items())
+@pytest.mark.parametrize(
+    ("name", "backbone"),
+    [pytest.param(*each, marks=[pytest.mark.slow] * (each[0] == "qwen3_moe")) for each in HUB_MAPS.items()],
+)
 def test_same_function_by_the_layout_maps_of_keras_hub(pools: Pools, name: str, backbone: str) -> None:
     """KerasHub's own LayoutMap, taken as it is on a mesh (1, 2), gives the same function too."""
     assert_same_function(pools(2).run(train_by_hub_map, name, backbone))
