@@ -22,9 +22,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave some of what a fixture multiplies to `make sweep`."""
     for item in items:
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        if {"model", "dtype", "workers"} <= params.keys() and params["model"] not in EVERYWHERE:
-            if (params["dtype"], params["workers"]) in {("float32", 2), ("float64", 4)}:
-                item.add_marker(pytest.mark.slow)
+        trained = {"model", "dtype", "workers"} <= params.keys() and params["model"] not in EVERYWHERE
+        if trained and (params["dtype"], params["workers"]) in {("float32", 2), ("float64", 4)}:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
