@@ -18,6 +18,8 @@ from tests.replicas import MODELS, Shape, layout, relative, share, weights
 from tests.test_training import OPTIMIZERS, variables_of
 from tests.workers import Pools
 from tp_planner.frontend.layer_tree import named_variables
+from tp_planner.ir.layout import Layout, LayoutRule
+from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.plan import Plan
 
 # What asks for whole gradients, or for a decision that all ranks share, and what keeps its own state.
@@ -119,7 +121,63 @@ def planned_on_meshes() -> list[str]:
     return []
 
 
+class Drops(keras.layers.Layer):
+    """Drops half of its input, drawing from a generator that is given to it."""
+
+    def __init__(self, generator: keras.random.SeedGenerator, **options: Any) -> None:
+        super().__init__(**options)
+        self.generator = generator
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        return keras.random.dropout(x, 0.5, seed=self.generator) if training else x
+
+
+def pair_with(penalty: str | None, generator: Any = None) -> keras.Model:
+    inputs = keras.Input((4,), name="inputs")
+    x = keras.layers.Dense(8, kernel_regularizer=penalty, name="up")(inputs)
+    for number in range(2 if generator else 0):
+        x = Drops(generator, name=f"drop_{number}")(x)
+    model = keras.Model(inputs, keras.layers.Dense(2, name="down")(x), name="pair")
+    rng = np.random.default_rng(3)
+    model.set_weights([rng.standard_normal(weight.shape).astype(weight.dtype) for weight in model.get_weights()])
+    return model
+
+
+IN_PARTS = Layout(Mesh((("batch", 2), ("model", 1))), (LayoutRule("up/kernel", ("batch", None)),))
+
+
+def train_with_an_empty_share() -> float:
+    """Train on a batch of one row, of which replica 1 gets none; return how far the weights are from one process."""
+    x, y = np.ones((1, 4), "float32"), np.zeros((1, 2), "float32")
+    models, rank = [pair_with("l2"), pair_with("l2")], dist.get_rank()
+    tp_planner.parallelize(models[1], IN_PARTS, np.ones((2, 4), "float32"), batch_axis="batch")
+    for model, rows in zip(models, (slice(None), slice(rank, 1)), strict=True):
+        model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
+        model.train_on_batch(x[rows], y[rows])
+    found, expected = weights(models[1]), weights(models[0])
+    return max(relative(found[key], expected[key]) for key in expected)
+
+
+def restore_with_a_shared_generator() -> bool:
+    """Shard and restore a model of which two layers draw from one generator; return whether it is as before."""
+    generator = keras.random.SeedGenerator(7)
+    model = pair_with(None, generator)
+    tp_planner.parallelize(model, IN_PARTS, np.ones((2, 4), "float32"), batch_axis="batch")
+    tp_planner.restore(model)
+    return "next" not in generator.__dict__
+
+
 # In the parent
+
+
+def test_an_empty_share_takes_part_in_penalties(pools: Pools) -> None:
+    """The penalty of a weight in parts communicates, on a replica without rows too, and is the same."""
+    assert max(pools(2).run(train_with_an_empty_share)) < 1e-6
+
+
+def test_layers_that_share_a_generator(pools: Pools) -> None:
+    """A generator that two layers draw from is a replica's own once, and everybody's again after restore."""
+    assert pools(2).run(restore_with_a_shared_generator) == [True, True]
 
 
 @pytest.mark.parametrize("rules", ["model axis", "both axes"])

@@ -57,7 +57,8 @@ def own_share() -> Share | None:
 def share_of(rows: int, shard: int, shards: int) -> slice:
     """Return the rows of a global batch that data shard ``shard`` of ``shards`` is fed: a run of them.
 
-    Shares are as equal as they can be, the longer ones first; those of all shards are the batch, in order.
+    Shares are cut as ``torch.chunk`` does, so that the last ones may be shorter or empty; those of all shards are the
+    batch, in order.
     """
     sizes = chunk_sizes(rows, shards)
     start = sum(sizes[:shard])
