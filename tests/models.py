@@ -451,10 +451,15 @@ def llama(
     blocks: int = 2,
     tied: bool = False,
     dropout: float = 0.0,
+    recomputed: bool = False,
     seed: int = 0,
 ) -> keras.Model:
-    """KerasHub's Llama with grouped-query attention and its reverse embedding: logits per token."""
-    with building(dtype):
+    """KerasHub's Llama with grouped-query attention and its reverse embedding: logits per token.
+
+    ``recomputed`` blocks are run again in the backward pass.
+    """
+    names = [f"transformer_layer_{index}" for index in range(blocks)] if recomputed else []
+    with building(dtype), keras.RematScope("list_of_layers", layer_names=names):
         backbone = keras_hub.models.LlamaBackbone(
             vocabulary_size=vocabulary,
             num_layers=blocks,

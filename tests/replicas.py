@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -59,6 +60,7 @@ NORMALIZED_RULES: dict[str, Axes] = {
     "down/kernel": ("model", "batch"),
 }
 MODELS = CASES | {
+    "recomputed": replace(CASES["llama"], build=partial(CASES["llama"].build, recomputed=True)),
     "normalized": Case("normalized", normalized, normalized_batch, "MeanSquaredError", {}, None),
 }
 

@@ -33,6 +33,12 @@ def test_plan_is_that_of_all_blocks(name: str) -> None:
     assert_equal_plans(model, layout_of(name))
 
 
+def test_plan_of_blocks_that_are_computed_again() -> None:
+    """So it is where the backward pass runs each block again; blocks that another one runs again are run themselves."""
+    model = CASES["llama"].build(blocks=4, recomputed=True)
+    assert_equal_plans(model, layout_of("llama"))
+
+
 @pytest.mark.parametrize("name", ["gpt", "llama"])
 @pytest.mark.parametrize("rules", ["model axis", "both axes"])
 def test_plan_of_replicas_is_that_of_all_blocks(name: str, rules: str) -> None:

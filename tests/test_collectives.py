@@ -31,6 +31,7 @@ MODELS: dict[str, tuple[str, Mapping[str, Any]]] = {
     **{name: (name, {}) for name in CASES},
     "gpt with uneven dims": ("gpt", {"vocabulary": 65, "hidden": 63}),
     "llama with tied embeddings and one head for keys": ("llama", {"tied": True, "kv_heads": 1}),
+    "llama with blocks that are computed again": ("llama", {"recomputed": True}),
 }
 BATCH_SIZE = 4
 KINDS = {

@@ -36,6 +36,7 @@ MODELS: dict[str, tuple[str, Sizes]] = {
     "gpt with dropout": ("gpt", {"dropout": 0.2}),
     "gpt with uneven dims": ("gpt", {"vocabulary": 65, "hidden": 63}),
     "llama with tied embeddings and one head for keys": ("llama", {"tied": True, "kv_heads": 1}),
+    "llama with blocks that are computed again": ("llama", {"recomputed": True}),
     "gemma with one head for keys": ("gemma", {"kv_heads": 1}),
     "handwritten with two heads for keys": ("handwritten", {"kv_heads": 2}),
 }

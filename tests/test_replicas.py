@@ -132,6 +132,7 @@ TRAININGS: list[Training] = [
     ("mlp", "model axis", (2, 1), "float64", [8, 5, 1], "adamw"),
     ("mlp", "both axes", (2, 1), "float32", [8, 8], "adamw"),
     ("tied", "both axes", (2, 2), "float64", [4, 3], "adamw"),
+    ("recomputed", "both axes", (2, 2), "float64", [4, 3], "adamw"),
     ("handwritten", "random 0", (2, 2), "float64", [4, 3], "sgd"),
     ("convnet", "random 3", (2, 2), "float64", [4, 4], "adamw"),
     ("normalized", "random 5", (2, 2), "float64", [6, 4], "sgd"),
@@ -173,6 +174,7 @@ MEMORY: list[tuple[str, str, Shape]] = [
     ("gpt", "both axes", (2, 2)),
     ("llama", "KerasHub's", (2, 2)),
     ("mlp", "batch axis alone", (4, 1)),
+    ("recomputed", "both axes", (2, 2)),
 ]
 
 

@@ -42,10 +42,10 @@ class Measured:
 # On the ranks
 
 
-def measure(name: str, dtype: str, optimizer: str) -> Measured:
+def measure(name: str, dtype: str, optimizer: str, **options: Any) -> Measured:
     case = CASES[name]
     x, y = case.batch(np.random.default_rng(2), BATCH_SIZE)
-    model = case.build(dtype, **SIZES.get(name, {}))
+    model = case.build(dtype, **SIZES.get(name, {}), **options)
     model.compile(getattr(keras.optimizers, optimizer)(), case.make_loss(), jit_compile=False)
     plan = tp_planner.plan(model, layout_map(case.rules), inputs=x)
     tp_planner.parallelize(model, plan)

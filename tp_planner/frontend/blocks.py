@@ -128,6 +128,7 @@ def layer_signature(layer: keras.Layer, known: dict[int, Hashable]) -> Hashable:
             type(layer),
             tuple(sorted((name, _attribute(value)) for name, value in layer.__dict__.items() if _matters(name, value))),
             tuple(_variable_signature(variable) for variable in own_variables(layer)),
+            _recomputation_signature(layer),
             tuple(layer_signature(child, known) for child in layer._layers),
         )
     return known[id(layer)]
@@ -151,6 +152,12 @@ def _attribute(value: Any) -> str:
     if isinstance(value, list | tuple | set | frozenset):
         return repr([_attribute(each) for each in value if not isinstance(each, _INERT)])
     return f"{type(value).__qualname__} {id(value)}"
+
+
+def _recomputation_signature(layer: keras.Layer) -> Hashable:
+    """Return what the layer's RematScope says of it: the backward pass may run it again."""
+    scope = layer._remat_mode
+    return scope and (scope.mode, scope.output_size_threshold, layer.name in scope.layer_names)
 
 
 def _variable_signature(variable: Any) -> Hashable:

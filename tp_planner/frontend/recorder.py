@@ -11,9 +11,11 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import keras
 import torch
+import torch.utils.checkpoint
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -32,7 +34,9 @@ class CapturedVariable(Exception):
 
 
 class BlockNotAlone(Exception):
-    """A block cannot stand for others, nor others for it: it is called twice, or used in parts from outside.
+    """A block cannot stand for others, nor others for it.
+
+    It is called twice, or again in the backward pass by what is around it, or used in parts from outside.
 
     The recorder's ``not_alone`` is its name; Keras makes errors anew on their way, with a message of its own.
     """
@@ -105,6 +109,7 @@ class Recorder(WatchingMode):
         self._constants: dict[int, Any] = {}
         self._stack: list[_OpenCall] = []
         self._paused = 0
+        self._recomputable = 0  # functions that are running, and that the backward pass runs again
         self._keys = {id(variable): key for key, variable in self._variables.items()}
         self._variable_of: dict[int, str] = {}
         self.know(self._variables)
@@ -227,6 +232,9 @@ class Recorder(WatchingMode):
     def watching_layers(self) -> Iterator[None]:
         """Hook every layer of the model; the hooks are gone afterwards, whatever happens."""
         with contextlib.ExitStack() as stack:
+            plain = torch.utils.checkpoint.checkpoint
+            watched = functools.partial(self._checkpoint, plain)
+            stack.enter_context(mock.patch("torch.utils.checkpoint.checkpoint", watched))
             repeats = {repeat.block for repeat in (self._known_repeats or {}).values()}
             for name, layer in self._layers.items():
                 if name in self._left_out and name not in repeats:
@@ -250,7 +258,7 @@ class Recorder(WatchingMode):
         name = self._names[id(layer)]
         self._must_be_inside(self._blocks.home_of_layer.get(name))
         if name in self._blocks.signatures:
-            if name in self._called:
+            if name in self._called or self._recomputable:
                 self.not_alone = name
                 raise BlockNotAlone
             self._called.add(name)
@@ -293,6 +301,13 @@ class Recorder(WatchingMode):
             return activation(x, *args, **kwargs)
 
         return watched
+
+    def _checkpoint(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._recomputable += 1
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            self._recomputable -= 1
 
     # --- equal blocks ----------------------------------------------------------------------------------
 

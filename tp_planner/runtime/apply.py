@@ -23,6 +23,7 @@ from tp_planner.ir.plan import LayerPlan, Plan, VariablePlan
 from tp_planner.runtime.boundaries import Axes, Axis
 from tp_planner.runtime.calls import Reader, Site
 from tp_planner.runtime.parts import let_go_after_calls
+from tp_planner.runtime.recomputation import follow_recomputation
 from tp_planner.runtime.regularization import parallel_constraint, parallel_regularizer
 from tp_planner.runtime.replicas import Replicas
 from tp_planner.runtime.statistics import OF_THE_BATCH, share_statistics
@@ -126,6 +127,7 @@ def apply_layers(
 
     If anything fails, the model is as before.
     """
+    follow_recomputation()
     applied = Applied(plan, axes, None if axes.batch is None else Replicas(axes.batch))
     layers = {name: layer for name, layer in named_layers(model).items() if name not in left_out}
     by_layer: dict[str, dict[str, LayerPlan]] = {}

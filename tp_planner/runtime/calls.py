@@ -29,13 +29,20 @@ METRICS = Site("", "metrics")  # what metrics communicate depends on how the mod
 class Frame:
     """One running call: whose it is, a reader for each variable it uses, what its hooks keep until it returns."""
 
-    __slots__ = ("cache", "functions", "kept", "owner", "readers")
+    __slots__ = ("cache", "changed", "functions", "kept", "owner", "readers")
 
     def __init__(self, owner: object, readers: dict[int, Reader]) -> None:
         self.owner, self.readers = owner, readers
         self.functions: Any = None  # the mode that watches the layer's own code
+        self.changed: Callable[[], AbstractContextManager[None]] = nullcontext  # what the layer is while it runs
         self.cache: dict[tuple[int, Any], torch.Tensor] = {}
         self.kept: Any = None
+
+    def copy(self) -> Frame:
+        """Return the call as it is now; what is read in the copy is not read in the call."""
+        copied = Frame(self.owner, self.readers)
+        copied.functions, copied.changed, copied.cache = self.functions, self.changed, dict(self.cache)
+        return copied
 
     def forget(self, variable: int) -> None:
         """Read a variable anew the next time, for it has another value."""
@@ -52,6 +59,8 @@ class _Running(threading.local):
         self.values: str = "dtensor"
         self.updating = False  # whether an optimizer applies gradients
         self.site: Site | None = None  # where the collectives that run now stand in the plan
+        self.recomputable = False  # whether the backward pass runs again what runs now, or is at it
+        self.looking = False  # whether what is kept for the backward pass is looked at, and not used
         self.converting: Callable[[], AbstractContextManager[None]] = nullcontext  # entered around every conversion
 
 
@@ -76,3 +85,13 @@ def reading_local_values() -> Iterator[None]:
         yield
     finally:
         running.values = before
+
+
+@contextmanager
+def looking_at_what_is_kept() -> Iterator[None]:
+    """Inside, what is kept for the backward pass can be read, and nothing is computed or put together for that."""
+    before, running.looking = running.looking, True
+    try:
+        yield
+    finally:
+        running.looking = before

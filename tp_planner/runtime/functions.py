@@ -72,6 +72,12 @@ class FunctionCalls(TorchFunctionMode):
         self.names = {name for name, _ in planned}
         self.counts: Counter[str] = Counter()
 
+    def again(self, frame: Frame, counts: Counter[str]) -> FunctionCalls:
+        """Return what changes the same functions in ``frame``, where the layer's code goes on after these calls."""
+        resumed = FunctionCalls(self.layer, self.planned, frame, self.axis, self.enter)
+        resumed.counts = counts.copy()
+        return resumed
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, function_name(func)
         if name not in self.names or running.frames[-1] is not self.frame:

@@ -6,9 +6,7 @@ The backward pass puts it together again where it is needed, and leaves each rep
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.weak import TensorWeakRef
 
 from tp_planner.runtime.boundaries import Axis, gather, reduce_to_shard
-from tp_planner.runtime.calls import Site, standing_at
+from tp_planner.runtime.calls import Site, running, standing_at
 from tp_planner.runtime.replicas import Replicas
 
 
@@ -95,7 +93,6 @@ class _Uses:
 class _Running(threading.local):
     def __init__(self) -> None:
         self.uses: list[_Uses] = []
-        self.looking = False
 
 
 _running = _Running()
@@ -119,17 +116,9 @@ def let_go_after_calls(layer: keras.Layer) -> list[Any]:
     return [before, after]
 
 
-@contextlib.contextmanager
-def looking_at_what_is_kept() -> Iterator[None]:
-    """Inside, what is kept for the backward pass can be read, and nothing is put together for that."""
-    _running.looking = True
-    try:
-        yield
-    finally:
-        _running.looking = False
-
-
 def _begin(layer: keras.Layer, args: Any) -> None:
+    if running.recomputable:  # none of its tensors is kept
+        return
     uses = _Uses(layer)
     uses.hooks.__enter__()
     _running.uses.append(uses)
@@ -153,6 +142,6 @@ def _leave_out(tensor: torch.Tensor) -> torch.Tensor | _LeftOut:
 def _put_back(kept: torch.Tensor | _LeftOut) -> torch.Tensor:
     if isinstance(kept, torch.Tensor):
         return kept
-    if _running.looking:
+    if running.looking:
         return kept.parts.part
     return kept.parts.whole().as_strided(kept.size, kept.stride, kept.offset)

@@ -23,9 +23,9 @@ from tp_planner.frontend.recorder import MadeTensor
 from tp_planner.ir.graph import ModelGraph, Repeat
 from tp_planner.ir.step import Phase
 from tp_planner.ir.step_log import Again, Edge
-from tp_planner.runtime.calls import running
+from tp_planner.runtime.calls import looking_at_what_is_kept, running
 from tp_planner.runtime.metering import StepMeter
-from tp_planner.runtime.parts import looking_at_what_is_kept
+from tp_planner.runtime.recomputation import NotKept
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,17 @@ def _saved_tensors(outputs: list[torch.Tensor], first: int) -> Iterator[torch.Te
             continue
         seen.add(node)
         waiting += [following for following, _ in node.next_functions if following is not None]
-        kept = [getattr(node, name) for name in dir(node) if name.startswith("_saved_") or name == "saved_tensors"]
+        names = [name for name in dir(node) if name.startswith("_saved_") or name == "saved_tensors"]
+        kept = [_kept(node, name) for name in names]
         yield from (tensor for tensor in _tensors(kept) if not isinstance(tensor, DTensor))
+
+
+def _kept(node: Any, name: str) -> Any:
+    """Return what a node keeps under this name, or what is kept in order to compute that again."""
+    try:
+        return getattr(node, name)
+    except NotKept as found:
+        return found.inputs
 
 
 def multiplicities(repeats: Mapping[int, Repeat]) -> Counter[str]:

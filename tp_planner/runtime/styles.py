@@ -6,7 +6,9 @@ layers compute on plain local shards; the hooks convert tensors at the boundarie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -130,6 +132,7 @@ class LayerCalls:
             args, frame.kept = self._whole_mask(plan, args, kwargs)
         elif plan.epilogue_after_output:
             frame.kept = withhold(layer, plan.epilogue_after_output)
+            frame.changed = functools.partial(withheld, layer, plan.epilogue_after_output)
         if plan.functions:
             frame.functions = FunctionCalls(plan.layer, self.functions[plan.mode], frame, self.axis, self._shared)
             frame.functions.__enter__()
@@ -233,6 +236,16 @@ def withhold(layer: keras.Layer, epilogue: str) -> dict[str, Any]:
 def give_back(layer: keras.Layer, kept: dict[str, Any]) -> None:
     """Undo ``withhold``."""
     layer.__dict__.update(kept)
+
+
+@contextlib.contextmanager
+def withheld(layer: keras.Layer, epilogue: str) -> Iterator[None]:
+    """Inside, a layer has no bias or activation."""
+    kept = withhold(layer, epilogue)
+    try:
+        yield
+    finally:
+        give_back(layer, kept)
 
 
 def relax_input_spec(layer: keras.Layer, undo: list[Undo]) -> None:
