@@ -84,16 +84,16 @@ def all_shardings(model: keras.Model) -> list[Sharding]:
 def single_shardings(model: keras.Model) -> list[Sharding]:
     """Return a layout for each dim of each variable of the layer."""
     return [
-        Sharding(f"{variable.path} {tuple(variable.shape)} on dim {dim}", _rules([(variable, dim)]), variable.path)
-        for variable in weights(model)
+        Sharding(f"{key} {tuple(variable.shape)} on dim {dim}", _rules([(key, variable, dim)]), key)
+        for key, variable in weights(model).items()
         for dim in range(len(variable.shape))
     ]
 
 
 def joint_shardings(model: keras.Model) -> dict[str, Sharding]:
     """Return the layouts that name all variables of the layer, or what is before and after it."""
-    with_dims = [variable for variable in weights(model) if len(variable.shape)]
-    first, last = (_rules([(variable, dim) for variable in with_dims]) for dim in (0, -1))
+    with_dims = [(key, variable) for key, variable in weights(model).items() if len(variable.shape)]
+    first, last = (_rules([(key, variable, dim) for key, variable in with_dims]) for dim in (0, -1))
     neighbours = _neighbour_rules({variable.path for variable in model.variables})
     rules = {
         "all variables on their first dim": first,
@@ -112,12 +112,12 @@ def sample(model: keras.Model, width: int) -> list[Sharding]:
     return [] if wanted is None else [wanted]
 
 
-def _rules(dims: Iterable[tuple[Any, int]]) -> Rules:
+def _rules(dims: Iterable[tuple[str, Any, int]]) -> Rules:
     rules: dict[str, Axes] = {}
-    for variable, dim in dims:
+    for key, variable, dim in dims:
         axes: list[str | None] = [None] * len(variable.shape)
         axes[dim] = "model"
-        rules[re.escape(variable.path)] = tuple(axes)
+        rules[re.escape(key)] = tuple(axes)
     return rules
 
 

@@ -19,6 +19,7 @@ import torch
 from keras import layers
 
 from tests.models import building, randomize
+from tp_planner.frontend.layer_tree import named_variables
 
 WIDTHS = (8, 9)
 BATCH_SIZE = 4
@@ -78,19 +79,19 @@ _TOKENS = 7
 def _randomize_state(model: keras.Model) -> keras.Model:
     """Draw what is not trained anew, positive as variances are, and return the model."""
     rng = np.random.default_rng(2)
-    for variable in weights(model):
+    for variable in weights(model).values():
         if not variable.trainable:
             variable.assign(rng.uniform(0.5, 1.5, tuple(variable.shape)))
     return model
 
 
-def weights(model: keras.Model) -> list[Any]:
-    """Return the floating-point variables of the layer, without those of its neighbours."""
-    return [
-        variable
-        for variable in model.variables
-        if variable.value.is_floating_point() and variable.path.split("/")[0] not in NEIGHBOURS
-    ]
+def weights(model: keras.Model) -> dict[str, Any]:
+    """Return the floating-point variables of the layer by key, without those of its neighbours."""
+    return {
+        key: variable
+        for key, variable in named_variables(model).items()
+        if variable.value.is_floating_point() and key.split("/")[0] not in NEIGHBOURS
+    }
 
 
 # What there is in Keras

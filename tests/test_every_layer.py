@@ -42,7 +42,7 @@ def test_every_weight_matters(name: str) -> None:
     case = CASES[name]
     model = case.build(WIDTHS[0])
     found = compute(model, case)
-    trained = [f"gradient of {variable.path}" for variable in weights(model) if variable.trainable]
+    trained = [f"gradient of {key}" for key, variable in weights(model).items() if variable.trainable]
     largest = {gradient: np.abs(found[gradient]).max() for gradient in trained}
     assert [gradient for gradient, size in largest.items() if size < 1e-4] in ([], ["gradient of layer/key/bias"])
 

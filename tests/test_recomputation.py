@@ -132,7 +132,7 @@ def step(model: keras.Model, plan: tp_planner.Plan | None = None) -> Arrays:
     if plan:
         plan.check(recorder.recording)
     gradients = {key: v.value.grad for key, v in named_variables(model).items() if v.trainable}
-    found = {"output": output.detach(), **gradients}
+    found = {"output": output.detach()} | {key: each for key, each in gradients.items() if each is not None}
     return {key: (g.full_tensor() if hasattr(g, "full_tensor") else g).numpy().copy() for key, g in found.items()}
 
 

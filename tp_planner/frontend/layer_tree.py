@@ -10,6 +10,8 @@ from typing import Any
 
 import keras
 
+from tp_planner.frontend.torch_modules import parameter_names
+
 
 class _Known(threading.local):
     model: keras.Model | None = None
@@ -72,8 +74,8 @@ def _stable_name(layer: keras.Layer) -> str:
 def named_variables(model: keras.Model) -> dict[str, Any]:
     """Return the model's variables, seed states included, each once by a unique key.
 
-    The key is the variable's path, or path#2 ... where paths are equal. Keras numbers seed generators
-    globally, so that their paths depend on what else was built; their keys begin with their layer's name.
+    The key is the variable's path, or path#2 ... where paths are equal. Keras numbers seed generators and parameters of
+    torch modules globally, so that their paths depend on what else was built; their keys begin with their layer's name.
     """
     if _known.model is model:
         return _known.variables
@@ -81,11 +83,14 @@ def named_variables(model: keras.Model) -> dict[str, Any]:
     seen: set[int] = set()
     for name, layer in named_layers(model).items():
         seeds = {id(generator.state) for generator in layer._seed_generators}
+        parameters = parameter_names(layer)
         for variable in own_variables(layer):
             if id(variable) in seen:
                 continue
             seen.add(id(variable))
             path = f"{name}/{variable.name}" if id(variable) in seeds else variable.path
+            if id(variable._value) in parameters:
+                path = f"{name}/{parameters[id(variable._value)]}"
             key, count = path, 1
             while key in variables:
                 count += 1

@@ -9,6 +9,7 @@ import keras
 from tp_planner.frontend.contractions import contractions_of, is_dropout
 from tp_planner.frontend.layer_tree import named_layers, named_variables, own_variables
 from tp_planner.frontend.penalties import penalty_kind
+from tp_planner.frontend.torch_modules import keeps_parameters_elsewhere
 from tp_planner.ir.graph import LayerInfo, VariableInfo
 
 
@@ -36,8 +37,8 @@ def survey(model: keras.Model) -> tuple[dict[str, LayerInfo], dict[str, Variable
 def _why_kept_whole(variable: Any, layer: keras.Layer) -> str:
     if not variable._value.is_floating_point():
         return f"{keras.backend.standardize_dtype(variable._dtype)} state is kept whole on every rank"
-    if isinstance(layer, keras.layers.TorchModuleWrapper):
-        return "parameters of a torch module are kept whole on every rank: the module reads them itself"
+    if keeps_parameters_elsewhere(layer):
+        return "parameters of torch's recurrent modules are kept whole on every rank: the modules hold them twice"
     return ""
 
 

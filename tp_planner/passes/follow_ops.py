@@ -16,6 +16,8 @@ from tp_planner.ir.placement import Partial, Placement, Replicate, Shard, divide
 
 WHOLE = Replicate()
 MOST_CUTS = 64  # ways of cutting the inputs of one function that are tried
+# Where ops take the tensor that they add to what they compute of the others.
+ADDED = {"aten.add.Tensor": 1, "aten.add_.Tensor": 1, "aten.addmm.default": 0, "aten.convolution.default": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +55,13 @@ class FunctionFollowed:
     """A call of a torch function that runs on shards, with boundaries at its ends only.
 
     ``placements`` has the tensors that its ops make; ``cuts`` the whole tensors it takes that are cut to shards before
-    it; ``entering`` those that its ops read whole together with shards; ``summed`` the outputs that are summands.
+    it, or become the first rank's part of a sum; ``entering`` those that its ops read whole together with shards;
+    ``summed`` the outputs that are summands.
     """
 
     placements: dict[int, Placement] = field(default_factory=dict)
     followed: dict[int, Followed] = field(default_factory=dict)
-    cuts: Mapping[int, Shard] = field(default_factory=dict)
+    cuts: Mapping[int, Shard | Partial] = field(default_factory=dict)
     entering: set[int] = field(default_factory=set)
     summed: set[int] = field(default_factory=set)
 
@@ -93,23 +96,26 @@ def follow_function(
 
 def _cuts(
     function: FunctionCall, graph: ModelGraph, inputs: Mapping[int, Placement], weights: Set[int], parts: int
-) -> Iterator[dict[int, Shard]]:
+) -> Iterator[dict[int, Shard | Partial]]:
     """Yield ways to cut whole tensors that the function takes, the fewest cuts first.
 
-    A dim is cut only if it is as long as a dim that is sharded in another input.
+    A dim is cut only if it is as long as a dim that is sharded in another input. What is added to a sum, as the bias of
+    a linear function, can be added by one rank.
     """
     lengths = {
         graph.tensors[tensor].shape[placement.dim]
         for tensor, placement in inputs.items()
         if isinstance(placement, Shard)
     }
-    kept = _assigned_tensors(function, graph) | weights
-    choices: list[list[tuple[int, Shard] | None]] = []
+    assigned, added = _assigned_tensors(function, graph), _added_tensors(function, graph)
+    choices: list[list[tuple[int, Shard | Partial] | None]] = []
     for tensor in dict.fromkeys(tensor for _, tensor in function.inputs):
         shape = graph.tensors[tensor].shape
-        if inputs.get(tensor, WHOLE) == WHOLE and tensor not in kept:
+        if inputs.get(tensor, WHOLE) == WHOLE and tensor not in assigned:
             dims = [dim for dim, length in enumerate(shape) if length in lengths and divides(shape, Shard(dim), parts)]
-            choices.append([None, *((tensor, Shard(dim)) for dim in dims)])
+            cuts: list[Shard | Partial] = [] if tensor in weights else [Shard(dim) for dim in dims]
+            cuts += [Partial()] if tensor in added else []
+            choices.append([None, *((tensor, cut) for cut in cuts)])
     ways = [[cut for cut in way if cut is not None] for way in itertools.product(*choices)]
     yield from (dict(way) for way in sorted(ways, key=len))
 
@@ -120,11 +126,17 @@ def _assigned_tensors(function: FunctionCall, graph: ModelGraph) -> set[int]:
     return {op.inputs[0] for op in ops if op.inputs and op.name.split(".")[1].endswith("_")}
 
 
+def _added_tensors(function: FunctionCall, graph: ModelGraph) -> set[int]:
+    """Return the tensors that an op of the function adds to something else."""
+    ops = [op for op in graph.ops[function.ops[0] : function.ops[1]] if op.name in ADDED]
+    return {op.inputs[ADDED[op.name]] for op in ops if len(op.inputs) > ADDED[op.name]}
+
+
 def _attempt(
     function: FunctionCall,
     graph: ModelGraph,
     inputs: Mapping[int, Placement],
-    cuts: Mapping[int, Shard],
+    cuts: Mapping[int, Shard | Partial],
     weights: Set[int],
     rules: ShardingRules,
 ) -> FunctionFollowed | Refused:
@@ -140,8 +152,6 @@ def _attempt(
             sources.update(dict.fromkeys(op.outputs, whole))
             continue
         where = f"{op.name} in {graph.calls[op.call].layer!r}"
-        if len(given) > 1 and any(isinstance(placement, Partial) for placement in given.values()):
-            return Refused(f"{where} would combine a sum over the shards with something else")
         followed = rules.follow(op, graph.tensors, given)
         if isinstance(followed, Refused):
             return Refused(f"{where} {followed.reason}")
@@ -165,7 +175,8 @@ def _with_sums(
     where = f"{function.name} in {graph.calls[function.call].layer!r}"
     found.summed = {tensor for tensor in function.outputs if isinstance(found.placements.get(tensor), Partial)}
     moved = sum(2 * graph.tensors[tensor].bytes for tensor in found.summed)
-    moved += sum(graph.tensors[tensor].bytes for tensor in found.cuts if graph.tensors[tensor].requires_grad)
+    cut = [tensor for tensor, placement in found.cuts.items() if isinstance(placement, Shard)]
+    moved += sum(graph.tensors[tensor].bytes for tensor in cut if graph.tensors[tensor].requires_grad)
     gathered = sum(graph.tensors[tensor].bytes for tensor, placement in inputs.items() if placement != WHOLE)
     if moved > gathered and not any(inputs[tensor] != WHOLE for tensor in weights & inputs.keys()):
         return Refused(f"{where} would communicate more than it takes to gather its inputs")

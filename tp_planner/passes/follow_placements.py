@@ -114,7 +114,7 @@ class Walk:
     boundaries: list[Placed] = field(default_factory=list)
     records: dict[int, CallRecord] = field(default_factory=dict)
     followed: dict[int, Followed] = field(default_factory=dict)
-    cut_for: dict[tuple[int, int], Shard] = field(default_factory=dict)  # (op, whole tensor): read as a shard
+    cut_for: dict[tuple[int, int], Placement] = field(default_factory=dict)  # (op, whole tensor): read as this
     functions: dict[int, tuple[FunctionPlan, ...]] = field(default_factory=dict)  # by call, in order
     function_origins: dict[int, frozenset[Origin]] = field(default_factory=dict)  # of the shards they meet, by call
     writes_sizes: set[LayerMode] = field(default_factory=set)  # layers that could be given the sizes of shards
@@ -411,7 +411,9 @@ class _Walker:
         for position, tensor in function.inputs:
             if tensor in found.cuts:
                 cut = found.cuts[tensor]
-                self._change_input(function, position, tensor, Transition(WHOLE, cut), Transition(cut, WHOLE))
+                # The gradient of what one rank adds to a sum is that of the sum, which is whole on all of them.
+                backward = STAYS_WHOLE if isinstance(cut, Partial) else Transition(cut, WHOLE)
+                self._change_input(function, position, tensor, Transition(WHOLE, cut), backward)
         for op in range(*function.ops):
             self.found.cut_for.update({(op, tensor): cut for tensor, cut in found.cuts.items()})
         for tensor in found.summed:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import Shard as TorchShard
 from torch.distributed.tensor.parallel import parallelize_module
 
 from tp_planner.frontend.layer_tree import named_layers, named_variables, own_variables
+from tp_planner.frontend.torch_modules import parameter_holders
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.placement import Replicate, Shard
 from tp_planner.ir.plan import LayerPlan, Plan, VariablePlan
@@ -28,6 +29,7 @@ from tp_planner.runtime.regularization import parallel_constraint, parallel_regu
 from tp_planner.runtime.replicas import Replicas
 from tp_planner.runtime.statistics import OF_THE_BATCH, share_statistics
 from tp_planner.runtime.styles import STYLES, LayerCalls, Undo, open_scope, refuse_input_gradients
+from tp_planner.runtime.torch_modules import follow_variables
 from tp_planner.runtime.variables import (
     Sharding,
     make_parallel,
@@ -144,6 +146,8 @@ def apply_layers(
             calls = LayerCalls(modes, placer.readers(layer, modes), axes.model, id(model))
             style = STYLES[next(iter(modes.values())).style if modes else "replicated"]
             parallelize_module(layer, axes.model.mesh, style(calls, placer.place, applied.undo))
+            if isinstance(layer, keras.layers.TorchModuleWrapper):
+                applied.undo.append(follow_variables(layer))
         if applied.replicas is not None:
             _join_replicas(model, applied, applied.replicas, placer)
     except BaseException:
@@ -171,16 +175,16 @@ def _scopes(plan: Plan, layers: Mapping[str, Any]) -> set[str]:
 
 
 class Rebinding:
-    """Replaces a parameter everywhere Keras holds it: in the variable, and in every enclosing layer's dict."""
+    """Replaces a parameter wherever it is held beside its variable: in the dict of every layer around, in a module."""
 
     def __init__(self, model: keras.Model) -> None:
-        self._holders: dict[int, list[tuple[torch.nn.ParameterDict, str]]] = {}
+        self._holders: dict[int, list[tuple[Any, str]]] = {}
         for layer in named_layers(model).values():
             if not hasattr(layer, "_torch_params"):
                 layer._track_variables()
             parameters = layer._torch_params
-            for key in parameters:
-                self._holders.setdefault(id(parameters[key]), []).append((parameters, key))
+            for holder, key in (*((parameters, key) for key in parameters), *parameter_holders(layer)):
+                self._holders.setdefault(id(holder[key]), []).append((holder, key))
 
     def __call__(self, old: torch.nn.Parameter, new: torch.nn.Parameter) -> None:
         holders = self._holders.pop(id(old), [])

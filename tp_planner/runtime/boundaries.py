@@ -78,6 +78,8 @@ def _change(tensor: torch.Tensor, transition: Transition, axis: Axis) -> torch.T
             # A copy: a slice would keep the whole tensor's storage.
             shard = tensor.narrow(dim, axis.rank * length, length)
             return shard.clone(memory_format=torch.contiguous_format)
+        case Replicate(), Partial():
+            return tensor if axis.rank == 0 else torch.zeros_like(tensor)
     raise AssertionError(f"no boundary changes {transition}")
 
 

@@ -55,9 +55,12 @@ class DTensorRules:
             return Refused("runs along a dim")
         if op.name in LOOKUPS and inputs[op.inputs[0]] == Shard(_looked_up_dim(op, tensors)):
             return Refused("looks up what other ranks have")
-        key = (self._question(op, tensors), tuple(inputs[tensor] for tensor in op.inputs))
+        placements = tuple(inputs[tensor] for tensor in op.inputs)
+        if len(inputs) > 1 and Partial() in placements and op.name not in SUM_RULES:
+            return Refused("would combine a sum over the shards with something else")
+        key = (self._question(op, tensors), placements)
         if key not in self._answers:
-            own = OWN_RULES.get(op.name)
+            own = SUM_RULES[op.name] if Partial() in placements and len(inputs) > 1 else OWN_RULES.get(op.name)
             if own is not None:
                 self._answers[key] = own(op, tensors, inputs, self._mesh.size())
             else:
@@ -221,7 +224,7 @@ def _follow_cpu_attention(
         broadcast = len(shape) < 4 or shape[placement.dim] == 1
         if inputs[mask] != (Replicate() if broadcast else placement):
             return Refused("takes a mask that is not sharded like the query")
-    return Followed((placement, placement), tuple(leaf for leaf in leaves if not isinstance(leaf, TensorRef)))
+    return Followed((placement, placement), _constants(op))
 
 
 def _follow_convolution(
@@ -235,18 +238,47 @@ def _follow_convolution(
     transposed, groups = arguments[6], arguments[8]
     data, weight, *bias = (inputs[op.inputs[each.position]] for each in arguments[:3] if isinstance(each, TensorRef))
     taken, made = (Shard(0), Shard(1)) if transposed else (Shard(1), Shard(0))
-    constants = tuple(leaf for leaf in tree_flatten(op.arguments)[0] if not isinstance(leaf, TensorRef))
+    constants = _constants(op)
     if groups == 1 and (data, weight) == (Replicate(), made) and all(each == Shard(0) for each in bias):
         return Followed((Shard(1),), constants)
-    if groups == 1 and (data, weight) == (Shard(1), taken) and not bias:
+    if groups == 1 and (data, weight) == (Shard(1), taken) and all(each == Partial() for each in bias):
         return Followed((Partial(),), constants)
     if groups % parts == 0 and (data, weight) == (Shard(1), Shard(0)) and all(each == Shard(0) for each in bias):
         return Followed((Shard(1),), (*constants[:-1], groups // parts), ((groups, groups // parts),))
     return Refused("works on all channels at once; sharded are the output channels, or the input channels of both")
 
 
+def _follow_addmm(
+    op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement], parts: int
+) -> Followed | Refused:
+    """A product over a sharded dim is a sum over the ranks, to which one of them adds. bias, (N, K), (K, M)."""
+    if tuple(inputs[tensor] for tensor in op.inputs) != (Partial(), Shard(1), Shard(0)):
+        return Refused("adds a summand to something else than a sum over the shards")
+    return Followed((Partial(),), _constants(op))
+
+
+def _follow_addition(
+    op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement], parts: int
+) -> Followed | Refused:
+    """A sum of sums over the shards is one."""
+    if any(inputs[tensor] != Partial() for tensor in op.inputs):
+        return Refused("adds a summand to something else than a sum over the shards")
+    return Followed((Partial(),), _constants(op))
+
+
+def _constants(op: Op) -> tuple[Any, ...]:
+    return tuple(leaf for leaf in tree_flatten(op.arguments)[0] if not isinstance(leaf, TensorRef))
+
+
 # Rules for ops for which DTensor has none, or a wrong one.
 OWN_RULES: Mapping[str, Callable[..., Followed | Refused]] = {
     CPU_ATTENTION: _follow_cpu_attention,
+    "aten.convolution.default": _follow_convolution,
+}
+# Rules for ops of several tensors of which one is a summand on every rank.
+SUM_RULES: Mapping[str, Callable[..., Followed | Refused]] = {
+    "aten.add.Tensor": _follow_addition,
+    "aten.add_.Tensor": _follow_addition,
+    "aten.addmm.default": _follow_addmm,
     "aten.convolution.default": _follow_convolution,
 }
