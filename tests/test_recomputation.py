@@ -20,7 +20,6 @@ from tp_planner.frontend.layer_tree import named_variables
 layers, ops = keras.layers, keras.ops
 Arrays = dict[str, np.ndarray]
 RULES = PREFIXED | {
-    "written/weight": ("model",),
     "attention/(query|key|value)/kernel": (None, "model", None),
     "attention/(query|key|value)/bias": ("model", None),
     "attention/attention_output/kernel": ("model", None, None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -123,6 +124,20 @@ def written_into(x: Any, weight: Any) -> Any:
 def by_its_size(x: Any, weight: Any) -> Any:
     y = ops.tanh(x * weight)
     return y * 2 if y.shape[-1] < 8 else y
+
+
+def own_gradient(x: Any, weight: Any) -> Any:
+    """The gradient mixes what the values do not."""
+
+    @ops.custom_gradient
+    def tanh(y: Any) -> Any:
+        def gradient(*args: Any, upstream: Any = None) -> Any:
+            upstream = args[-1] if upstream is None else upstream
+            return upstream - ops.mean(upstream, axis=-1, keepdims=True)
+
+        return ops.tanh(y), gradient
+
+    return tanh(x * weight)
 
 
 class Rows(layers.Layer):
@@ -251,6 +266,7 @@ MODELS: dict[str, Callable[[], keras.Model]] = {
     "view read whole too": lambda: written(view_read_whole_too),
     "written into": lambda: written(written_into),
     "by its size": lambda: written(by_its_size),
+    "own gradient": lambda: written(own_gradient),
     "rows": rows,
     "layer normalization": lambda: between(layers.LayerNormalization(name="layer_norm")),
     "group normalization": lambda: between(layers.GroupNormalization(4, name="group_norm")),
@@ -261,7 +277,7 @@ MODELS: dict[str, Callable[[], keras.Model]] = {
 }
 PREFIXED = {f".*{pattern}": axes for pattern, axes in MLP.items()}
 PREFIXED |= {"norm/.*": ("model",), ".*_table/embeddings": ("model", None)}
-PREFIXED |= {"rows/(down_kernel|rows_table)": ("model", None)}
+PREFIXED |= {"rows/(down_kernel|rows_table)": ("model", None), "written/weight": ("model",)}
 
 
 def built(build: Callable[[], keras.Model]) -> keras.Model:
@@ -327,6 +343,31 @@ def unfrozen_later() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     return single, sharded
 
 
+def quantized(mode: str) -> list[tuple[np.ndarray, ...]]:
+    """Return what a quantized model gives in a single process and in shards, and the shapes of the kernels."""
+    models, results = [], []
+    for _ in range(2):
+        keras.utils.clear_session()
+        keras.config.set_floatx("float32")
+        inputs = keras.Input((6,))
+        x = layers.Dense(8, "relu", name="up")(inputs)
+        x = layers.EinsumDense("ab,bc->ac", 8, bias_axes="c", name="e_up")(x)
+        model = keras.Model(inputs, layers.Dense(4, name="down")(x), name="quantized")
+        rng = np.random.default_rng(1)
+        model.set_weights([rng.standard_normal(weight.shape) for weight in model.get_weights()])
+        with warnings.catch_warnings(action="ignore"):  # inputs cannot be quantized
+            model.quantize(mode)
+        models.append(model)
+    tp_planner.parallelize(models[1], layout_map(PREFIXED))
+    for model in models:
+        x = torch.as_tensor(np.random.default_rng(0).standard_normal((3, 6)).astype("float32")).requires_grad_()
+        output = model(x)
+        output.square().sum().backward()
+        results.append((output.detach().numpy(), x.grad.numpy(), model.predict(x.detach().numpy(), verbose=0)))
+    kernels = [model.get_layer(name)._kernel._value for model in models for name in ("up", "e_up", "down")]
+    return [*results, tuple(np.array(getattr(k, "_local_tensor", k).shape) for k in kernels)]
+
+
 def refused(case: str) -> str:
     """Return what a use says that cannot be right."""
 
@@ -372,6 +413,15 @@ def test_gradient_of_the_input(pools: Callable[[int], WorkerPool]) -> None:
 def test_layers_that_are_unfrozen_later(pools: Callable[[int], WorkerPool]) -> None:
     """A plan holds whatever is trainable: fine-tuning freezes and unfreezes layers under it."""
     check(pools(2).run(unfrozen_later))
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_quantized_layers(pools: Callable[[int], WorkerPool], mode: str) -> None:
+    """Quantized kernels are stored in shards, and everything is what a single process computes, to the bit."""
+    for single, sharded, shapes in pools(2).run(quantized, mode):
+        for expected, found in zip(single, sharded, strict=True):
+            np.testing.assert_array_equal(found, expected)
+        assert [2 * part.prod() for part in shapes[3:]] == [whole.prod() for whole in shapes[:3]]
 
 
 @pytest.mark.parametrize("case", ["jit before", "jit after"])

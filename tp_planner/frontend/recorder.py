@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
@@ -98,6 +99,7 @@ class Recorder(WatchingMode):
         self._names = {id(layer): name for name, layer in self._layers.items()}
         self._variables = named_variables(model)
         self.ops: list[Op] = []
+        self._without_grad: set[int] = set()  # ops that autograd did not record
         self.calls: dict[int, Call] = {}
         self.tensors: dict[int, TensorInfo] = {}
         self._alive: list[torch.Tensor] = []
@@ -190,6 +192,8 @@ class Recorder(WatchingMode):
         outputs = [self._add(leaf, self._variable_of.get(id(leaf))) for leaf in tensors_in(result)]
         constants = tuple(self._constants[number] for number in inputs if number in self._constants)
         is_random = torch.Tag.nondeterministic_seeded in func.tags
+        if not (torch.is_grad_enabled() or self._recomputable):
+            self._without_grad.add(len(self.ops))
         self._write(str(func), arguments, tuple(inputs), tuple(outputs), is_random, constants)
         return result
 
@@ -206,6 +210,17 @@ class Recorder(WatchingMode):
         self.ops.append(Op(len(self.ops), name, call, arguments, inputs, outputs, is_random, constants))
         if not self.trained.isdisjoint(inputs):
             self.trained.update(outputs)
+
+    def own_gradients(self) -> Iterator[int]:
+        """Yield the ops inside functions that say themselves what their gradient is, run after run.
+
+        Autograd records none of their ops, and yet what they make has a gradient.
+        """
+        runs = itertools.groupby(self.ops, key=lambda op: (op.id in self._without_grad, op.call))
+        for (without_grad, _), run in runs:
+            ops = list(run)
+            if without_grad and any(tensor in self.with_grad for op in ops for tensor in op.outputs):
+                yield from (op.id for op in ops)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -35,7 +35,8 @@ def survey(model: keras.Model) -> tuple[dict[str, LayerInfo], dict[str, Variable
 
 
 def _why_kept_whole(variable: Any, layer: keras.Layer) -> str:
-    if not variable._value.is_floating_point():
+    is_state = len(variable.shape) < 2  # of a seed generator or a counter; larger ones are quantized weights
+    if not variable._value.is_floating_point() and is_state:
         return f"{keras.backend.standardize_dtype(variable._dtype)} state is kept whole on every rank"
     if keeps_parameters_elsewhere(layer):
         return "parameters of torch's recurrent modules are kept whole on every rank: the modules hold them twice"

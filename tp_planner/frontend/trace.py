@@ -256,4 +256,5 @@ def _build_graph(
         inputs=tuple(tensor for _, tensor in recorder.calls[0].inputs),
         outputs=output_ids,
         repeats=recorder.repeats,
+        own_gradients=frozenset(recorder.own_gradients()),
     )

@@ -151,7 +151,8 @@ class ModelGraph:
     """Everything the passes know of a model. Ops and calls are in order of execution.
 
     ``repeats`` has the calls inside which one op of the name ``REPEAT`` stands for a whole block. ``functions`` are
-    those that have ops, in order; None if they were not recorded.
+    those that have ops, in order; None if they were not recorded. ``own_gradients`` are the ops inside functions that
+    say themselves what their gradient is.
     """
 
     model_name: str
@@ -165,6 +166,7 @@ class ModelGraph:
     outputs: tuple[int, ...]
     repeats: Mapping[int, Repeat] = field(default_factory=dict)
     functions: tuple[FunctionCall, ...] | None = None
+    own_gradients: frozenset[int] = frozenset()
 
     @property
     def repeated_layers(self) -> frozenset[str]:

@@ -41,6 +41,7 @@ SAME_VALUES = {
     for name in ("_to_copy.default", "_unsafe_view.default", "alias.default", "clone.default", "detach.default")
 } | {f"aten.{name}" for name in ("permute.default", "t.default", "transpose.int", "unsqueeze.default", "view.default")}
 LEAVES_SUM = "leaves a sum over the shards"
+OWN_GRADIENT = "runs in a function that says what its gradient is, which may mix the shards"
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +341,8 @@ class _Walker:
         for op in self.graph.ops[call.ops[0] : call.ops[1]]:
             if not any(tensor in states for tensor in op.inputs):
                 continue
+            if op.id in self.graph.own_gradients:
+                return placement, f"{op.name} {OWN_GRADIENT}"
             inputs = {tensor: states.get(tensor, WHOLE) for tensor in op.inputs}
             followed = self.rules.follow(op, self.graph.tensors, inputs)
             if isinstance(followed, Refused):
@@ -359,6 +362,9 @@ class _Walker:
             return
         if op.name == REPEAT:
             self.found.regions_leave_blocks = True
+            return
+        if op.id in self.graph.own_gradients:
+            self._conflict(origins, f"{op.name} in {self.graph.calls[call].layer!r} {OWN_GRADIENT}")
             return
         followed = self.rules.follow(op, self.graph.tensors, inputs)
         if isinstance(followed, Followed) and Partial() in followed.outputs:
@@ -386,6 +392,9 @@ class _Walker:
                 self._op(op, call)
             return
         origins = frozenset[Origin]().union(*(self._origins(tensor, call) for tensor in taken))
+        if not self.graph.own_gradients.isdisjoint(range(*function.ops)):
+            self._conflict(origins, f"{function.name} in {self.graph.calls[call].layer!r} {OWN_GRADIENT}")
+            return
         found = follow_function(function, self.graph, taken, self.weights, self.rules, self.parts)
         if isinstance(found, Refused):
             self._conflict(origins, found.reason, in_code=True)
