@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export KERAS_BACKEND := torch
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check demo sweep bench jax-parity keras-distribution-tests clean
+.PHONY: help setup test check demo selftest sweep bench jax-parity keras-distribution-tests clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 32
@@ -37,6 +37,9 @@ check: $(INSTALLED) ## Run the linter, the formatter's check, the type checker a
 
 demo: $(INSTALLED) ## Train a small GPT on two processes and compare it with one
 	$(PYTHON) -m tp_planner.demo
+
+selftest: $(INSTALLED) ## Check keras.distribution on this machine: one process and two against a single device
+	$(PYTHON) -m tp_planner.cli selftest
 
 sweep: $(INSTALLED) ## Run the slow tests: every layer and every family, on 2 and on 4 processes
 	$(PYTHON) -m pytest -q -m slow

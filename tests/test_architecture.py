@@ -33,9 +33,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "gpt": (set(), {"keras"}),
     "demo": ({"__init__", "gpt"}, {"keras", "numpy", "torch"}),
+    "selftest": ({"__init__", "gpt", "keras_distribution", "runtime"}, {"keras", "numpy", "torch"}),
 }
 EXCEPTIONS = {("ir/plan.py", "tp_planner.report.text")}  # print(plan) shows the report; imported when it is called
-PRINTERS = {"cli/answer.py", "cli/app.py", "cli/plan.py", "demo.py", "runtime/verify.py"}
+PRINTERS = {"cli/answer.py", "cli/app.py", "cli/plan.py", "demo.py", "runtime/verify.py", "selftest.py"}
 
 
 def part(module: str) -> str:
@@ -110,7 +111,7 @@ def test_parts_are_in_one_order() -> None:
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - PRINTERS))
 def test_only_edges_print(module: str) -> None:
-    """Printing is for the command line, the demonstration, and the verification that users ask for."""
+    """Printing is for the command line, the demonstration, the self-test, and the verification that users ask for."""
     nodes = list(ast.walk(tree(module)))
     calls = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     attributes = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}

@@ -27,21 +27,12 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tp_planner
-from tp_planner.gpt import LENGTH, build_gpt
+from tp_planner.gpt import LENGTH, RULES, build_gpt
 
 BATCH, STEPS, LEARNING_RATE = 16, 120, 3e-3
 TOLERANCE = 1e-5  # relative, in float32
 TINY = 1e-30  # keeps a weight that is all zero from dividing by zero
 SHOWN = 10  # rows of the comparison
-
-RULES = {
-    "token_embedding/embeddings": ("model", None),
-    ".*attention/(query|key|value)/kernel": (None, "model", None),
-    ".*attention/attention_output/kernel": ("model", None, None),
-    "(.*_up|head)/kernel": (None, "model"),
-    "(.*_up|head)/bias": ("model",),
-    ".*_down/kernel": ("model", None),
-}
 
 # What torch calls the collectives of a plan.
 KINDS = {

@@ -8,6 +8,15 @@ import keras
 
 BYTES, LENGTH, WIDTH, HEADS, BLOCKS = 256, 64, 64, 8, 2
 
+RULES = {
+    "token_embedding/embeddings": ("model", None),
+    ".*attention/(query|key|value)/kernel": (None, "model", None),
+    ".*attention/attention_output/kernel": ("model", None, None),
+    "(.*_up|head)/kernel": (None, "model"),
+    "(.*_up|head)/bias": ("model",),
+    ".*_down/kernel": ("model", None),
+}
+
 
 class AddPositions(keras.layers.Layer):
     """Adds one learned vector per position to (batch, positions, width)."""

@@ -8,6 +8,7 @@ from tp_planner.cli import explain as _explain
 from tp_planner.cli import lint as _lint
 from tp_planner.cli import plan as _plan
 from tp_planner.cli import run as _run
+from tp_planner.cli import selftest as _selftest
 from tp_planner.cli import sweep as _sweep
 from tp_planner.cli.app import app
 
@@ -20,6 +21,7 @@ _COMMANDS = (
     _sweep,
     _lint,
     _run,
+    _selftest,
 )  # importing a command's module adds the command to the application
 
 

@@ -35,7 +35,7 @@ def run_command(
         if not Path(script).is_file():
             raise mistake(f"{script}: no such file; give the path of a Python script")
         settings = torchrun_settings(devices, nodes, node_rank, master_addr, master_port)
-        if failed := launch(settings, [script, *(arguments or [])]):
+        if failed := launch(settings, ["tp_planner.keras_distribution", script, *(arguments or [])], script):
             typer.echo(f"error: {failed}", err=True)
             raise typer.Exit(1)
 
@@ -66,8 +66,14 @@ def _devices_here(wanted: int | None) -> int:
     return wanted or here
 
 
-def launch(settings: list[str], command: list[str]) -> str:
-    """Run the command on every process; return what went wrong, or "" once all have ended well."""
+def launch(settings: list[str], command: list[str], name: str) -> str:
+    """Run a module with its arguments on every process; return what went wrong, or "" once all have ended well.
+
+    Args:
+        settings: torchrun's options.
+        command: the module and its arguments.
+        name: what a message calls it.
+    """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
@@ -75,10 +81,10 @@ def launch(settings: list[str], command: list[str]) -> str:
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10"
     )  # seconds until a process that will not stop is killed
     try:
-        run(get_args_parser().parse_args([*settings, "--module", "tp_planner.keras_distribution", *command]))
+        run(get_args_parser().parse_args([*settings, "--module", *command]))
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
         code = first.exitcode
         how = f"by signal {-code}" if code <= SIGNALLED else f"with exit code {code}"
-        return f"rank {rank} of {command[0]} ended {how}; its output is above; the other processes were stopped"
+        return f"rank {rank} of {name} ended {how}; its output is above; the other processes were stopped"
     return ""
