@@ -17,6 +17,7 @@ from tests.models import building, randomize
 from tests.test_model_parallel import PAIR
 from tests.workers import Pools
 from tp_planner.keras_distribution.data import own_share, rows_of_all
+from tp_planner.runtime.variables import local_tensor
 
 WIDTH = 8
 STORED_OVER_BOTH = {**PAIR, ".*up/kernel": ("batch", "model")}
@@ -40,9 +41,22 @@ def rows(count: int, seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
     return rng.standard_normal((count, WIDTH)), rng.standard_normal((count, WIDTH))
 
 
+def dropping() -> keras.Model:
+    """A model in float32 with dropout, of which replicas draw masks of their own, and batch normalization."""
+    x = keras.Input((WIDTH,), name="x")
+    y = keras.layers.Dense(16, name="up")(x)
+    y = keras.layers.ReLU(name="relu")(keras.layers.BatchNormalization(name="norm")(y))
+    y = keras.layers.Dense(WIDTH, name="down")(keras.layers.Dropout(0.3, name="dropout")(y))
+    return keras.Model(x, y, name="dropping")
+
+
 @contextlib.contextmanager
 def distributed(kind: str) -> Iterator[None]:
-    """Enable keras.distribution and make a distribution current over all ranks: "data", "mesh" or "transposed"."""
+    """Enable keras.distribution and make a distribution current over all ranks.
+
+    ``kind`` is "data"; or a mesh of two axes: "replicated", with a weight in parts "mesh", the axes swapped
+    "transposed".
+    """
     tp_planner.enable_keras_distribution()
     try:
         with distribution_of(kind).scope():
@@ -60,7 +74,7 @@ def distribution_of(kind: str) -> Any:
     order = ("model", "batch") if kind == "transposed" else ("batch", "model")
     mesh = keras.distribution.DeviceMesh(tuple(axes[axis] for axis in order), order, names)
     layouts = keras.distribution.LayoutMap(mesh)
-    for pattern, spec in STORED_OVER_BOTH.items():
+    for pattern, spec in (PAIR if kind == "replicated" else STORED_OVER_BOTH).items():
         layouts[pattern] = spec
     return keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
 
@@ -106,6 +120,18 @@ def alone_and_distributed(kind: str, task: str) -> tuple[dict[str, Any], dict[st
     keras.utils.set_random_seed(dist.get_rank())
     with distributed(kind):
         return alone, TASKS[task]()
+
+
+def bits_after_fifty_steps(kind: str) -> dict[str, bytes]:
+    """Return the bits that this rank stores of each variable and slot after 50 steps of shuffled, uneven batches."""
+    x, y = (array.astype("float32") for array in rows(33))
+    with distributed(kind):
+        model = dropping()
+        model.compile(keras.optimizers.Adam(0.01), "mse")
+        model.fit(x, y, batch_size=7, epochs=10, verbose=0)
+        assert int(model.optimizer.iterations) == 50
+        stored = [*model.variables, *model.optimizer.variables]
+        return {each.path: local_tensor(each).numpy().tobytes() for each in stored if "seed" not in each.path}
 
 
 def gathered_rows() -> dict[str, Any]:
@@ -156,6 +182,17 @@ def test_replicas_do_what_one_process_does(pools: Pools, ranks: int, kind: str, 
         for key, expected in alone.items():
             tolerance = 1e-6 if isinstance(expected, list) else 1e-11  # Keras keeps metrics in float32
             np.testing.assert_allclose(found[key], expected, rtol=tolerance, atol=tolerance, err_msg=key)
+
+
+@pytest.mark.parametrize(("ranks", "kind"), [(2, "data"), (4, "replicated")])
+def test_replicas_are_bit_identical_after_fifty_steps(pools: Pools, ranks: int, kind: str) -> None:
+    """Ranks at the same place of their replicas store the same bits: weights, statistics and optimizer slots."""
+    stored = pools(ranks).run(bits_after_fifty_steps, kind)
+    one, other = stored[: ranks // 2], stored[ranks // 2 :]
+    for first, second in zip(one, other, strict=True):
+        assert [path for path in first if first[path] != second[path]] == []
+    if ranks == 4:
+        assert one[0]["up/kernel"] != one[1]["up/kernel"]  # shards on the model axis
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
