@@ -158,6 +158,48 @@ def train_with_an_empty_share() -> float:
     return max(relative(found[key], expected[key]) for key in expected)
 
 
+class Keeping(keras.layers.Dense):
+    """A Dense layer that holds on to the kernel that it has used, and uses it twice."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.kept: list[Any] = []
+        self.keeps = False
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        if self.keeps:
+            self.kept.append(self._kernel.value)
+        return super().call(x) + keras.ops.sin(keras.ops.matmul(x, self._kernel))
+
+
+def train_where_a_rank_keeps_a_weight() -> float:
+    """Train with a layer that keeps its weight alive on rank 0 alone; return how far the weights are from one process.
+
+    Backward passes go through the graph once, then twice.
+    """
+    inputs = keras.Input((4,), name="inputs")
+    x, y = np.random.default_rng(0).standard_normal((2, 6, 4)).astype("float32")
+    models, rank = [], dist.get_rank()
+    for _ in range(2):
+        first = keras.layers.Dense(4, name="first")(inputs)  # so that the weight is needed on the way back
+        model = keras.Model(inputs, Keeping(4, name="up")(first), name="keeping")
+        model.set_weights([np.linspace(-1, 1, w.size).reshape(w.shape) for w in model.get_weights()])
+        models.append(model)
+    tp_planner.parallelize(models[1], IN_PARTS, np.ones((3, 4), "float32"), batch_axis="batch")
+    models[1].get_layer("up").keeps = rank == 0
+    for model, rows in zip(models, (slice(None), slice(3 * rank, 3 * rank + 3)), strict=True):
+        optimizer, variables = keras.optimizers.SGD(0.1), model.trainable_variables
+        for times in (1, 2):
+            model.zero_grad()
+            loss = keras.losses.MeanSquaredError()(y[rows], model(x[rows], training=True))
+            for left in reversed(range(times)):
+                loss.backward(retain_graph=left > 0)
+            optimizer.apply([variable.value.grad for variable in variables], variables)
+    assert len(models[1].get_layer("up").kept) == (2 if rank == 0 else 0)
+    found, expected = weights(models[1]), weights(models[0])
+    return max(relative(found[key], expected[key]) for key in expected)
+
+
 def restore_with_a_shared_generator() -> bool:
     """Shard and restore a model of which two layers draw from one generator; return whether it is as before."""
     generator = keras.random.SeedGenerator(7)
@@ -173,6 +215,11 @@ def restore_with_a_shared_generator() -> bool:
 def test_an_empty_share_takes_part_in_penalties(pools: Pools) -> None:
     """The penalty of a weight in parts communicates, on a replica without rows too, and is the same."""
     assert max(pools(2).run(train_with_an_empty_share)) < 1e-6
+
+
+def test_a_weight_that_one_rank_keeps(pools: Pools) -> None:
+    """All ranks put a weight in parts together alike, whatever one of them still has of it."""
+    assert max(pools(2).run(train_where_a_rank_keeps_a_weight)) < 1e-6
 
 
 def test_layers_that_share_a_generator(pools: Pools) -> None:

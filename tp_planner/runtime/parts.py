@@ -14,7 +14,6 @@ import keras
 import torch
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
-from torch.utils.weak import TensorWeakRef
 
 from tp_planner.runtime.boundaries import Axis, gather, reduce_to_shard
 from tp_planner.runtime.calls import Site, running, standing_at
@@ -23,6 +22,9 @@ from tp_planner.runtime.replicas import Replicas
 
 class Parts:
     """One use of a tensor that replicas store in parts.
+
+    When it is put together depends on what the layer's code does, which is the same on all ranks, and on nothing that
+    may still be alive on one of them: it is a collective.
 
     Args:
         part: this replica's, without gradient history.
@@ -38,20 +40,35 @@ class Parts:
     ) -> None:
         self.part, self._dim, self._length, self._axis = part, dim, length, axis
         self._replicas, self._site = replicas, site
-        self._whole: TensorWeakRef | None = None
+        self._left_out = 0  # how many tensors are left out of what autograd keeps
+        self._put_back = 0  # how many of them the running backward pass has asked for
+        self._whole: torch.Tensor | None = None  # from the first of these to the last
 
     def whole(self) -> torch.Tensor:
-        """Return the whole; it is gathered again if nothing has kept it since it was gathered last."""
-        known = None if self._whole is None else self._whole()
-        if known is None:
-            with torch.no_grad(), standing_at(self._site):
-                known = gather(self.part, self._dim, self._length, self._axis)
-            self._whole = TensorWeakRef(known)
-        return known
+        """Return the whole, gathered."""
+        with torch.no_grad(), standing_at(self._site):
+            return gather(self.part, self._dim, self._length, self._axis)
+
+    def leave_out(self) -> None:
+        """Note that autograd will ask for the whole once more."""
+        self._left_out += 1
+
+    def put_back(self) -> torch.Tensor:
+        """Return the whole for one of the tensors that were left out; it is gathered for the first of them."""
+        whole = self.whole() if self._whole is None else self._whole
+        self._put_back += 1
+        self._whole = whole
+        if self._put_back == self._left_out:
+            self._let_go()
+        return whole
+
+    def _let_go(self) -> None:
+        self._put_back, self._whole = 0, None
 
     def own(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return this replica's part of the mean of all replicas' gradients."""
         assert self._replicas is not None
+        self._let_go()  # where a part of what was left out is in no gradient
         share = self._replicas.share(gradient.device)
         # Without samples it may be the gradient of the mean of nothing.
         weighed = gradient * share if self._replicas.samples else torch.zeros_like(gradient)
@@ -135,7 +152,9 @@ def _leave_out(tensor: torch.Tensor) -> torch.Tensor | _LeftOut:
     storage = tensor.untyped_storage()._cdata
     for uses in reversed(_running.uses):
         if storage in uses.wholes:
-            return _LeftOut(uses.wholes[storage][0], tensor.shape, tensor.stride(), tensor.storage_offset())
+            parts, _ = uses.wholes[storage]
+            parts.leave_out()
+            return _LeftOut(parts, tensor.shape, tensor.stride(), tensor.storage_offset())
     return tensor
 
 
@@ -144,4 +163,4 @@ def _put_back(kept: torch.Tensor | _LeftOut) -> torch.Tensor:
         return kept
     if running.looking:
         return kept.parts.part
-    return kept.parts.whole().as_strided(kept.size, kept.stride, kept.offset)
+    return kept.parts.put_back().as_strided(kept.size, kept.stride, kept.offset)
