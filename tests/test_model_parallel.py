@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 import tp_planner
 from tests import test_parity as parity
 from tests.models import CASES
+from tests.replicas import whole
 from tests.workers import Pools, layout_map
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.runtime.model import applied_to
@@ -80,6 +81,48 @@ class Pair(keras.Model):
 
     def call(self, x: Any) -> Any:
         return self.down(self.up(x))
+
+
+class Conditioned(keras.Model):
+    """Takes three tensors and a number: one is nested, one is optional."""
+
+    def __init__(self) -> None:
+        super().__init__(name="conditioned")
+        self.up = keras.layers.Dense(16, activation="relu", name="up")
+        self.down = keras.layers.Dense(8, name="down")
+        self.gate = keras.layers.Dense(16, name="gate")
+
+    def call(self, x: Any, condition: Any, scale: float = 1.0, training: bool = False, **more: Any) -> Any:
+        y = self.up(x) * self.gate(condition["a"]) * scale
+        y = self.down(y)
+        return y + keras.ops.sin(self.up(more["extra"]))[:, :8] if more else y
+
+
+def call_with_several_arguments(form: str) -> tuple[Any, Any]:
+    """Return outputs and the gradients of a model that takes several arguments: alone, and under the distribution."""
+    x, y = data(6)
+    condition, extra = {"a": y}, x[::-1].copy()
+
+    def results(model: keras.Model) -> list[np.ndarray]:
+        for _ in range(2):  # the second call is made under the plan that the first one has made
+            model.zero_grad()
+            match form:
+                case "keywords":
+                    output = model(x=x, condition=condition, extra=extra, scale=0.5, training=True)
+                case "positions":
+                    output = model(x, condition, extra=extra, scale=0.5)
+                case "defaults":
+                    output = model(x, condition)
+            keras.ops.sum(keras.ops.square(output)).backward()
+        assert is_sharded(model.up.kernel) == (keras.distribution.distribution() is not None)
+        grads = [variable.value.grad for variable in model.trainable_variables]
+        return [whole(array) for array in (output, *grads)]
+
+    keras.utils.set_random_seed(0)
+    alone = results(Conditioned())
+    with model_parallel(PAIR | {".*gate/kernel": (None, "model")}):
+        keras.utils.set_random_seed(0)
+        return alone, results(Conditioned())
 
 
 def data(rows: int = 20) -> tuple[np.ndarray, np.ndarray]:
@@ -306,6 +349,14 @@ def test_fit_with_nothing_but_a_distribution(pools: Pools, kind: str) -> None:
             assert found[key] == pytest.approx(history[key], rel=5e-3 if half else 1e-5)
         for a, b in zip(found_results, results, strict=True):
             np.testing.assert_allclose(a, b, rtol=5e-2 if half else 1e-4, atol=5e-3 if half else 1e-6)
+
+
+@pytest.mark.parametrize("form", ["keywords", "positions", "defaults"])
+def test_models_that_take_several_arguments(pools: Pools, form: str) -> None:
+    """A model is planned with all that it is called with: outputs and gradients are those of one device."""
+    for alone, found in pools(2).run(call_with_several_arguments, form):
+        for one, other in zip(alone, found, strict=True):
+            np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5)
 
 
 def test_a_saved_model_trains_on(pools: Pools, tmp_path: Path) -> None:

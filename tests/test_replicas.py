@@ -18,6 +18,7 @@ from tests.models import Batch, Case
 from tests.replicas import MODELS, Shape, layout, relative, share, weights, whole
 from tests.workers import Pools
 from tp_planner.frontend.layer_tree import named_layers, named_variables
+from tp_planner.frontend.trace import CallArguments
 from tp_planner.ir.step import Memory
 from tp_planner.ir.step_log import memory_of
 from tp_planner.runtime.collector import without_collector
@@ -109,7 +110,7 @@ def meter_steps(name: str, rules: str, shape: Shape) -> tuple[Memory, list[Memor
         adopt_optimizer(optimizer, applied.axes)
         model.zero_grad()
         with without_collector(), BlockRepeats(named_layers(model), None, {}, meter).watched():
-            TrainingStep(model, meter, optimizer).run(keras.tree.map_structure(torch.as_tensor, x), {})
+            TrainingStep(model, meter, optimizer).run(CallArguments(keras.tree.map_structure(torch.as_tensor, x)), {})
         meter.forget()
         found.append(memory_of(meter.log))
     return plan.step.memory, found

@@ -15,6 +15,7 @@ import tp_planner
 from tests.models import CASES
 from tests.workers import Pools, WorkerPool, layout_map
 from tp_planner.frontend.layer_tree import named_layers, named_variables
+from tp_planner.frontend.trace import CallArguments
 from tp_planner.ir.step import Memory, Step
 from tp_planner.ir.step_log import memory_of, work_of
 from tp_planner.runtime.collector import without_collector
@@ -64,7 +65,7 @@ def metered_step(model: keras.Model, x: Any) -> Step:
     meter = StepMeter(applied.axes)
     model.zero_grad()
     with without_collector(), BlockRepeats(named_layers(model), None, {}, meter).watched():
-        TrainingStep(model, meter, optimizer).run(keras.tree.map_structure(torch.as_tensor, x), {})
+        TrainingStep(model, meter, optimizer).run(CallArguments(keras.tree.map_structure(torch.as_tensor, x)), {})
     meter.forget()
     model.zero_grad()
     return Step(applied.plan.step.optimizer, memory_of(meter.log), work_of(meter.log))

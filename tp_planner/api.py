@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tp_planner.frontend.fingerprint import fingerprint
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.frontend.layout_map import read_layout_map
-from tp_planner.frontend.trace import require_built
+from tp_planner.frontend.trace import CallArguments, require_built
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import Layout
 from tp_planner.ir.mesh import Mesh
@@ -215,13 +215,13 @@ def _agree_on_mesh(mesh: Mesh) -> None:
 
 def _as_on_rank_zero(inputs: Any) -> Any:
     """Return the inputs as rank 0 has them, for which all ranks plan: replicas may have shares of different sizes."""
-    leaves = keras.tree.flatten(inputs)
-    mine = [[list(leaf.shape), keras.backend.standardize_dtype(leaf.dtype)] for leaf in leaves]
+    arguments = CallArguments.of(inputs)
+    mine = [[list(leaf.shape), keras.backend.standardize_dtype(leaf.dtype)] for leaf in arguments.tensors]
     first = json.loads(exchange("the inputs of tp_planner.parallelize", json.dumps(mine))[0])
     if len(first) != len(mine):
         return inputs  # ranks will make different plans, and hear of it
-    specs = [keras.InputSpec(shape=tuple(shape), dtype=dtype) for shape, dtype in first]
-    return keras.tree.pack_sequence_as(inputs, specs)
+    specs = iter([keras.InputSpec(shape=tuple(shape), dtype=dtype) for shape, dtype in first])
+    return arguments.map(lambda leaf: next(specs))
 
 
 def _agree(choose: Callable[[], Plan]) -> Plan:

@@ -7,8 +7,8 @@ mode below autograd sees every ATen op, and module hooks see every layer call. T
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -31,6 +31,39 @@ BATCH_SIZE = 2  # size given to an open batch dim
 OPEN_DIM = 16  # size given to any other open dim
 
 
+@dataclass(frozen=True, slots=True)
+class CallArguments:
+    """What a model is called with: the call's first argument, nested as the model takes it, and others by name.
+
+    Arguments that are no tensors, and have no shape, are passed on as they are.
+    """
+
+    first: Any
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, inputs: Any) -> CallArguments:
+        """Return the arguments where ``inputs`` are these, or the first of them."""
+        return inputs if isinstance(inputs, CallArguments) else cls(inputs)
+
+    def map(self, function: Callable[[Any], Any]) -> CallArguments:
+        """Return the arguments with the function's results in place of all that have a shape."""
+        first, others = keras.tree.map_structure(
+            lambda leaf: function(leaf) if hasattr(leaf, "shape") else leaf, (self.first, dict(self.others))
+        )
+        return CallArguments(first, others)
+
+    @property
+    def tensors(self) -> list[Any]:
+        """All that have a shape, in order."""
+        return [leaf for leaf in keras.tree.flatten((self.first, dict(self.others))) if hasattr(leaf, "shape")]
+
+    def call(self, model: keras.Model, training: bool) -> Any:
+        """Return what the model makes of the arguments."""
+        options = {"training": training} if model._call_has_training_arg else {}
+        return model(self.first, **self.others, **options)
+
+
 def trace(
     model: keras.Model,
     inputs: Any = None,
@@ -44,7 +77,8 @@ def trace(
     Args:
         model: a built Keras model (Functional, Sequential or subclassed), on any device, "meta" included.
         inputs: example inputs: arrays, tensors, ``keras.KerasTensor`` or ``keras.InputSpec``, nested as the
-            model takes them. Only shapes and dtypes are read. By default the model's own input specification.
+            model takes them, or ``CallArguments`` of these. Only shapes and dtypes are read. By default the model's
+            own input specification.
         training: trace the call with ``training=True``.
         blocks: which layers are planned alike; of equal ones only the first is run.
         functions: record the calls of torch functions too, which takes a third more time.
@@ -161,11 +195,9 @@ class FakeVariables:
             self._variables[key]._value = value
 
 
-def fake_inputs(model: keras.Model, inputs: Any) -> Any:
+def fake_inputs(model: keras.Model, inputs: Any) -> CallArguments:
     """Return fake tensors nested as the model takes its inputs."""
-    if inputs is None:
-        inputs = _declared_inputs(model)
-    return keras.tree.map_structure(_fake_tensor, inputs)
+    return CallArguments.of(_declared_inputs(model) if inputs is None else inputs).map(_fake_tensor)
 
 
 def batched_inputs(model: keras.Model, batch: int) -> Any:
@@ -214,17 +246,17 @@ def _declared_inputs(model: keras.Model) -> Any:
     return keras.InputSpec(shape=tuple(shape))
 
 
-def describe_inputs(arguments: Any) -> str:
+def describe_inputs(arguments: CallArguments) -> str:
     """Return shapes and dtypes of the inputs, for errors."""
-    tensors = keras.tree.flatten(arguments)
-    return ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
+    return ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in arguments.tensors)
 
 
-def run_recorded(model: keras.Model, arguments: Any, recorder: Recorder, training: bool) -> list[torch.Tensor]:
+def run_recorded(
+    model: keras.Model, arguments: CallArguments, recorder: Recorder, training: bool
+) -> list[torch.Tensor]:
     """Call the model under the recorder and return its flattened outputs, and the losses that layers added."""
-    options = {"training": training} if model._call_has_training_arg else {}
     with recorder.watching_layers(), recorder:
-        outputs = model(arguments, **options)
+        outputs = arguments.call(model, training)
     losses = [loss for layer in model._flatten_layers() for loss in layer._losses]
     model._clear_losses()
     return [leaf for leaf in tree_flatten((outputs, losses))[0] if isinstance(leaf, torch.Tensor)]

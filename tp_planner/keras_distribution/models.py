@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from tp_planner.api import parallelize
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.frontend.layout_map import read_device_mesh
+from tp_planner.frontend.trace import CallArguments
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import Layout
 from tp_planner.keras_distribution.births import UnplannedVariable, is_unplanned, not_sharding
@@ -60,7 +61,7 @@ def planned_when_built(plain: Callable[..., None]) -> Callable[..., None]:
     def _maybe_build(self: keras.Model, call_spec: Any) -> None:
         plain(self, call_spec)
         if not (in_layer_call() or is_symbolic()) and needs_plan(self) and _is_data(call_spec.first_arg):
-            plan_and_apply(self, _with_shapes(call_spec.first_arg))
+            plan_and_apply(self, _arguments_of(self, call_spec))
 
     return _maybe_build
 
@@ -103,7 +104,7 @@ def needs_plan(model: keras.Model) -> bool:
     return not any(model in planned._flatten_layers() for planned in _planned if applied_to(planned) is not None)
 
 
-def plan_and_apply(model: keras.Model, inputs: Any) -> None:
+def plan_and_apply(model: keras.Model, inputs: CallArguments | None) -> None:
     """Plan the model for the current distribution, or its own, and shard it.
 
     Models that share variables with it are planned anew when they are called next.
@@ -135,13 +136,13 @@ def plan_and_apply(model: keras.Model, inputs: Any) -> None:
     _planned[model] = distribution
 
 
-def _build_rest(model: keras.Model, inputs: Any) -> None:
+def _build_rest(model: keras.Model, inputs: CallArguments | None) -> None:
     """Build what a model would only build in its first call."""
     if inputs is not None and not all(layer.built for layer in model._flatten_layers()):
-        specs = keras.tree.map_structure(
-            lambda leaf: keras.KerasTensor(tuple(leaf.shape), keras.backend.standardize_dtype(leaf.dtype)), inputs
+        specs = inputs.map(
+            lambda leaf: keras.KerasTensor(tuple(leaf.shape), keras.backend.standardize_dtype(leaf.dtype))
         )
-        keras.src.backend.compute_output_spec(model, specs)
+        keras.src.backend.compute_output_spec(model, specs.first, **specs.others)
 
 
 def _take_back(model: keras.Model) -> None:
@@ -164,7 +165,18 @@ def _is_data(inputs: Any) -> bool:
     return bool(leaves) and not any(isinstance(leaf, traced) or getattr(leaf, "is_meta", False) for leaf in leaves)
 
 
-def _with_shapes(inputs: Any) -> Any:
-    """Return the inputs that a model is called with if all have shapes; None, for those it declares, if not."""
-    leaves = keras.tree.flatten(inputs)
-    return inputs if all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves) else None
+def _arguments_of(model: keras.Model, call_spec: Any) -> CallArguments | None:
+    """Return what a model is called with; None, for the inputs it declares, if not all of the first have shapes.
+
+    Whether it is a call in training is not part of it: both are planned.
+    """
+    first, given = call_spec.first_arg, call_spec.user_arguments_dict
+    leaves = keras.tree.flatten(first)
+    if not all(hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves):
+        return None
+    others: dict[str, Any] = {}
+    for parameter in list(model._call_signature.parameters.values())[1:]:
+        if parameter.name in given and parameter.name not in model._call_context_args:
+            named = parameter.kind is not parameter.VAR_KEYWORD
+            others |= {parameter.name: given[parameter.name]} if named else given[parameter.name]
+    return CallArguments(first, others)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten
 from tp_planner.frontend.functions import FunctionRecorder
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.frontend.recorder import Recorder
-from tp_planner.frontend.trace import fake_inputs, fake_tensors, run_recorded
+from tp_planner.frontend.trace import CallArguments, fake_inputs, fake_tensors, run_recorded
 from tp_planner.ir.errors import in_one_line
 from tp_planner.ir.graph import FunctionCall, ModelGraph, Op, TensorInfo, TensorRef
 from tp_planner.ir.placement import Placement, Replicate, Shape, local_shape
@@ -73,7 +73,7 @@ def repeated_layers(graphs: Sequence[ModelGraph]) -> frozenset[str]:
 
 
 def _compare_run(
-    model: keras.Model, arguments: Any, graph: ModelGraph, walk: Walk, recorder: Recorder, parts: int
+    model: keras.Model, arguments: CallArguments, graph: ModelGraph, walk: Walk, recorder: Recorder, parts: int
 ) -> list[Conflict]:
     failure: Exception | None = None
     functions = None if graph.functions is None else FunctionRecorder(recorder)

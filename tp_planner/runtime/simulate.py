@@ -18,7 +18,7 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from tp_planner.frontend.layer_tree import named_layers, named_variables
-from tp_planner.frontend.trace import conditions_need_values, fake_inputs, fake_tensors
+from tp_planner.frontend.trace import CallArguments, conditions_need_values, fake_inputs, fake_tensors
 from tp_planner.ir.errors import PlanError, in_one_line
 from tp_planner.ir.graph import ModelGraph
 from tp_planner.ir.plan import Plan
@@ -131,11 +131,11 @@ class TrainingStep:
         self.notes: list[str] = []
         self._slots: list[tuple[Any, Any]] = []
 
-    def run(self, arguments: Any, others: Mapping[str, int]) -> None:
+    def run(self, arguments: CallArguments, others: Mapping[str, int]) -> None:
         """Run the step.
 
         Args:
-            arguments: the model's inputs.
+            arguments: what the model is called with.
             others: how many variables besides itself a variable stands for, by key.
         """
         meter, model = self.meter, self.model
@@ -144,7 +144,7 @@ class TrainingStep:
         ids = {id(variable) for variable in here}
         trainable = [variable for variable in model.trainable_variables if id(variable) in ids]
         meter.hold((variable._value for variable in here), "parameters")
-        meter.hold(tree_flatten(arguments)[0], "activations")
+        meter.hold(arguments.tensors, "activations")
         self._build_optimizer(trainable, {id(each): others.get(keys[id(each)], 0) for each in trainable})
         with meter:
             loss = self._forward(arguments)
@@ -178,9 +178,8 @@ class TrainingStep:
                 f"communicates and needs for a moment is counted up to there only"
             )
 
-    def _forward(self, arguments: Any) -> torch.Tensor | None:
-        options = {"training": True} if self.model._call_has_training_arg else {}
-        outputs = self.model(arguments, **options)
+    def _forward(self, arguments: CallArguments) -> torch.Tensor | None:
+        outputs = arguments.call(self.model, training=True)
         loss = None
         for output in (*tree_flatten(outputs)[0], *self.model.losses):
             if isinstance(output, torch.Tensor) and output.is_floating_point():
