@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.mesh import Mesh
 from tp_planner.runtime.boundaries import Axes, Axis
+from tp_planner.runtime.pulse import let_pulse_beat
 from tp_planner.runtime.rendezvous import meet
 
 
@@ -58,6 +59,7 @@ def _start_from_environment() -> None:
             )
         torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    let_pulse_beat(dist.distributed_c10d._get_default_store(), dist.get_rank())
 
 
 def _start_alone() -> None:

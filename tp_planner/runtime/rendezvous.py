@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from datetime import timedelta
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from tp_planner.ir.errors import ParallelRuntimeError
+from tp_planner.runtime import pulse
 
-PATIENCE_S = 60.0  # how long a rank waits for the others before it says that they do not come
+PATIENCE_S = 60.0  # how long a rank waits for others that live before it says that they do not come
+LONGEST_NAP_S = 0.2  # between two looks
 
 _meetings = itertools.count()
 
@@ -19,25 +21,11 @@ def meet(what: str) -> None:
     """Return when every rank has come to the same ``what``.
 
     Raises:
-        ParallelRuntimeError: if the others do not come within ``PATIENCE_S`` seconds.
+        ParallelRuntimeError: if another rank has ended, within half a minute; or if one that lives does not come within
+            ``PATIENCE_S`` seconds.
     """
-    world = dist.get_world_size()
-    if world == 1 or dist.get_backend() == "fake":
-        return
-    store = dist.distributed_c10d._get_default_store()
-    key = f"tp_planner/meeting/{next(_meetings)}/{what}"
-    arrived = store.add(key, 1)
-    if arrived == world:
-        store.set(f"{key}/all", "1")
-    deadline = time.monotonic() + PATIENCE_S
-    try:
-        store.wait([f"{key}/all"], timedelta(seconds=PATIENCE_S))
-    except dist.DistStoreError as error:
-        waited = PATIENCE_S - max(0.0, deadline - time.monotonic())
-        raise ParallelRuntimeError(
-            f"{what}: only {store.add(key, 0)} of {world} ranks came within {waited:.0f} s; "
-            f"every rank has to make this call, not rank 0 alone"
-        ) from error
+    if dist.get_world_size() > 1 and dist.get_backend() != "fake":
+        _bring(what, "")
 
 
 def exchange(what: str, text: str) -> list[str]:
@@ -45,16 +33,38 @@ def exchange(what: str, text: str) -> list[str]:
 
     Raises ParallelRuntimeError as ``meet`` does.
     """
-    if dist.get_world_size() == 1:
-        return [text]
+    return [text] if dist.get_world_size() == 1 else _bring(what, text)
+
+
+def _bring(what: str, text: str) -> list[str]:
     store = dist.distributed_c10d._get_default_store()
-    key = f"tp_planner/exchange/{next(_meetings)}/{what}"
-    store.set(f"{key}/{dist.get_rank()}", text)
+    pulse.let_pulse_beat(store, dist.get_rank())
+    key = f"tp_planner/meeting/{next(_meetings)}/{what}"
     keys = [f"{key}/{rank}" for rank in range(dist.get_world_size())]
     try:
-        store.wait(keys, timedelta(seconds=PATIENCE_S))
-    except dist.DistStoreError as error:
+        store.set(keys[dist.get_rank()], text)
+        _wait(what, keys, store)
+        return [store.get(each).decode() for each in keys]
+    except dist.DistError as error:
         raise ParallelRuntimeError(
-            f"{what}: not all of {len(keys)} ranks came within {PATIENCE_S:.0f} s; every rank has to make this call"
+            f"{what}: the store where ranks meet cannot be reached; the process that keeps it has ended"
         ) from error
-    return [store.get(each).decode() for each in keys]
+
+
+def _wait(what: str, keys: list[str], store: Store) -> None:
+    """Return when all keys are there; who looks often and sleeps between is not told of every look by torch."""
+    began, nap, listener = time.monotonic(), 0.001, pulse.Listener(store)
+    while not store.check(keys):
+        absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        if silent := listener.silent(absent):
+            raise ParallelRuntimeError(
+                f"{what}: rank {silent[0]} has given no sign of life for {pulse.SILENCE_S:.0f} s; "
+                f"its process has ended, or its machine is out of reach"
+            )
+        if absent and time.monotonic() > began + PATIENCE_S:
+            raise ParallelRuntimeError(
+                f"{what}: only {len(keys) - len(absent)} of {len(keys)} ranks came within {PATIENCE_S:.0f} s; "
+                f"every rank has to make this call, not rank {dist.get_rank()} alone"
+            )
+        time.sleep(nap)
+        nap = min(2 * nap, LONGEST_NAP_S)
