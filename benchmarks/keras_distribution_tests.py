@@ -22,6 +22,7 @@ import pytest
 import tp_planner
 
 MODULE = "keras.src.distribution.distribution_lib_test"
+FOUR_PROCESSES = {"WORLD_SIZE": "4", "RANK": "0"}  # for the one test that needs four devices
 
 
 class NoTensorFlow(types.ModuleType):
@@ -40,8 +41,15 @@ def main() -> int:
         return 0
     tp_planner.enable_keras_distribution()
     import_the_tests()
+    with mock.patch.dict(os.environ, FOUR_PROCESSES):
+        sharing = run("-k", "DataShardingIntegrationTest")
+    return run("-k", "not DataShardingIntegrationTest") or sharing
+
+
+def run(*options: str) -> int:
+    """Run tests of Keras's module without the settings of this repository; return pytest's exit code."""
     alone = ["-c", os.devnull, "--rootdir", os.path.dirname(keras.__file__), "--noconftest", "-p", "no:cacheprovider"]
-    return int(pytest.main([*alone, "-q", "-rs", "-k", "not DataShardingIntegrationTest", "--pyargs", MODULE]))
+    return int(pytest.main([*alone, "-q", "-rs", *options, "--pyargs", MODULE]))
 
 
 def import_the_tests() -> None:
