@@ -23,7 +23,7 @@ class Site:
     place: str
 
 
-METRICS = Site("", "metrics")  # what metrics communicate depends on how the model is compiled, and is in no plan
+METRICS = Site("", "metrics")  # what they and losses communicate depends on how the model is compiled: in no plan
 
 
 class Frame:

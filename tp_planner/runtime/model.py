@@ -15,6 +15,7 @@ from tp_planner.runtime.apply import Applied
 from tp_planner.runtime.averaging import Averaging, Bucket
 from tp_planner.runtime.calls import Site
 from tp_planner.runtime.draws import OwnDraws, own_seeds
+from tp_planner.runtime.losses import loss_of_share
 from tp_planner.runtime.optimizer import (
     adopt_at_first_use,
     adopt_optimizer,
@@ -23,7 +24,7 @@ from tp_planner.runtime.optimizer import (
 )
 from tp_planner.runtime.persistence import save_together
 from tp_planner.runtime.replicas import Replicas
-from tp_planner.runtime.totals import loss_of_share, results_of_all
+from tp_planner.runtime.totals import results_of_all
 
 ATTRIBUTE = "_tp_planner"
 
@@ -53,7 +54,7 @@ def _take_replicas_into_account(model: keras.Model, applied: Applied, replicas: 
     """Average gradients, let losses and metrics be those of the whole batch, and random numbers this replica's."""
     applied.undo += Averaging(replicas, _buckets(model, applied)).watch()
     _override(model, "get_metrics_result", results_of_all(model, replicas), applied)
-    _override(model, "compute_loss", loss_of_share(model), applied)
+    _override(model, "compute_loss", loss_of_share(model, replicas), applied)
     draws = OwnDraws(replicas.axis.rank)
     applied.undo.append(model.register_forward_pre_hook(draws.begin, prepend=True).remove)
     applied.undo.append(model.register_forward_hook(draws.end, always_call=True).remove)

@@ -1,7 +1,8 @@
 """Replicas: copies of the model along the batch axis, each of which sees its own share of the batch.
 
 What they compute together is what one process computes on all of the batch. The loss is taken for a mean over
-samples, so that the gradient of all of them is the mean of the replicas' gradients, weighed by their samples.
+samples, so that the gradient of all of them is the mean of the replicas' gradients, weighed by their samples. Losses
+that are no such means are made ones (``losses.py``).
 """
 
 from __future__ import annotations

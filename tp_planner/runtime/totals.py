@@ -1,4 +1,4 @@
-"""Totals: metrics and losses of replicas, as those of the whole batch."""
+"""Totals: metrics of replicas, the mean loss among them, as those of the whole batch."""
 
 from __future__ import annotations
 
@@ -53,20 +53,3 @@ def _added(own: list[torch.Tensor], variables: list[Any], replicas: Replicas) ->
         (total / (replicas.axis.size if variable.aggregation == "mean" else 1)).reshape(value.shape).to(value.dtype)
         for total, value, variable in zip(added, own, variables, strict=True)
     ]
-
-
-def loss_of_share(model: keras.Model) -> Callable[..., Any]:
-    """Return Keras's ``compute_loss``: a share without samples has a loss of 0, and not the mean of nothing.
-
-    Losses that layers add are its own all the same: those of weights in parts communicate.
-    """
-    plain = type(model).compute_loss
-
-    @functools.wraps(plain)
-    def compute_loss(x: Any = None, y: Any = None, y_pred: Any = None, *args: Any, **kwargs: Any) -> Any:
-        outputs = [leaf for leaf in keras.tree.flatten(y_pred) if isinstance(leaf, torch.Tensor)]
-        if outputs and not outputs[0].numel():
-            return sum(output.sum() for output in outputs) + sum(model.losses)
-        return plain(model, x, y, y_pred, *args, **kwargs)
-
-    return compute_loss
