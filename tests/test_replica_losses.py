@@ -25,7 +25,14 @@ LENGTH, TOKENS, CLASSES = 5, 12, 6
 # On the ranks
 
 
-def tagger(masked: bool, outputs: int) -> keras.Model:
+class OwnLoss(keras.Model):
+    """Computes its loss itself."""
+
+    def compute_loss(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None, training: bool = True) -> Any:
+        return 0.5 * crossentropy(reduction="sum")(y, y_pred) + sum(self.losses)
+
+
+def tagger(masked: bool, outputs: int, kind: type[keras.Model] = keras.Model) -> keras.Model:
     """A model in float64 of (rows, positions) of tokens, 0 being none where they are masked, to logits."""
     with building("float64"):
         tokens = keras.Input((LENGTH,), dtype="int32", name="tokens")
@@ -33,14 +40,14 @@ def tagger(masked: bool, outputs: int) -> keras.Model:
         x = keras.layers.Dense(16, activation="relu", kernel_regularizer="l2", name="up")(x)
         logits = keras.layers.Dense(CLASSES, name="down")(x)
         both = [logits, keras.layers.Dense(1, name="other")(x)]
-        return randomize(keras.Model(tokens, both if outputs == 2 else logits, name="tagger"), 0)
+        return randomize(kind(tokens, both if outputs == 2 else logits, name="tagger"), 0)
 
 
 def crossentropy(**options: Any) -> keras.losses.Loss:
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True, dtype="float64", **options)
 
 
-# Whether the model masks, its loss, whether weights of samples or of positions are given.
+# Whether the model masks, its loss (None for its own), whether weights of samples or of positions are given.
 Setting = tuple[bool, Callable[[], Any], str]
 SETTINGS: dict[str, Setting] = {
     "sum": (False, lambda: crossentropy(reduction="sum"), ""),
@@ -51,6 +58,7 @@ SETTINGS: dict[str, Setting] = {
     "weighed mean": (False, crossentropy, "rows"),
     "mean over weights of rows": (False, lambda: crossentropy(reduction="mean_with_sample_weight"), "rows"),
     "mean over weights": (True, lambda: crossentropy(reduction="mean_with_sample_weight"), "positions"),
+    "own sum": (True, lambda: None, ""),
     "two outputs": (
         True,
         lambda: [crossentropy(), keras.losses.MeanSquaredError(reduction="sum", dtype="float64")],
@@ -75,7 +83,7 @@ def train(setting: Setting) -> dict[str, Any]:
     """Train on batches, one of which has a row for one replica only; return what Keras reports, and the weights."""
     masked, loss, weights = setting
     outputs = 2 if isinstance(loss(), list) else 1
-    model, found = tagger(masked, outputs), {}
+    model, found = tagger(masked, outputs, keras.Model if loss() else OwnLoss), {}
     model.compile(keras.optimizers.SGD(0.02, momentum=0.9), loss(), loss_weights=[1.0, 0.3] if outputs == 2 else None)
     for rows in (6, 5, 1, 4):
         given = batch(rows, weights, outputs)

@@ -6,7 +6,7 @@ import os
 
 import typer
 
-from tp_planner.cli.app import app, mistakes_reported
+from tp_planner.cli.app import app, choose_backend, mistakes_reported
 from tp_planner.cli.run import launch, torchrun_settings
 
 
@@ -21,6 +21,7 @@ def selftest_command() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     failures = []
     with mistakes_reported():
+        choose_backend()
         for processes in (1, 2):
             on_gpus = torch.cuda.device_count() >= processes
             if not on_gpus:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -23,6 +24,8 @@ from tp_planner.runtime.calls import METRICS
 from tp_planner.runtime.log import logger
 from tp_planner.runtime.replicas import Replicas, add_in_place, wait
 
+BATCH_ARGUMENTS = ("x", "y", "y_pred", "sample_weight")
+
 _reduced_by_keras = keras_loss.reduce_weighted_values
 
 
@@ -33,27 +36,29 @@ def loss_of_share(model: keras.Model, replicas: Replicas) -> Callable[..., Any]:
     Keras is given a row of zeros that counts for nothing. Losses that layers add are as on every replica.
     """
     plain = type(model).compute_loss
+    signature = inspect.signature(plain)
     warn = functools.cache(functools.partial(_warn_of_one_number, model))
 
     @functools.wraps(plain)
-    def compute_loss(
-        x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        outputs = [leaf for leaf in keras.tree.flatten(y_pred) if isinstance(leaf, torch.Tensor)]
-        samples = replicas.samples if torch.is_grad_enabled() else _rows(x, y_pred)
+    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(model, *args, **kwargs)
+        batch = {name: call.arguments[name] for name in BATCH_ARGUMENTS if name in call.arguments}
+        outputs = [leaf for leaf in keras.tree.flatten(batch.get("y_pred")) if isinstance(leaf, torch.Tensor)]
+        samples = replicas.samples if torch.is_grad_enabled() else _rows(batch)
         with mock.patch.object(keras_loss, "reduce_weighted_values", _reduction(replicas, samples, warn)):
             if not outputs or outputs[0].numel():
-                return plain(model, x, y, y_pred, sample_weight, *args, **kwargs)
+                return plain(*call.args, **call.kwargs)
+            call.arguments.update(keras.tree.map_structure(_row_of_zeros, batch))
             with _metrics_kept(model):
-                rows = keras.tree.map_structure(_row_of_zeros, (x, y, y_pred, sample_weight))
-                return sum(output.sum() for output in outputs) + plain(model, *rows, *args, **kwargs)
+                return sum(output.sum() for output in outputs) + plain(*call.args, **call.kwargs)
 
     return compute_loss
 
 
-def _rows(*trees: Any) -> float:
+def _rows(batch: Mapping[str, Any]) -> float:
     """Return the number of samples, as Keras counts them where it reports a loss."""
-    return next(float(leaf.shape[0]) for leaf in keras.tree.flatten(trees) if getattr(leaf, "ndim", 0))
+    leaves = keras.tree.flatten([batch.get(name) for name in BATCH_ARGUMENTS])
+    return next((float(leaf.shape[0]) for leaf in leaves if getattr(leaf, "ndim", 0)), 1.0)
 
 
 def _row_of_zeros(leaf: Any) -> Any:
