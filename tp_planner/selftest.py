@@ -93,9 +93,9 @@ def device_detection() -> str:
 
 def data_parallel() -> str:
     """Training on shares of each batch gives the losses, weights and predictions of one device on all of it."""
-    expected = trained(keras_model())
+    expected = trained(build_model())
     with keras.distribution.DataParallel(devices=devices()).scope():
-        model = keras_model()
+        model = build_model()
         rows = RowsSeen(model)
         found = trained(model)
     total = backend.all_reduce(torch.tensor(float(rows.trained), device=this_device()))
@@ -106,9 +106,9 @@ def data_parallel() -> str:
 
 def model_parallel() -> str:
     """Training a model that is stored in shards gives the losses, weights and predictions of one device."""
-    expected = trained(keras_model())
+    expected = trained(build_model())
     with over_model_axis().scope():
-        model = keras_model()
+        model = build_model()
         found = trained(model)
         stored = sum(local_tensor(variable).numel() for variable in model.weights)
     whole = sum(array.size for name, array in expected.items() if name.startswith("weight "))
@@ -120,9 +120,9 @@ def model_parallel() -> str:
 
 def gradient_flow() -> str:
     """Every trainable variable gets the gradient that it has on one device, whole or in shards."""
-    expected = gradients(keras_model())
+    expected = gradients(build_model())
     with over_model_axis().scope():
-        found = gradients(keras_model())
+        found = gradients(build_model())
     return f"{len(expected)} gradients; largest difference {require_equal(found, expected):.1e}"
 
 
@@ -152,7 +152,7 @@ def over_model_axis() -> keras.distribution.ModelParallel:
     return keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
 
 
-def keras_model() -> keras.Model:
+def build_model() -> keras.Model:
     """Return the GPT of the demonstration with the same weights each time, biases among them that are not zero."""
     model, rng = build_gpt(), np.random.default_rng(0)
     for variable in model.weights:
