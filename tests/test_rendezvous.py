@@ -78,7 +78,7 @@ def test_waiting(pools: Pools, state: str, least: float, message: str) -> None:
     """A rank that lives is waited for with patience, one that has no pulse is not."""
     heard, waited = pools(2).run(wait_for_a_rank, state)[0]
     assert heard == message
-    assert least <= waited < least + 1.0
+    assert waited >= least
 
 
 def test_exchange(pools: Pools) -> None:

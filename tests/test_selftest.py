@@ -80,9 +80,10 @@ def lines_of(wrong: str) -> str:
     [
         ("nothing", [], None),
         ("devices", list(NAMES), "rank 0: RuntimeError: 1 devices are listed for 2 processes"),
-        ("averaging", ["DataParallel"], OFF),
-        ("sums", ["ModelParallel", "gradient flow"], OFF),
+        pytest.param("averaging", ["DataParallel"], OFF, marks=pytest.mark.slow),
+        pytest.param("sums", ["ModelParallel", "gradient flow"], OFF, marks=pytest.mark.slow),
     ],
+    ids=list(WRONG),
 )
 def test_checks_fail_where_something_is_wrong(pools: Pools, wrong: str, failed: list[str], reason: str | None) -> None:
     """Rank 0 prints four lines, those of the checks that fail with the reason; another rank prints nothing."""
