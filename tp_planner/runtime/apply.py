@@ -141,11 +141,14 @@ def apply_layers(
             refuse_input_gradients(next(iter(layers.values())), applied.undo)
         for name in sorted(_scopes(plan, layers)):
             open_scope(layers[name], id(model), name, applied.undo)
+        # Inside the model's call there is a frame, and what a layer does is not done by watched code around it.
+        hooked = layers if any(each.functions for each in plan.layers) else {next(iter(layers))}
         for name, layer in layers.items():
             modes = by_layer.get(name, {})
             calls = LayerCalls(modes, placer.readers(layer, modes), axes.model, id(model))
             style = STYLES[next(iter(modes.values())).style if modes else "replicated"]
-            parallelize_module(layer, axes.model.mesh, style(calls, placer.place, applied.undo))
+            changed = None if calls.change_nothing and name not in hooked else calls
+            parallelize_module(layer, axes.model.mesh, style(changed, placer.place, applied.undo))
             if isinstance(layer, keras.layers.TorchModuleWrapper):
                 applied.undo.append(follow_variables(layer))
         if applied.replicas is not None:
@@ -211,7 +214,7 @@ class _Placer:
         }
 
     def readers(self, layer: keras.Layer, modes: dict[str, LayerPlan]) -> dict[str, dict[int, Reader]]:
-        """Return, by mode, how each variable is read in the layer's calls."""
+        """Return, by mode, how each parallel variable is read in the layer's calls."""
         variables, axis = self.variables, self.applied.axis
         keys = {id(variable): self.keys[id(variable)] for variable in own_variables(layer)}
         in_parts = [(each, key) for each, key in keys.items() if self._in_parts(key)]
@@ -220,6 +223,7 @@ class _Placer:
             | {
                 id(variables[use.variable]): read_as(use.boundary, axis, Site(plan.layer, use.variable))
                 for use in plan.uses
+                if self._is_parallel(use.variable)
             }
             for mode, plan in modes.items()
         }
@@ -227,6 +231,10 @@ class _Placer:
     def _in_parts(self, key: str) -> bool:
         """Whether replicas store a variable in parts."""
         return isinstance(self.plans[key].batch_placement, Shard)
+
+    def _is_parallel(self, key: str) -> bool:
+        """Whether a variable is cut, or changes where it is used."""
+        return self.plans[key].is_sharded or key in self.converted
 
     def layers_with_parts(self) -> list[keras.Layer]:
         """Return the layers that read variables which replicas store in parts."""
@@ -257,7 +265,7 @@ class _Placer:
         else:
             new = old  # the same object: a torch module inside the model may hold it too
         replaced = new is not old or isinstance(old, DTensor)
-        parallel = bool(sharding.cuts) or key in self.converted
+        parallel = self._is_parallel(key)
         regularizer, constraint = variable._regularizer, variable._constraint
         self.applied.placed[key] = PlacedVariable(
             variable, old.device, parallel, regularizer, constraint, old, None if replaced else old.data

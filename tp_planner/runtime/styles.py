@@ -32,15 +32,16 @@ Undo = Callable[[], None]
 
 
 class _PlannedStyle(ParallelStyle):
-    """Places the variables of a Keras layer and hooks its calls as its LayerPlans say."""
+    """Places the variables of a Keras layer and hooks its calls as its LayerPlans say, if they say anything."""
 
-    def __init__(self, layer_calls: LayerCalls, place: Place, undo: list[Undo]) -> None:
+    def __init__(self, layer_calls: LayerCalls | None, place: Place, undo: list[Undo]) -> None:
         super().__init__()
         self.layer_calls, self.place, self.undo = layer_calls, place, undo
 
     def _apply(self, module: keras.Layer, device_mesh: DeviceMesh) -> keras.Layer:
         self.place(module)
-        self.layer_calls.hook(module, self.undo)
+        if self.layer_calls is not None:
+            self.layer_calls.hook(module, self.undo)
         return module
 
 
@@ -81,7 +82,7 @@ class LayerCalls:
 
     Args:
         plans: the layer's plans by mode.
-        readers: by mode, the reader of each variable (by ``id``) that the layer uses.
+        readers: by mode, the reader of each parallel variable (by ``id``) that the layer uses.
         axis: the model axis.
         model: identifies the parallelized model, for its open scopes.
     """
@@ -97,6 +98,11 @@ class LayerCalls:
         }
         self.functions = {mode: planned_functions(plan) for mode, plan in plans.items()}
         self.exits = {mode: _site(plan, "output", plan.output) for mode, plan in plans.items() if plan.output}
+
+    @property
+    def change_nothing(self) -> bool:
+        """Whether the layer's calls are what they would be without the plan."""
+        return not any(map(_changes_calls, self.plans.values())) and not any(self.readers.values())
 
     def hook(self, layer: keras.Layer, undo: list[Undo]) -> None:
         """Hook the layer; ``undo`` takes what removes the hooks again."""
@@ -219,6 +225,11 @@ class LayerCalls:
         order = plan.dropout_order
         ones = torch.ones([shape[dim] for dim in order], dtype=shard.dtype, device=shard.device)
         return (ones.permute([order.index(dim) for dim in range(len(order))]), *args[1:]), shard
+
+
+def _changes_calls(plan: LayerPlan) -> bool:
+    at_boundaries = plan.inputs or plan.output or plan.functions or plan.sharded_inputs or plan.scope
+    return bool(at_boundaries or plan.epilogue_after_output or plan.dropout_order) or plan.style == "vocabulary"
 
 
 def _site(plan: LayerPlan, place: str, boundary: Boundary) -> Site:
