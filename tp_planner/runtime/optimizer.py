@@ -91,6 +91,16 @@ class ParallelOptimizer:
             with self._whole_values(variable):
                 update([_whole_gradient(grad, variable)], [variable])
 
+    def _parallel_update_step(
+        self, grads: Sequence[torch.Tensor], variables: Sequence[Any], learning_rate: Any
+    ) -> None:
+        """Update all variables at once; Adam in fewer passes over memory, and with fewer copies, than in Keras."""
+        small_range = any(variable.dtype == "float16" for variable in variables)  # too small for a divisor over a rate
+        if isinstance(self, keras.optimizers.Adam) and not self.amsgrad and not small_range:
+            _update_adam(self, grads, variables, learning_rate)
+        else:
+            super()._parallel_update_step(grads, variables, learning_rate)  # type: ignore[misc]
+
     @contextlib.contextmanager
     def _whole_values(self, variable: Any) -> Iterator[None]:
         """Inside, a sharded variable and its slots are whole; afterwards every rank keeps its shards."""
@@ -150,6 +160,26 @@ class ParallelOptimizer:
         for axis in self._axes_of(self.inner_optimizer._trainable_variables):  # type: ignore[attr-defined]
             not_finite = change(not_finite, SUM_OVER_RANKS, axis, LOSS_SCALE)
         return not_finite.eq(0).reshape(())
+
+
+def _update_adam(
+    optimizer: Any, gradients: Sequence[torch.Tensor], variables: Sequence[Any], learning_rate: Any
+) -> None:
+    """Make Adam's update of local shards, Keras's formula: one tensor of a variable's size is made for each."""
+    places = [optimizer._get_variable_index(variable) for variable in variables]
+    values = [variable.value for variable in variables]
+    momentums = [optimizer._momentums[place].value for place in places]
+    velocities = [optimizer._velocities[place].value for place in places]
+    step = keras.ops.cast(optimizer.iterations + 1, values[0].dtype)
+    rate = keras.ops.cast(learning_rate, values[0].dtype)
+    alpha = rate * torch.sqrt(1 - optimizer.beta_2**step) / (1 - optimizer.beta_1**step)
+    torch._foreach_lerp_(momentums, gradients, 1 - optimizer.beta_1)
+    torch._foreach_mul_(velocities, optimizer.beta_2)
+    torch._foreach_addcmul_(velocities, gradients, gradients, 1 - optimizer.beta_2)
+    divisors = torch._foreach_sqrt(velocities)
+    torch._foreach_add_(divisors, optimizer.epsilon)
+    torch._foreach_mul_(divisors, 1 / alpha)
+    torch._foreach_addcdiv_(values, momentums, divisors, -1)
 
 
 @functools.cache
