@@ -415,8 +415,8 @@ def test_refusals(pools: Pools) -> None:
             "  - layout rule '.*up/kernel' -> (None, model, None) has 3 entries, variable 'up/kernel' of shape (8, 16) "
             "has 2 dims; write one entry per dim\n"
             "  - layout rule 'down/kernal' matches no variable; closest: 'down/kernel'",
-            "jit": "model 'pair' is compiled with jit_compile=True, which sharded models do not support; "
-            "call model.compile(..., jit_compile=False)",
+            "jit": "model 'pair' is compiled with jit_compile=True before it is planned; "
+            "call it once and compile it then, or call model.compile(..., jit_compile=False)",
             "processes": "the mesh has 8 devices, the job has 2 processes; start torchrun with --nproc-per-node=8 or "
             "make a mesh of 2 devices",
         }

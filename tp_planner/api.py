@@ -23,7 +23,7 @@ from tp_planner.planner import make_plan
 from tp_planner.runtime.apply import apply_layers, gathered_value, scatter_from_rank_zero
 from tp_planner.runtime.checking import Recorder, check_first_step, recording
 from tp_planner.runtime.log import log_sharding, logger
-from tp_planner.runtime.model import applied_to, let_go, refuse_jit, take_over
+from tp_planner.runtime.model import applied_to, let_go, take_over
 from tp_planner.runtime.process_group import job_axes, require_process_group, this_device
 from tp_planner.runtime.random_state import share_random_state
 from tp_planner.runtime.rendezvous import exchange, meet
@@ -200,7 +200,6 @@ def _choose(model: keras.Model, layout_or_plan: Layout | Plan, inputs: Any) -> P
     chosen = layout_or_plan if isinstance(layout_or_plan, Plan) else plan(model, layout_or_plan, inputs)
     _require_fit(model, chosen)
     _require_values(model)
-    refuse_jit(model)
     return chosen
 
 

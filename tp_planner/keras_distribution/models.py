@@ -24,7 +24,7 @@ from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import Layout
 from tp_planner.keras_distribution.births import UnplannedVariable, is_unplanned, not_sharding
 from tp_planner.keras_distribution.calling import in_layer_call, is_symbolic
-from tp_planner.runtime.model import applied_to, let_go, refuse_jit
+from tp_planner.runtime.model import applied_to, let_go
 
 # What Keras has made for the loop that the first call may be in; none is compiled, or planning would have refused.
 STEP_FUNCTIONS = ("train_function", "test_function", "predict_function")
@@ -72,10 +72,18 @@ def checked_before_training(plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def _symbolic_build(self: keras.Model, *args: Any, **kwargs: Any) -> Any:
         if needs_plan(self):
-            refuse_jit(self)
+            _refuse_jit(self)
         return plain(self, *args, **kwargs)
 
     return _symbolic_build
+
+
+def _refuse_jit(model: keras.Model) -> None:
+    if model.compiled and model.jit_compile is True:  # torch.compile would run the call that plans the model
+        raise PlanError(
+            f"model {model.name!r} is compiled with jit_compile=True before it is planned; "
+            f"call it once and compile it then, or call model.compile(..., jit_compile=False)"
+        )
 
 
 def planned_before_saving(plain: Callable[..., Any]) -> Callable[..., Any]:

@@ -160,6 +160,10 @@ class _Boundary(torch.autograd.Function):
 
 def cross(tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site) -> torch.Tensor:
     """Return this rank's tensor on the other side of the boundary, gradients flowing back as it says."""
+    return running.run(_cross, tensor, boundary, axis, site)
+
+
+def _cross(tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site) -> torch.Tensor:
     with running.converting():
         if not (tensor.requires_grad and torch.is_grad_enabled()):
             return change(tensor, boundary.forward, axis, site)

@@ -50,6 +50,11 @@ class Frame:
             del self.cache[key]
 
 
+def run_at_once(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    """Return what the function returns."""
+    return function(*args)
+
+
 class _Running(threading.local):
     def __init__(self) -> None:
         self.frames: list[Frame] = []
@@ -62,6 +67,7 @@ class _Running(threading.local):
         self.recomputable = False  # whether the backward pass runs again what runs now, or is at it
         self.looking = False  # whether what is kept for the backward pass is looked at, and not used
         self.converting: Callable[[], AbstractContextManager[None]] = nullcontext  # entered around every conversion
+        self.run: Callable[..., torch.Tensor] = run_at_once  # runs what a plan adds to a call: boundaries, reads
 
 
 running = _Running()

@@ -9,12 +9,12 @@ from typing import Any
 import keras
 
 from tp_planner.frontend.layer_tree import named_layers, named_variables
-from tp_planner.ir.errors import PlanError
 from tp_planner.ir.placement import Shard
 from tp_planner.runtime.apply import Applied
 from tp_planner.runtime.averaging import Averaging, Bucket
 from tp_planner.runtime.calls import Site
 from tp_planner.runtime.draws import OwnDraws, own_seeds
+from tp_planner.runtime.log import logger
 from tp_planner.runtime.losses import loss_of_share
 from tp_planner.runtime.optimizer import (
     adopt_at_first_use,
@@ -23,6 +23,7 @@ from tp_planner.runtime.optimizer import (
     release_optimizers_of,
 )
 from tp_planner.runtime.persistence import save_together
+from tp_planner.runtime.replay import replaying
 from tp_planner.runtime.replicas import Replicas
 from tp_planner.runtime.totals import results_of_all
 
@@ -43,6 +44,7 @@ def take_over(model: keras.Model, applied: Applied) -> None:
     for name in ("save", "save_weights"):
         _override(model, name, _saving(model, name), applied)
     _override(model, "compile", _compiling(model, applied), applied)
+    _replay_if_asked(model, applied)
     if applied.replicas is not None:
         _take_replicas_into_account(model, applied, applied.replicas)
     adopt_at_first_use()
@@ -92,7 +94,7 @@ def let_go(model: keras.Model) -> None:
 
 def _override(model: keras.Model, name: str, function: Callable[..., Any], applied: Applied) -> None:
     model.__dict__[name] = function
-    applied.undo.append(lambda: model.__dict__.pop(name))
+    applied.undo.append(lambda: model.__dict__.pop(name, None))
 
 
 def _saving(model: keras.Model, name: str) -> Callable[..., Any]:
@@ -111,7 +113,7 @@ def _compiling(model: keras.Model, applied: Applied) -> Callable[..., Any]:
     @functools.wraps(plain)
     def compiling(*args: Any, **kwargs: Any) -> Any:
         result = plain(model, *args, **kwargs)
-        refuse_jit(model)
+        _replay_if_asked(model, applied)
         if model.optimizer is not None:
             adopt_optimizer(model.optimizer, applied.axes)
         return result
@@ -119,13 +121,17 @@ def _compiling(model: keras.Model, applied: Applied) -> Callable[..., Any]:
     return compiling
 
 
-def refuse_jit(model: keras.Model) -> None:
-    """Raise PlanError if the model is compiled with jit_compile=True, which cannot see through sharded variables."""
-    if model.compiled and model.jit_compile is True:
-        raise PlanError(
-            f"model {model.name!r} is compiled with jit_compile=True, which sharded models do not support; "
-            f"call model.compile(..., jit_compile=False)"
-        )
+def _replay_if_asked(model: keras.Model, applied: Applied) -> None:
+    """Let calls be replayed if the model is compiled with jit_compile=True; torch.compile has no part in it."""
+    model.__dict__.pop("call", None)
+    model.__dict__.pop("_should_torch_compile", None)
+    if not (model.compiled and model.jit_compile is True):
+        return
+    _override(model, "_should_torch_compile", lambda: False, applied)
+    if any(isinstance(each.batch_placement, Shard) for each in applied.plan.variables):
+        logger.warning("[ModelParallel] jit_compile=True does nothing for model %r: variables are in parts", model.name)
+        return
+    _override(model, "call", replaying(model, named_layers(model)), applied)
 
 
 def _all_variables(model: keras.Model) -> Iterator[Any]:

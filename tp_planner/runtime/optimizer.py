@@ -173,13 +173,14 @@ def _update_adam(
     step = keras.ops.cast(optimizer.iterations + 1, values[0].dtype)
     rate = keras.ops.cast(learning_rate, values[0].dtype)
     alpha = rate * torch.sqrt(1 - optimizer.beta_2**step) / (1 - optimizer.beta_1**step)
+    gradients = list(gradients)
     torch._foreach_lerp_(momentums, gradients, 1 - optimizer.beta_1)
     torch._foreach_mul_(velocities, optimizer.beta_2)
-    torch._foreach_addcmul_(velocities, gradients, gradients, 1 - optimizer.beta_2)
+    torch._foreach_addcmul_(velocities, gradients, gradients, value=1 - optimizer.beta_2)
     divisors = torch._foreach_sqrt(velocities)
     torch._foreach_add_(divisors, optimizer.epsilon)
     torch._foreach_mul_(divisors, 1 / alpha)
-    torch._foreach_addcdiv_(values, momentums, divisors, -1)
+    torch._foreach_addcdiv_(values, momentums, divisors, value=-1)
 
 
 @functools.cache

@@ -117,14 +117,14 @@ class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
             if reader is not None:
                 return self._read_once(frame.cache, reader)
         if running.frames:
-            return read_whole(self, None)
+            return running.run(read_whole, self, None)
         return self._value
 
     def _read_once(self, cache: dict[tuple[int, Any], torch.Tensor], reader: Reader) -> torch.Tensor:
         scope = keras.src.backend.get_autocast_scope()
         key = (id(self), None if scope is None else scope.dtype)
         if key not in cache:
-            cache[key] = reader(self)
+            cache[key] = running.run(reader, self)
         return cache[key]
 
     def assign(self, value: Any) -> Any:

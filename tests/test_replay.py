@@ -1,0 +1,174 @@
+"""Replay: with jit_compile=True calls run without the layers' code, and compute and communicate what they did."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from torch._subclasses.fake_tensor import FakeTensor
+
+import tp_planner
+from tests.models import CASES, randomize
+from tests.workers import WorkerPool, layout_map
+from tp_planner.frontend.layer_tree import named_variables
+
+layers, ops = keras.layers, keras.ops
+BATCH_SIZE = 4
+STEPS = 3  # taped and twice replayed, after one as ever
+REPLAYED = ["gpt", "convnet", "handwritten"]
+REPLAYED_SLOWLY = ["mlp", "encoder", "encoder_mask_zero", "vit", "llama", "gemma", "subclassed", "tied"]
+
+
+class Scaled(layers.Layer):
+    """Divides by the largest value, as a number, where there are values."""
+
+    def call(self, x: Any) -> Any:
+        return x / (1.0 + (0.0 if isinstance(x, FakeTensor) or x.is_meta else x.detach().abs().max().item()))
+
+
+class Keeping(layers.Layer):
+    """Keeps the last input."""
+
+    def call(self, x: Any) -> Any:
+        self.last = x + 1.0
+        return x
+
+
+class Penalized(layers.Layer):
+    """Adds a loss."""
+
+    def call(self, x: Any) -> Any:
+        self.add_loss(0.01 * ops.mean(ops.square(x)))
+        return x
+
+
+MIDDLES: dict[str, tuple[Callable[..., layers.Layer], str]] = {
+    "a value": (Scaled, "code depends on values, by aten._local_scalar_dense.default"),
+    "a kept tensor": (Keeping, "layer 'middle' keeps a tensor that its call has made"),
+    "a loss": (Penalized, "layer 'middle' adds a loss"),
+    "dropout": (partial(layers.Dropout, 0.5, seed=3), "code depends on values, by aten._local_scalar_dense.default"),
+}
+
+
+# On the ranks
+
+
+def trained(model: keras.Model, loss: Any, batches: list[Any], rules: Any, jit: bool) -> dict[str, Any]:
+    """Train a model on a few batches; return what came out, how often its last layer was called, and warnings."""
+    x, _ = batches[0]
+    plan = tp_planner.plan(model, layout_map(rules), inputs=x)
+    tp_planner.parallelize(model, plan)
+    model.compile(keras.optimizers.AdamW(0.01), loss, jit_compile=jit)
+    called: list[bool] = []
+    model.layers[-1].register_forward_pre_hook(lambda *_: called.append(True))
+    warnings: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("tp_planner").addHandler(handler)
+    model.train_on_batch(*batches[0])  # which also calls the model on no data
+    called.clear()
+    losses = [model.train_on_batch(x, y) for x, y in batches[:-1]]
+    with tp_planner.record(model) as recorder:
+        losses.append(model.train_on_batch(*batches[-1]))
+    plan.check(recorder.recording)
+    calls = len(called)
+    outputs = [model.predict_on_batch(x) for x, _ in batches]
+    logging.getLogger("tp_planner").removeHandler(handler)
+    weights = {key: np.array(variable) for key, variable in named_variables(model).items()}
+    return {"calls": calls, "warnings": warnings, "results": {"losses": losses, "outputs": outputs, **weights}}
+
+
+def both(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train a case with and without jit_compile=True."""
+    case = CASES[name]
+    rng = np.random.default_rng(5)
+    batches = [case.batch(rng, BATCH_SIZE) for _ in range(STEPS)]
+    plain, jit = (trained(case.build("float64"), case.make_loss(), batches, case.rules, jit) for jit in (False, True))
+    return plain, jit
+
+
+def both_with(middle: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train an MLP whose middle layer does what a program does not do."""
+    case = CASES["mlp"]
+    rng = np.random.default_rng(5)
+    batches = [case.batch(rng, BATCH_SIZE) for _ in range(STEPS)]
+
+    def build() -> keras.Model:
+        keras.utils.clear_session()
+        inputs = keras.Input((16,))
+        x = layers.Dense(32, name="up")(inputs)
+        x = layers.Dense(32, name="down")(x)
+        outputs = layers.Dense(8, name="head")(MIDDLES[middle][0](name="middle")(x))
+        return randomize(keras.Model(inputs, outputs, name="model"))
+
+    plain, jit = (trained(build(), case.make_loss(), batches, case.rules, jit) for jit in (False, True))
+    return plain, jit
+
+
+def other_sorts() -> list[int]:
+    """Return how often layers were called: batches of other sizes, compiling anew, and restoring the model."""
+    case = CASES["gpt"]
+    model = case.build("float32")
+    model.compile("sgd", case.make_loss(), jit_compile=True)
+    tp_planner.parallelize(model, layout_map(case.rules))
+    called: list[bool] = []
+    model.layers[-1].register_forward_pre_hook(lambda *_: called.append(True))
+    counts = []
+
+    def count(size: int) -> None:
+        x, _ = case.batch(np.random.default_rng(size), size)
+        called.clear()
+        for _ in range(STEPS):
+            model(x)
+        counts.append(len(called))
+
+    count(4)
+    count(2)
+    count(4)
+    model.compile("sgd", case.make_loss(), jit_compile=True)
+    count(4)
+    model.compile("sgd", case.make_loss(), jit_compile=False)
+    count(4)
+    tp_planner.restore(model)
+    count(4)
+    return counts
+
+
+# In the parent
+
+
+def check(results: list[tuple[dict[str, Any], dict[str, Any]]], replayed: int) -> None:
+    for plain, jit in results:
+        reads = plain["calls"] // STEPS  # the last layer may be called several times in a step
+        assert (plain["calls"], jit["calls"]) == (STEPS * reads, (STEPS - replayed) * reads)
+        assert plain["warnings"] == []
+        for key, value in plain["results"].items():
+            np.testing.assert_allclose(jit["results"][key], value, rtol=1e-12, atol=1e-14, err_msg=key)
+
+
+@pytest.mark.parametrize("name", [*REPLAYED, *(pytest.param(name, marks=pytest.mark.slow) for name in REPLAYED_SLOWLY)])
+def test_replayed_steps_are_those_of_the_layers(pools: Callable[[int], WorkerPool], name: str) -> None:
+    """The same losses, weights, predictions and collectives, and the layers' code does not run."""
+    results = pools(2).run(both, name)
+    check(results, replayed=STEPS - 1)
+    assert [jit["warnings"] for _, jit in results] == [[], []]
+
+
+@pytest.mark.parametrize("middle", MIDDLES)
+def test_what_a_program_would_not_do_runs_as_ever(pools: Callable[[int], WorkerPool], middle: str) -> None:
+    results = pools(2).run(both_with, middle)
+    check(results, replayed=0)
+    for _, jit in results:
+        assert jit["warnings"][0] == (
+            f"[ModelParallel] jit_compile=True does nothing for model 'model': {MIDDLES[middle][1]}"
+        )
+
+
+def test_each_sort_of_call_has_a_program_until_the_model_is_compiled_anew(pools: Callable[[int], WorkerPool]) -> None:
+    for counts in pools(2).run(other_sorts):
+        assert counts == [2, 2, 0, 2, STEPS, STEPS]

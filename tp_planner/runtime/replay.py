@@ -1,0 +1,92 @@
+"""Replay: calls of a model from their tape instead of its layers' code; ``jit_compile=True`` asks for it.
+
+Of each sort of call (shapes, dtypes, training or not) the first runs as ever, so that layers make what they keep; the
+second is taped; the others run the tape's program. It makes the same torch functions, boundaries and collectives.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from tp_planner.runtime.calls import run_at_once, running
+from tp_planner.runtime.log import logger
+from tp_planner.runtime.styles import is_symbolic
+from tp_planner.runtime.tape import Program, Tape
+
+MOST_PROGRAMS = 64  # of one model; further sorts of calls run as ever
+PLAIN_ARGUMENTS = (bool, int, float, str, type(None))
+
+
+def replaying(model: keras.Model, layers: Mapping[str, keras.Layer]) -> Callable[..., Any]:
+    """Return what replaces the model's ``call``.
+
+    Args:
+        model: a parallel model.
+        layers: its layers by name.
+    """
+    plain = model.call
+    programs: dict[Hashable, Program | None] = {}  # None: called once
+    refused: set[Hashable] = set()
+
+    @functools.wraps(plain)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        leaves, structure = tree_flatten((args, kwargs))
+        leaves = [keras.ops.convert_to_tensor(leaf) if _is_numbers(leaf) else leaf for leaf in leaves]
+        key = None if is_symbolic() or running.run is not run_at_once else _sort_of_call(leaves, structure)
+        if key is None or key in refused or (key not in programs and len(programs) == MOST_PROGRAMS):
+            return plain(*args, **kwargs)
+        program = programs.get(key)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if program is not None:
+            return program(*tensors)
+        if key not in programs:
+            programs[key] = None
+            return plain(*args, **kwargs)
+        args, kwargs = tree_unflatten(leaves, structure)
+        with Tape(tensors) as tape:
+            output = plain(*args, **kwargs)
+        _look_for_what_stays(tape, layers, output)
+        programs[key] = tape.program(output)
+        if tape.problem:
+            refused.add(key)
+            logger.warning("[ModelParallel] jit_compile=True does nothing for model %r: %s", model.name, tape.problem)
+        return output
+
+    return call
+
+
+def _is_numbers(leaf: Any) -> bool:
+    return isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf"
+
+
+def _sort_of_call(leaves: Sequence[Any], structure: Any) -> Hashable | None:
+    """Return what calls with the same program have in common; None for arguments of which nothing is known."""
+    parts: list[Hashable] = []
+    for leaf in leaves:
+        if type(leaf) is torch.Tensor:
+            parts.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad))
+        elif type(leaf) in PLAIN_ARGUMENTS:
+            parts.append((type(leaf), leaf))
+        else:
+            return None
+    scope = keras.src.backend.get_autocast_scope()
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch._C._is_any_autocast_enabled()
+    return structure, tuple(parts), None if scope is None else scope.dtype, modes
+
+
+def _look_for_what_stays(tape: Tape, layers: Mapping[str, keras.Layer], output: Any) -> None:
+    """Let the tape fail if the call has left anything but its output, which a program would not."""
+    for name, layer in layers.items():
+        if layer._losses:
+            tape.fail(f"layer {name!r} adds a loss")
+        if any(map(tape.has_made, vars(layer).values())):
+            tape.fail(f"layer {name!r} keeps a tensor that its call has made")
+    if any(hasattr(leaf, "_keras_mask") for leaf in tree_flatten(output)[0]):
+        tape.fail("the output has a mask")
