@@ -46,7 +46,7 @@ sweep: $(INSTALLED) ## Run the slow tests: every layer and every family, on 2 an
 	$(PYTHON) benchmarks/sweep_layers.py
 
 bench: $(INSTALLED) ## Time training steps against hand-written tensor parallelism
-	$(PYTHON) benchmarks/step_time.py
+	$(PYTHON) benchmarks/step_time.py --output benchmarks/results
 
 jax-parity: $(INSTALLED) ## Train one script on JAX and on torch and compare; skipped without JAX in .venv-jax
 	$(PYTHON) benchmarks/jax_parity.py

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from gpt import BLOCKS, VOCABULARY, Size, Weights
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import Placement
 
 LAYER_NORM_EPSILON = 1e-3  # Keras's default
 
@@ -157,6 +159,40 @@ def parallelize_with_stock_styles(model: Gpt, mesh: DeviceMesh) -> Gpt:
     return model
 
 
+def _attention_by_heads(tensors: int, results: int) -> Callable[..., Any]:
+    """Return the sharding rule of an attention op: everything over heads, or everything whole."""
+
+    def rule(*given: Any, **named: Any) -> list[tuple[list[Placement], list[Placement | None]]]:
+        others = [None] * (len(given) - tensors)
+        return [([each] * results, [each] * tensors + others) for each in (Shard(1), Replicate())]
+
+    return rule
+
+
+# DTensor has rules for the attention of GPUs only.
+register_sharding(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default)(_attention_by_heads(3, 2))
+register_sharding(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default)(
+    _attention_by_heads(6, 3)
+)
+
+
+def make_all_dtensors(model: Gpt, mesh: DeviceMesh) -> Gpt:
+    """Make every parameter of a whole GPT a DTensor, sharded as the stock styles do, and return it.
+
+    To be called under ``implicit_replication``; DTensor alone decides where it communicates.
+    """
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            placement: Placement = Replicate()
+            if last in ("query", "key", "value", "up"):
+                placement = Shard(0)
+            elif last in ("attention_output", "down") and key == "weight":
+                placement = Shard(1)
+            setattr(module, key, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [placement])))
+    return model
+
+
 class AdamW:
     """Keras's AdamW, its formula and its defaults, on plain local tensors with torch's foreach ops."""
 
@@ -173,7 +209,7 @@ class AdamW:
     @torch.no_grad()
     def step(self) -> None:
         """Update the parameters from their gradients."""
-        gradients = [_local(parameter.grad) for parameter in self.parameters]
+        gradients = [_local_gradient(parameter) for parameter in self.parameters]
         self.steps += 1
         alpha = self.learning_rate * (1 - self.beta_2**self.steps) ** 0.5 / (1 - self.beta_1**self.steps)
         torch._foreach_mul_(self.values, 1 - self.weight_decay * self.learning_rate)
@@ -188,6 +224,13 @@ class AdamW:
     def zero_grad(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
+
+
+def _local_gradient(parameter: Tensor) -> Tensor:
+    gradient = parameter.grad
+    if isinstance(gradient, DTensor) and isinstance(parameter, DTensor):
+        gradient = gradient.redistribute(placements=parameter.placements)  # it may be a sum that is not done yet
+    return _local(gradient)
 
 
 def _local(tensor: Any) -> Tensor:

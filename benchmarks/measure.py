@@ -11,7 +11,8 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,22 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from gpt import BLOCKS, RULES, SIZES, VOCABULARY, Size, Weights, draw_batch, draw_weights, keras_gpt, own_weights
-from handwritten import AdamW, Gpt, parallelize_with_stock_styles
-from report import HANDWRITTEN, PLANNED, SINGLE, STOCK
+from handwritten import AdamW, Gpt, make_all_dtensors, parallelize_with_stock_styles
+from report import (
+    DTENSORS,
+    HANDWRITTEN,
+    KERAS_SHARD,
+    PLANNED,
+    REPLAYED,
+    SINGLE,
+    SINGLE_TORCH,
+    STOCK,
+    TORCH_SHARD,
+    WORKS,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.experimental import implicit_replication
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tp_planner
@@ -40,15 +53,16 @@ Step = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One way to compute a training step; ``step`` returns its loss.
+    """One way to compute the GPT.
 
-    ``alone``: rank 0 computes it, the others idle. ``same_loss``: it computes the single device's loss.
+    ``steps`` by work: each returns a number that says whether it was computed right, such as the loss.
+    ``alone``: rank 0 computes it, the others idle. ``same_numbers``: they are the single device's.
     """
 
     name: str
-    step: Step
+    steps: Mapping[str, Step]
     alone: bool = False
-    same_loss: bool = True
+    same_numbers: bool = True
 
 
 class CollectiveCounter(TorchDispatchMode):
@@ -72,14 +86,18 @@ def versions(size: Size, shard_floor: bool) -> Iterator[Version]:
     rank, processes = dist.get_rank(), dist.get_world_size()
     weights, batch = draw_weights(size), draw_batch(size)
     shard, local = size.divided(processes), own_weights(weights, rank, processes)
-    yield Version(SINGLE, keras_step(keras_gpt(size, weights), batch) if rank == 0 else _nothing, alone=True)
-    yield Version(PLANNED, keras_step(planned_gpt(size, weights), batch))
-    yield Version(HANDWRITTEN, torch_step(Gpt(shard, local, "communicating"), batch))
-    stock = parallelize_with_stock_styles(Gpt(size, weights), init_device_mesh("cpu", (processes,)))
-    yield Version(STOCK, torch_step(stock, batch))
+    mesh = init_device_mesh("cpu", (processes,))
+    idle = dict.fromkeys(WORKS, _nothing)
+    yield Version(SINGLE, idle if rank else keras_steps(keras_gpt(size, weights), batch), alone=True)
+    yield Version(PLANNED, keras_steps(planned_gpt(size, weights), batch))
+    yield Version(REPLAYED, keras_steps(planned_gpt(size, weights), batch, jit_compile=True))
+    yield Version(HANDWRITTEN, torch_steps(Gpt(shard, local, "communicating"), batch))
+    yield Version(STOCK, torch_steps(parallelize_with_stock_styles(Gpt(size, weights), mesh), batch))
+    yield Version(DTENSORS, torch_steps(make_all_dtensors(Gpt(size, weights), mesh), batch, implicit_replication))
+    yield Version(SINGLE_TORCH, idle if rank else torch_steps(Gpt(size, weights), batch), alone=True)
     if shard_floor:
-        yield Version("shard only, plain Keras", keras_step(keras_gpt(shard, local), batch), same_loss=False)
-        yield Version("shard only, plain torch", torch_step(Gpt(shard, local, "silent"), batch), same_loss=False)
+        yield Version(KERAS_SHARD, keras_steps(keras_gpt(shard, local), batch), same_numbers=False)
+        yield Version(TORCH_SHARD, torch_steps(Gpt(shard, local, "silent"), batch), same_numbers=False)
 
 
 def planned_gpt(size: Size, weights: Weights) -> keras.Model:
@@ -92,10 +110,10 @@ def planned_gpt(size: Size, weights: Weights) -> keras.Model:
     return tp_planner.parallelize(keras_gpt(size, weights), layout_map)
 
 
-def keras_step(model: keras.Model, batch: Batch) -> Step:
-    """Return a training step of the Keras GPT, written as in Keras's guide to torch training loops."""
+def keras_steps(model: keras.Model, batch: Batch, jit_compile: bool = False) -> Mapping[str, Step]:
+    """Return the works of the Keras GPT, training as in Keras's guide to torch training loops."""
     loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.AdamW(), loss_of, jit_compile=False)
+    model.compile(keras.optimizers.AdamW(), loss_of, jit_compile=jit_compile)
     tokens, labels = (torch.from_numpy(array) for array in batch)
 
     def step() -> torch.Tensor:
@@ -108,11 +126,13 @@ def keras_step(model: keras.Model, batch: Batch) -> Step:
             model.optimizer.apply(gradients, variables)
         return loss.detach()
 
-    return step
+    return {"step": step, **inference(lambda given: model(given, training=False), tokens)}
 
 
-def torch_step(model: Gpt, batch: Batch) -> Step:
-    """Return a training step of the torch GPT."""
+def torch_steps(
+    model: Gpt, batch: Batch, context: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> Mapping[str, Step]:
+    """Return the works of the torch GPT; each runs inside ``context``."""
     optimizer = AdamW(list(model.parameters()))
     tokens, labels = (torch.from_numpy(array) for array in batch)
     targets = labels.long().flatten()
@@ -124,51 +144,80 @@ def torch_step(model: Gpt, batch: Batch) -> Step:
         optimizer.step()
         return loss.detach()
 
-    return step
+    def inside(work: Step) -> Step:
+        def working() -> torch.Tensor:
+            with context():
+                return work()
+
+        return working
+
+    return {name: inside(work) for name, work in {"step": step, **inference(model, tokens)}.items()}
+
+
+def inference(logits_of: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor) -> Mapping[str, Step]:
+    """Return the works that need no gradients."""
+    sequence = tokens[:1]
+
+    @torch.no_grad()
+    def forward() -> torch.Tensor:
+        return logits_of(tokens)[-1, -1, -1]
+
+    @torch.no_grad()
+    def token() -> torch.Tensor:
+        return logits_of(sequence)[:, -1].max(-1).values
+
+    return {"forward": forward, "token": token}
 
 
 def _nothing() -> torch.Tensor:
     return torch.tensor(0.0)
 
 
-def require_equal_losses(candidates: Sequence[Version]) -> None:
-    """Run the first steps of every version; raise AssertionError if one's losses are not the single device's."""
-    losses = {version.name: [float(version.step()) for _ in range(CHECKED_STEPS)] for version in candidates}
-    single = [losses[SINGLE]]
+def require_equal_numbers(candidates: Sequence[Version]) -> None:
+    """Run the first steps of every version; raise AssertionError if one's numbers are not the single device's."""
+    numbers = {
+        version.name: [_number(work()) for work in version.steps.values() for _ in range(CHECKED_STEPS)]
+        for version in candidates
+    }
+    single = [numbers[SINGLE]]
     dist.broadcast_object_list(single, 0)
     for version in candidates:
-        found, expected = losses[version.name], single[0]
-        if version.same_loss and not version.alone and not np.allclose(found, expected, rtol=TOLERANCE, atol=0):
+        found, expected = numbers[version.name], single[0]
+        if version.same_numbers and not version.alone and not np.allclose(found, expected, rtol=TOLERANCE, atol=0):
             raise AssertionError(
-                f"{version.name}, rank {dist.get_rank()}: the losses of {CHECKED_STEPS} steps are {found}, "
-                f"on a single device {expected}"
+                f"{version.name}, rank {dist.get_rank()}: {CHECKED_STEPS} times each of {', '.join(WORKS)} gave "
+                f"{found}, on a single device {expected}"
             )
 
 
-def count_collectives(version: Version) -> Counter[str]:
+def _number(result: torch.Tensor) -> float:
+    return float(result.full_tensor() if isinstance(result, DTensor) else result)
+
+
+def count_collectives(step: Step) -> Counter[str]:
     """Return how many collectives of each kind this rank runs in one step."""
     with CollectiveCounter() as counter:
-        version.step()
+        step()
         counts: Counter[str] = counter.counts
     return counts
 
 
-def measure(candidates: Sequence[Version], repeat: int) -> list[list[float]]:
-    """Return the times of each version's steps in ms, the slower rank's.
+def measure(steps: Sequence[Step], repeat: int) -> np.ndarray:
+    """Return the times of each step in ms, those of the slower rank: of shape (2, steps, repeat), wall and processor.
 
-    The versions take turns, each round beginning with another one; every step starts at a barrier.
+    The steps take turns, each round beginning with another one; every step starts at a barrier.
     """
-    times: list[list[float]] = [[] for _ in candidates]
+    times = np.zeros((2, len(steps), repeat))
     for round_number in range(repeat):
-        for offset in range(len(candidates)):
-            turn = (round_number + offset) % len(candidates)
+        for offset in range(len(steps)):
+            turn = (round_number + offset) % len(steps)
             dist.barrier()
-            start = time.perf_counter()
-            candidates[turn].step()
-            times[turn].append(1000 * (time.perf_counter() - start))
+            start, cpu_start = time.perf_counter(), time.process_time()
+            steps[turn]()
+            times[:, turn, round_number] = time.perf_counter() - start, time.process_time() - cpu_start
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, times)
-    slower: list[list[float]] = np.max(np.array(everyone), axis=0).tolist()
+    dist.all_gather_object(everyone, 1000 * times)
+    slower: np.ndarray = np.max(everyone, axis=0)
     return slower
 
 
@@ -202,14 +251,17 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     candidates = list(versions(size, options.shard_floor))
-    require_equal_losses(candidates)
-    counts = [count_collectives(version) for version in candidates]
-    times = measure(candidates, options.repeat)
+    require_equal_numbers(candidates)
+    rows = []
+    for work in WORKS:
+        steps = [version.steps[work] for version in candidates]
+        counts = [dict(count_collectives(step)) for step in steps]
+        times, cpu = measure(steps, options.repeat).round(3).tolist()
+        for version, count, times_ms, cpu_ms in zip(candidates, counts, times, cpu, strict=True):
+            rows.append(
+                {"work": work, "version": version.name, "collectives": count, "times_ms": times_ms, "cpu_ms": cpu_ms}
+            )
     if dist.get_rank() == 0:
-        rows = [
-            {"version": version.name, "collectives": dict(count), "times_ms": each}
-            for version, count, each in zip(candidates, counts, times, strict=True)
-        ]
         options.result.write_text(json.dumps({**facts(size, options.repeat), "rows": rows}))
     dist.destroy_process_group()
 

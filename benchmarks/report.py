@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 SINGLE = "(a) single device, Keras"
 PLANNED = "(b) tp_planner, Keras"
+REPLAYED = "(b) with jit_compile=True"
 HANDWRITTEN = "(c) hand-written, torch"
 STOCK = "(d) stock styles, torch"
+DTENSORS = "(e) all DTensors, torch"
+SINGLE_TORCH = "(f) single device, torch"
+KERAS_SHARD = "shard only, plain Keras"
+TORCH_SHARD = "shard only, plain torch"
+
+WORKS: dict[str, str] = {
+    "step": "one training step: forward, backward, AdamW",
+    "forward": "the forward pass alone, without gradients",
+    "token": "one more token of one sequence: a forward pass over all its tokens, for the model has no cache",
+}
+# The most that a version's median of paired ratios should be, by work and size.
+TARGETS: dict[tuple[str, str], float] = {("step", "tiny"): 1.5, ("step", "medium"): 1.1, ("step", "large"): 1.1}
 
 FOOTNOTE = """\
-One step is forward, backward and AdamW. Its time is the slower rank's; ratios are to the median of (c).
-(a) runs on rank 0 with one thread while the other rank waits at a barrier."""
+Times are of the slower rank. A ratio is to (c) in the same round: the median of all rounds, and their quartiles.
+CPU is processor time of the busier rank, with that of gloo's threads; its ratio is the median over the rounds too.
+(a) and (f) run on rank 0 with one thread while the other rank waits at a barrier."""
 
 
 def heading(facts: Mapping[str, Any]) -> str:
@@ -22,22 +36,42 @@ def heading(facts: Mapping[str, Any]) -> str:
 
 
 def table(facts: Mapping[str, Any]) -> str:
-    """Return the statistics of every version at one size."""
-    return "\n".join(_lines(facts))
+    """Return the statistics of every version at one size, one table for each work."""
+    size = ", ".join(f"{name} {value}" for name, value in facts["size"].items())
+    return "\n".join(
+        [f"{size}, repetitions {facts['repetitions']}", *(line for w in WORKS for line in _lines(facts, w))]
+    )
 
 
-def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
-    yield ", ".join(f"{name} {value}" for name, value in facts["size"].items())
-    yield f"  {'':26}{'median ms':>10}{'quartiles ms':>20}{'ratio':>8}{'all-reduces':>13}"
-    by_name = {row["version"]: row for row in facts["rows"]}
-    reference = statistics.median(by_name[HANDWRITTEN]["times_ms"])
-    for row in facts["rows"]:
-        lower, median, upper = statistics.quantiles(row["times_ms"], n=4)
-        quartiles = f"{lower:.1f} to {upper:.1f}"
+def _lines(facts: Mapping[str, Any], work: str) -> Iterator[str]:
+    rows = {row["version"]: row for row in facts["rows"] if row["work"] == work}
+    yield f"\n  {WORKS[work]}"
+    yield (
+        f"  {'':28}{'median ms':>10}{'quartiles ms':>18}{'ratio':>8}{'quartiles':>16}{'CPU ms':>9}{'ratio':>7}"
+        f"{'all-reduces':>13}"
+    )
+    reference = rows[HANDWRITTEN]
+    for name, row in rows.items():
+        low, median, high = _quartiles(row["times_ms"])
+        least, ratio, most = _quartiles(_ratios(row, reference, "times_ms"))
         yield (
-            f"  {row['version']:26}{median:10.1f}{quartiles:>20}{median / reference:8.2f}"
+            f"  {name:28}{median:10.1f}{f'{low:.1f} to {high:.1f}':>18}{ratio:8.2f}{f'{least:.2f} to {most:.2f}':>16}"
+            f"{statistics.median(row['cpu_ms']):9.1f}{statistics.median(_ratios(row, reference, 'cpu_ms')):7.2f}"
             f"{_collectives(row['collectives'])}"
         )
+    target = TARGETS.get((work, facts["size"]["name"]))
+    if target is not None:
+        for name in (PLANNED, REPLAYED):
+            ratio = statistics.median(_ratios(rows[name], reference, "times_ms"))
+            yield f"  {name}: {ratio:.2f} of {target:g}: {'within the target' if ratio <= target else 'MISSED'}"
+
+
+def _ratios(row: Mapping[str, Any], reference: Mapping[str, Any], figure: str) -> list[float]:
+    return [one / other for one, other in zip(row[figure], reference[figure], strict=True)]
+
+
+def _quartiles(values: Sequence[float]) -> list[float]:
+    return statistics.quantiles(values, n=4, method="inclusive")
 
 
 def _collectives(counts: Mapping[str, int]) -> str:

@@ -1,6 +1,6 @@
 """Step time of a parallelized Keras GPT against hand-written tensor parallelism, on two CPU processes.
 
-    python benchmarks/step_time.py [--sizes tiny,medium,large] [--repeat 15] [--shard-floor] [--json FILE]
+    python benchmarks/step_time.py [--sizes tiny,medium,large] [--repeat N] [--shard-floor] [--output FOLDER]
 
 Starts its two processes itself, anew for each size; see benchmarks/README.md for what they measure.
 """
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from report import FOOTNOTE, heading, table
 
 HERE = Path(__file__).resolve().parent
 PROCESSES = 2
+REPEAT = {"tiny": 61, "medium": 25, "large": 9}  # rounds by size
 
 
 def run(size: str, repeat: int, shard_floor: bool) -> dict[str, Any]:
@@ -82,13 +84,16 @@ def _wait(workers: list[subprocess.Popen[bytes]]) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="tiny,medium", help="comma-separated, of tiny, medium and large")
-    parser.add_argument("--repeat", type=int, default=15, help="timed steps of each version, at least 2")
+    parser.add_argument("--sizes", default=",".join(REPEAT), help=f"comma-separated, of {', '.join(REPEAT)}")
+    parser.add_argument("--repeat", type=int, help=f"timed rounds of each work, at least 2; by size {REPEAT}")
     parser.add_argument("--shard-floor", action="store_true", help="also time one rank's shard without collectives")
-    parser.add_argument("--json", type=Path, help="write every single time to this file")
+    parser.add_argument("--output", type=Path, help="write every single time to step_time.json in this folder")
     options = parser.parse_args()
-    if options.repeat < 2:
+    if options.repeat is not None and options.repeat < 2:
         parser.error(f"--repeat is {options.repeat}; quartiles need at least 2")
+    unknown = [name for name in options.sizes.split(",") if name not in REPEAT]
+    if unknown:
+        parser.error(f"--sizes has {unknown[0]!r}; sizes are {', '.join(REPEAT)}")
     return options
 
 
@@ -96,13 +101,23 @@ def main() -> None:
     options = arguments()
     results = []
     for size in options.sizes.split(","):
-        results.append(run(size, options.repeat, options.shard_floor))
+        results.append(run(size, options.repeat or REPEAT[size], options.shard_floor))
         if len(results) == 1:
             print(heading(results[0]))
         print(f"\n{table(results[-1])}", flush=True)
     print(f"\n{FOOTNOTE}")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "step_time.json").write_text(_with_a_line_for_each_row(results))
+
+
+def _with_a_line_for_each_row(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return the results as JSON in which every measured version is one line."""
+    texts = []
+    for result in results:
+        rows = ",\n  ".join(map(json.dumps, result["rows"]))
+        texts.append(json.dumps({**result, "rows": "ROWS"}).replace('"ROWS"', f"[\n  {rows}\n]"))
+    return "[\n" + ",\n".join(texts) + "\n]\n"
 
 
 if __name__ == "__main__":
