@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tp_planner.frontend.dispatch import WatchingMode, tensors_in
 from tp_planner.frontend.functions import function_name
 from tp_planner.runtime.calls import run_at_once, running
+from tp_planner.runtime.products import contracted_dims, product
 from tp_planner.runtime.variables import BackendVariable
 
 Program = Callable[..., Any]
@@ -156,6 +157,8 @@ class _Functions(TorchFunctionMode):
         if self._away:
             return func(*args, **kwargs)
         args, kwargs = _values_of_variables(args), _values_of_variables(kwargs)
+        if func is torch.einsum and (dims := contracted_dims(args)) is not None:
+            func, args = product, (*args[1:], dims)
         result = func(*args, **kwargs)
         name = function_name(func)
         if name in NOTHING_TO_DO and result is args[0]:
