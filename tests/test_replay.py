@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -158,6 +159,22 @@ def other_sorts() -> list[int]:
     return counts
 
 
+def with_arguments() -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return what a model of two inputs gives, plain and replayed, for one tensor twice and for two tensors."""
+    inputs = [keras.Input((16,), name=name) for name in "xy"]
+    hidden = layers.Dense(32, name="up")(inputs[0])
+    outputs = layers.Add(name="add")([layers.Dense(16, name="down")(hidden), inputs[1]])
+    model = randomize(keras.Model(inputs, outputs, name="model"))
+    x, y = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 4, 16)).astype("float32"))
+    arguments = [[x, x], [x, y], [y, x], [y, y]]
+    plain = [keras.ops.convert_to_numpy(model(each)) for each in arguments]
+    model.compile("sgd", "mse", jit_compile=True)
+    tp_planner.parallelize(model, layout_map(CASES["mlp"].rules))
+    for _ in range(STEPS):
+        replayed = [keras.ops.convert_to_numpy(model(each)) for each in arguments]
+    return plain, replayed
+
+
 # In the parent
 
 
@@ -196,3 +213,8 @@ def test_what_a_program_would_not_do_runs_as_ever(pools: Callable[[int], WorkerP
 def test_each_sort_of_call_has_a_program_until_the_model_is_compiled_anew(pools: Callable[[int], WorkerPool]) -> None:
     for counts in pools(2).run(other_sorts):
         assert counts == [2, 2, 0, 2, STEPS, STEPS]
+
+
+def test_a_tensor_may_be_given_twice(pools: Callable[[int], WorkerPool]) -> None:
+    for plain, replayed in pools(2).run(with_arguments):
+        np.testing.assert_allclose(replayed, plain, rtol=1e-5, atol=1e-6)

@@ -39,11 +39,11 @@ def replaying(model: keras.Model, layers: Mapping[str, keras.Layer]) -> Callable
     def call(*args: Any, **kwargs: Any) -> Any:
         leaves, structure = tree_flatten((args, kwargs))
         leaves = [keras.ops.convert_to_tensor(leaf) if _is_numbers(leaf) else leaf for leaf in leaves]
-        key = None if is_symbolic() or running.run is not run_at_once else _sort_of_call(leaves, structure)
+        tensors = list({id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}.values())
+        key = None if is_symbolic() or running.run is not run_at_once else _sort_of_call(leaves, tensors, structure)
         if key is None or key in refused or (key not in programs and len(programs) == MOST_PROGRAMS):
             return plain(*args, **kwargs)
         program = programs.get(key)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if program is not None:
             return program(*tensors)
         if key not in programs:
@@ -66,12 +66,20 @@ def _is_numbers(leaf: Any) -> bool:
     return isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf"
 
 
-def _sort_of_call(leaves: Sequence[Any], structure: Any) -> Hashable | None:
-    """Return what calls with the same program have in common; None for arguments of which nothing is known."""
+def _sort_of_call(leaves: Sequence[Any], tensors: Sequence[torch.Tensor], structure: Any) -> Hashable | None:
+    """Return what calls with the same program have in common; None for arguments of which nothing is known.
+
+    Args:
+        leaves: the arguments, flattened.
+        tensors: those of them that are tensors, each once.
+        structure: how the leaves are nested.
+    """
+    places = {id(tensor): place for place, tensor in enumerate(tensors)}
     parts: list[Hashable] = []
     for leaf in leaves:
         if type(leaf) is torch.Tensor:
-            parts.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad))
+            form = leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+            parts.append((places[id(leaf)], form))
         elif type(leaf) in PLAIN_ARGUMENTS:
             parts.append((type(leaf), leaf))
         else:
