@@ -51,9 +51,15 @@ class Penalized(layers.Layer):
         return x
 
 
+def recomputed(**options: Any) -> layers.Layer:
+    with keras.RematScope("full"):
+        return layers.Activation("tanh", **options)
+
+
 MIDDLES: dict[str, tuple[Callable[..., layers.Layer], str]] = {
     "a value": (Scaled, "code depends on values, by aten._local_scalar_dense.default"),
     "a kept tensor": (Keeping, "layer 'middle' keeps a tensor that its call has made"),
+    "recomputation": (recomputed, "code runs again in the backward pass"),
     "a loss": (Penalized, "layer 'middle' adds a loss"),
     "dropout": (partial(layers.Dropout, 0.5, seed=3), "code depends on values, by aten._local_scalar_dense.default"),
 }

@@ -65,6 +65,8 @@ class Tape:
             self._modes = _modes()
         elif self._modes != _modes():
             self.fail("code switches gradients or dtypes by other means than torch functions")
+        if running.recomputable:
+            self.fail("code runs again in the backward pass")
         if self.problem:
             return
         given = [self._expression(each) for each in args]
