@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from keras.src import backend as keras_backend
 from keras.src.distribution import distribution_lib
+from torch._C import _len_torch_dispatch_stack
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import tp_planner
@@ -25,6 +26,7 @@ from tests.workers import Pools, layout_map
 from tp_planner.keras_distribution import backend, install
 from tp_planner.keras_distribution.data import share_of
 
+KERAS_OWN = keras_backend.distribution_lib  # None in Keras 3.15
 EIGHT = [f"cpu:{number}" for number in range(8)]
 
 
@@ -47,15 +49,15 @@ def test_importing_changes_nothing_and_disabling_undoes_everything() -> None:
     tp_planner.disable_keras_distribution()
     places = (
         keras.Model,
-        keras_backend.torch.core.Variable,
+        keras_backend.torch.Variable,
         install.data_adapters,
         install.CallbackList,
+        install.torch_trainer,
+        install.torch_trainer.TorchEpochIterator,
         keras_backend,
     )
     before = [dict(vars(place)) for place in places]
-    assert keras_backend.distribution_lib is None
-    with pytest.raises(AttributeError):
-        keras.distribution.list_devices()
+    assert keras_backend.distribution_lib is KERAS_OWN is not backend
 
     tp_planner.enable_keras_distribution()
     tp_planner.enable_keras_distribution()
@@ -69,7 +71,7 @@ def test_importing_changes_nothing_and_disabling_undoes_everything() -> None:
 
 def test_a_newer_keras_with_a_library_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
     tp_planner.disable_keras_distribution()
-    own = SimpleNamespace()
+    own = KERAS_OWN or SimpleNamespace()
     with mock.patch.object(keras_backend, "distribution_lib", own), caplog.at_level(logging.WARNING, "tp_planner"):
         tp_planner.enable_keras_distribution()
         assert keras_backend.distribution_lib is backend
@@ -79,6 +81,21 @@ def test_a_newer_keras_with_a_library_of_its_own(caplog: pytest.LogCaptureFixtur
         f"Keras {keras.__version__} brings a distribution library for torch; tp_planner's is in use instead, until "
         f"tp_planner.disable_keras_distribution()"
     ]
+
+
+@pytest.mark.skipif(KERAS_OWN is None, reason="Keras 3.15 has no library for torch, and so no mode")
+def test_the_dispatch_mode_of_kerass_own_library_is_left_and_entered_again() -> None:
+    tp_planner.disable_keras_distribution()
+    outside = _len_torch_dispatch_stack()
+    keras.distribution.set_distribution(distribution_lib.Distribution(mesh()))
+    assert _len_torch_dispatch_stack() == outside + 1
+
+    tp_planner.enable_keras_distribution()
+    assert _len_torch_dispatch_stack() == outside
+    tp_planner.disable_keras_distribution()
+    assert _len_torch_dispatch_stack() == outside + 1
+    keras.distribution.set_distribution(None)
+    assert _len_torch_dispatch_stack() == outside
 
 
 # Devices and processes
@@ -291,8 +308,9 @@ def test_model_parallel_of_keras() -> None:
     assert distribution.get_tensor_layout("/model/layer/tensor").axes == ("data", None)
     assert distribution.get_tensor_layout("/model/layer/other") is None
     assert distribution.get_data_layout((4, 2)).axes == ("data", None)
-    dataset = object()
-    assert distribution.distribute_dataset(dataset) is dataset
+    if hasattr(distribution, "distribute_dataset"):  # not from Keras 3.16 on
+        dataset = object()
+        assert distribution.distribute_dataset(dataset) is dataset
 
 
 def test_processes_that_do_not_fit_the_replicas() -> None:

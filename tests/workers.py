@@ -31,8 +31,11 @@ from unittest import mock
 import keras
 import torch.distributed as dist
 from keras.src.backend.common import dtypes
+from keras.src.models.model import Trainer
 from keras_hub.src.models.gemma import rms_normalization
 from keras_hub.src.models.llama import llama_decoder, llama_layernorm
+
+from tp_planner.runtime.model import applied_to
 
 TIMEOUT_S = 120.0  # for one run
 START_S = 180.0  # for the processes to import everything and to find each other
@@ -201,6 +204,7 @@ def _work(rank: int, size: int, port: int, pipe: Connection, dump: Path) -> None
         faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+        _let_plain_models_train_alone()
         patched = _what_tests_patch()
         _spare_the_collector()
         pipe.send_bytes(pickle.dumps(Answer()))
@@ -245,6 +249,21 @@ def _what_tests_patch() -> list[Entry]:
         (vars(rms_normalization), "ops"),
     )
     return [(namespace, name, namespace[name]) for namespace, name in places]
+
+
+def _let_plain_models_train_alone() -> None:
+    """Keep Keras 3.16 from replicating plain models over the ranks: they are what parallel ones are compared with."""
+    if not hasattr(Trainer, "_initialize_ddp"):
+        return
+    initialize, results = Trainer._initialize_ddp, Trainer.get_metrics_result
+
+    def is_alone(model: keras.Model) -> bool:
+        return applied_to(model) is None and keras.distribution.distribution() is None
+
+    Trainer._initialize_ddp = lambda self: None if is_alone(self) else initialize(self)
+    Trainer.get_metrics_result = lambda self: (
+        super(Trainer, self).get_metrics_result() if is_alone(self) else results(self)
+    )
 
 
 def _spare_the_collector() -> None:

@@ -17,6 +17,7 @@ from unittest import mock
 import keras
 import torch
 import torch.utils.checkpoint
+from keras.src.backend.common.variables import get_autocast_scope
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -366,7 +367,7 @@ class Recorder(WatchingMode):
         region after the other, it is converted once.
         """
         running = {call.id for call in self._stack}
-        scope = keras.src.backend.get_autocast_scope()
+        scope = get_autocast_scope()
         ids = [self.tensor_id(leaf) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
 
         def described(leaf: Any, number: int | None) -> Any:

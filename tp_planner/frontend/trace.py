@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten
 from tp_planner.frontend.blocks import Blocks
 from tp_planner.frontend.fake_mode import FakeCpuMode
 from tp_planner.frontend.functions import FunctionRecorder
+from tp_planner.frontend.keras_internals import core, to_torch_dtype
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.frontend.quiet import quiet_torch
 from tp_planner.frontend.recorder import BlockNotAlone, CapturedVariable, Recorder
@@ -140,7 +141,7 @@ def fake_tensors() -> Iterator[None]:
     no_generator = mock.patch("keras.src.backend.torch.random.torch_seed_generator", lambda seed: None)
     # Fake views then work out strides by arithmetic, not by the walk over prims that symbolic shapes need.
     plain_views = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    no_values = mock.patch("keras.src.backend.torch.core.cond", _cond_without_values)
+    no_values = mock.patch.object(core, "cond", _cond_without_values)
     with contextlib.ExitStack() as stack:
         for context in (keras.device("cpu"), no_generator, no_values, quiet_torch(), torch.enable_grad(), plain_views):
             stack.enter_context(context)
@@ -148,13 +149,13 @@ def fake_tensors() -> Iterator[None]:
         yield
 
 
-_cond = keras.src.backend.torch.core.cond
+_cond = core.cond
 
 
 @contextlib.contextmanager
 def conditions_need_values() -> Iterator[None]:
     """Inside fake_tensors, a condition on a fake tensor fails, as on any tensor without a value."""
-    with mock.patch("keras.src.backend.torch.core.cond", _cond):
+    with mock.patch.object(core, "cond", _cond):
         yield
 
 
@@ -222,8 +223,6 @@ def _fake_tensor(spec: Any) -> torch.Tensor:
     if sizes and spec.shape[0] is None:
         sizes[0] = BATCH_SIZE
     dtype = keras.backend.standardize_dtype(spec.dtype or keras.config.floatx())
-    from keras.src.backend.torch.core import to_torch_dtype
-
     return torch.empty(sizes, dtype=to_torch_dtype(dtype), device="cpu")
 
 

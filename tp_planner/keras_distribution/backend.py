@@ -13,11 +13,11 @@ from typing import Any, Literal
 import keras
 import torch
 import torch.distributed as dist
-from keras.src.backend.torch.core import convert_to_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from tp_planner.frontend.keras_internals import convert_to_tensor
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.placement import chunk_sizes
 from tp_planner.keras_distribution.calling import in_layer_call

@@ -13,10 +13,10 @@ from typing import Any
 import keras
 import numpy as np
 import torch
-from keras.src.backend.torch.core import convert_to_numpy, to_torch_dtype
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
+from tp_planner.frontend.keras_internals import convert_to_numpy, to_torch_dtype
 from tp_planner.keras_distribution.backend import BackendLayout, own_part, scatter_from_rank_zero, whole_of
 from tp_planner.keras_distribution.calling import in_layer_call, is_symbolic
 from tp_planner.runtime.rendezvous import meet

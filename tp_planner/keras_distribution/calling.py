@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import in_stateless_scope
-from keras.src.backend.torch.core import get_device
+
+from tp_planner.frontend.keras_internals import get_device
 
 
 def in_layer_call() -> bool:

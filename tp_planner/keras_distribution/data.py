@@ -7,6 +7,7 @@ a model predicts for the shares is put together again.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -14,7 +15,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import keras
 import numpy as np
@@ -160,12 +160,22 @@ def shared_out(plain: Callable[..., DataAdapter]) -> Callable[..., DataAdapter]:
         share = own_share()
         if share is None:
             return plain(*args, **kwargs)
-        distribution = keras.distribution.distribution()
-        with mock.patch.object(distribution, "_is_multi_process", False):  # Keras itself shares out tf.data alone
+        with without_distribution():  # under one, Keras 3.15 takes nothing but tf.data, and Keras 3.16 shares it out
             adapter = plain(*args, **kwargs)
         return SharedDataAdapter(adapter, share.shard, share.shards)
 
     return get_data_adapter
+
+
+@contextlib.contextmanager
+def without_distribution() -> Iterator[None]:
+    """Inside, no distribution is current."""
+    current = keras.distribution.distribution()
+    keras.distribution.set_distribution(None)
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(current)
 
 
 # Single batches, and rows that come out
@@ -209,10 +219,13 @@ def predicting_all_rows(plain: Callable[..., None]) -> Callable[..., None]:
 
         @functools.wraps(own_rows)
         def all_rows(data: Any) -> Any:
-            outputs, share = own_rows(data), own_share()
+            share = own_share()
             if share is None or share.shards == 1:
-                return outputs
-            return keras.tree.map_structure(lambda leaf: rows_of_all(leaf, share), outputs)
+                return own_rows(data)
+            batches = [
+                keras.tree.map_structure(lambda leaf: rows_of_all(leaf, share), own_rows([batch])) for batch in data
+            ]
+            return keras.tree.map_structure(lambda *leaves: torch.cat(leaves), *batches)
 
         self.predict_function = all_rows
 

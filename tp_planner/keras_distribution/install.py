@@ -9,6 +9,7 @@ from typing import Any
 import keras
 from keras.src import backend as keras_backend
 from keras.src.backend import torch as torch_backend
+from keras.src.backend.torch import trainer as torch_trainer
 from keras.src.callbacks import CallbackList, backup_and_restore, model_checkpoint
 from keras.src.distribution import distribution_lib
 from keras.src.trainers import data_adapters
@@ -43,10 +44,14 @@ def enable_keras_distribution() -> None:
             "tp_planner.disable_keras_distribution()",
             keras.__version__,
         )
-    for place in (keras_backend, distribution_lib, torch_backend):
-        _replace(place, "distribution_lib", backend)
-    _wrap(torch_backend.core.Variable, "_initialize", births.born_with_value)
-    _wrap(torch_backend.core.Variable, "_initialize_with_initializer", births.born_with_initializer)
+    _undo.append(lambda: keras.distribution.set_distribution(keras.distribution.distribution()))
+    with data.without_distribution():  # whose library ends what it does for it, and later begins again
+        for place in (keras_backend, distribution_lib, torch_backend):
+            _replace(place, "distribution_lib", backend)
+    if hasattr(torch_trainer, "ModelParallel"):
+        _keep_keras_from_distributing()
+    _wrap(torch_backend.Variable, "_initialize", births.born_with_value)
+    _wrap(torch_backend.Variable, "_initialize_with_initializer", births.born_with_initializer)
     _wrap(keras.Model, "_maybe_build", models.planned_when_built)
     _wrap(keras.Model, "_symbolic_build", models.checked_before_training)
     _wrap(keras.Model, "save", models.planned_before_saving)
@@ -69,6 +74,13 @@ def disable_keras_distribution() -> None:
     """Undo ``enable_keras_distribution``; models that are sharded stay so."""
     while _undo:
         _undo.pop()()
+
+
+def _keep_keras_from_distributing() -> None:
+    """Keep Keras 3.16 from distributing variables, batches and models: under a distribution it does, library or not."""
+    _replace(torch_backend.Variable, "_initialize_distributed", lambda self, initializer: None)
+    _replace(torch_trainer, "ModelParallel", ())  # no distribution is one of these, so that batches stay as they are
+    _wrap(torch_trainer.Trainer, "_initialize_ddp", models.not_replicated_by_keras)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:

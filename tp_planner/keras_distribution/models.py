@@ -86,6 +86,17 @@ def _refuse_jit(model: keras.Model) -> None:
         )
 
 
+def not_replicated_by_keras(plain: Callable[..., None]) -> Callable[..., None]:
+    """Return the trainer's ``_initialize_ddp``, which Keras 3.16 has, for models that no plan will replicate."""
+
+    @functools.wraps(plain)
+    def _initialize_ddp(self: keras.Model) -> None:
+        if not needs_plan(self):
+            plain(self)
+
+    return _initialize_ddp
+
+
 def planned_before_saving(plain: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``save`` or ``save_weights``: a model that is stored in shards is planned first, so that rank 0 writes."""
 

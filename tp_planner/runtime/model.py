@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+from keras.src.models.model import Trainer  # that of the backend
 
 from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.ir.placement import Shard
@@ -45,11 +46,35 @@ def take_over(model: keras.Model, applied: Applied) -> None:
         _override(model, name, _saving(model, name), applied)
     _override(model, "compile", _compiling(model, applied), applied)
     _replay_if_asked(model, applied)
+    _keep_from_distributing(model, applied)
     if applied.replicas is not None:
         _take_replicas_into_account(model, applied, applied.replicas)
     adopt_at_first_use()
     if getattr(model, "optimizer", None) is not None:
         adopt_optimizer(model.optimizer, applied.axes)
+
+
+def _keep_from_distributing(model: keras.Model, applied: Applied) -> None:
+    """Let Keras's trainer work as in one process; in a process group, that of Keras 3.16 distributes on its own.
+
+    It puts models into DistributedDataParallel, and adds up what the metrics of all ranks have counted. The latter is
+    in a method that users override and call, so it is wrapped for all models, once; for plain ones it does what it did.
+    """
+    if not hasattr(Trainer, "_initialize_ddp"):
+        return
+    model.__dict__["ddp_model"] = None
+    _override(model, "_initialize_ddp", lambda: None, applied)
+    if not hasattr(Trainer.get_metrics_result, "keeps_to_its_rank"):
+        Trainer.get_metrics_result = _of_its_rank(Trainer.get_metrics_result)
+
+
+def _of_its_rank(plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(plain)
+    def get_metrics_result(self: Any) -> Any:
+        return super(Trainer, self).get_metrics_result() if applied_to(self) is not None else plain(self)
+
+    get_metrics_result.keeps_to_its_rank = True  # type: ignore[attr-defined]
+    return get_metrics_result
 
 
 def _take_replicas_into_account(model: keras.Model, applied: Applied, replicas: Replicas) -> None:

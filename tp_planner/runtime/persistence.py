@@ -1,6 +1,6 @@
 """Save a parallel model with Keras's own calls: rank 0 writes one ordinary file, variable by variable.
 
-While ranks save together rank 0 runs Keras's own code; whenever that asks a sharded variable for its array,
+While ranks save together rank 0 runs Keras's own code; whenever that asks a sharded variable for its value,
 rank 0 tells the others which one, all gather it, and only rank 0 keeps it. So no order of variables has to be
 known, and no rank holds more than one whole variable.
 """
@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import keras
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -41,10 +39,9 @@ def save_together(what: str, variables: Iterable[Any], save: Callable[[], Any]) 
         return None
     numbers = {id(variable): number for number, variable in enumerate(sharded)}
 
-    def gather(variable: Any) -> np.ndarray:
+    def gather(variable: Any) -> torch.Tensor:
         _tell(numbers[id(variable)])
-        array: np.ndarray = keras.src.backend.convert_to_numpy(whole_tensor(variable))
-        return array
+        return whole_tensor(variable)
 
     for variable in sharded:
         variable._stored.gathering = gather

@@ -13,12 +13,13 @@ from typing import Any
 
 import keras
 import torch
-from keras.src.backend.torch.core import get_device
+from keras.src.backend.common.masking import set_keras_mask
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from tp_planner.frontend.contractions import call_mode
+from tp_planner.frontend.keras_internals import get_device
 from tp_planner.ir.errors import ParallelRuntimeError
 from tp_planner.ir.placement import Shard
 from tp_planner.ir.plan import Boundary, LayerPlan
@@ -178,7 +179,7 @@ class LayerCalls:
         if plan.epilogue_after_output and layer.activation is not None:
             result = layer.activation(result)
         if result is not output and hasattr(output, "_keras_mask"):
-            keras.src.backend.set_keras_mask(result, output._keras_mask)
+            set_keras_mask(result, output._keras_mask)
         return result
 
     def _convert(self, args: Any, kwargs: Any, position: int, boundary: Boundary, site: Site) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ batch axis: then the parts are put together before each use, and let go after it
 
 - during a planned layer call, what the plan says the layer reads: a plain local tensor, gradients flowing back;
 - during an optimizer update, this rank's plain shard;
+- while ranks save it together, the whole value;
 - anywhere else the DTensor parameter itself, the leaf that holds ``.grad``.
 """
 
@@ -20,12 +21,13 @@ import keras
 import numpy as np
 import torch
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
-from keras.src.backend.torch.core import get_device, to_torch_dtype
+from keras.src.backend.common.variables import get_autocast_scope
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate as TorchReplicate
 from torch.distributed.tensor import Shard as TorchShard
 
+from tp_planner.frontend.keras_internals import convert_to_numpy, get_device, to_torch_dtype
 from tp_planner.ir.placement import WHOLE, Partial, Placement, Replicate, Shape, Shard, chunk_sizes, local_shape
 from tp_planner.ir.plan import Boundary, Transition
 from tp_planner.runtime.boundaries import Axes, Axis, cross, gather, reduce_to_shard
@@ -86,7 +88,7 @@ class Stored:
     sharding: Sharding
     plain_class: type
     replicas: Replicas | None = None  # of a variable whose gradients the batch axis averages
-    gathering: Callable[[Any], np.ndarray] | None = None  # set while ranks save together
+    gathering: Callable[[Any], torch.Tensor] | None = None  # set while ranks save together
     whole: torch.Tensor | None = None  # set while a non-elementwise update works on the whole value
 
     @property
@@ -110,6 +112,8 @@ class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
             return self._maybe_autocast(torch.empty(self._shape, dtype=to_torch_dtype(self._dtype), device="meta"))
         if self._stored.whole is not None:
             return self._stored.whole
+        if self._stored.gathering is not None:  # Keras 3.16 saves values; Keras 3.15 asks for arrays
+            return self._stored.gathering(self)
         if running.values == "local":
             return local_tensor(self)
         for frame in reversed(running.frames):
@@ -121,7 +125,7 @@ class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
         return self._value
 
     def _read_once(self, cache: dict[tuple[int, Any], torch.Tensor], reader: Reader) -> torch.Tensor:
-        scope = keras.src.backend.get_autocast_scope()
+        scope = get_autocast_scope()
         key = (id(self), None if scope is None else scope.dtype)
         if key not in cache:
             cache[key] = running.run(reader, self)
@@ -167,7 +171,7 @@ class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         gathering = self._stored.gathering
-        array = gathering(self) if gathering is not None else whole_array(self)
+        array = convert_to_numpy(gathering(self)) if gathering is not None else whole_array(self)
         return array.astype(dtype) if dtype else array
 
     def __repr__(self) -> str:
@@ -349,7 +353,7 @@ def whole_array(variable: Any) -> np.ndarray:
     """
     if is_sharded(variable):
         meet(f"reading the whole value of variable {variable.path!r}")
-    array: np.ndarray = keras.src.backend.convert_to_numpy(whole_tensor(variable))
+    array: np.ndarray = convert_to_numpy(whole_tensor(variable))
     return array
 
 

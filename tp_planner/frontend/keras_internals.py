@@ -1,0 +1,15 @@
+"""Functions of Keras's torch backend that have no public name, wherever the installed Keras keeps them.
+
+Keras 3.15 has them in ``keras.src.backend.torch.core``, Keras 3.16 in ``keras.src.backend.torch.ops.core``.
+"""
+
+from __future__ import annotations
+
+from keras.src.backend import torch as torch_backend
+
+core = torch_backend.core if hasattr(torch_backend, "core") else torch_backend.ops.core
+
+convert_to_numpy = core.convert_to_numpy
+convert_to_tensor = core.convert_to_tensor
+get_device = core.get_device
+to_torch_dtype = core.to_torch_dtype
