@@ -4,11 +4,16 @@ SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+NIGHTLY := .venv-nightly/bin/python
+
+NIGHTLY_TESTS := $(addprefix tests/test_,parity.py collectives.py contract.py keras_distribution.py model_parallel.py \
+	distributed_fit.py persistence.py)
 
 export KERAS_BACKEND := torch
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check demo selftest sweep bench jax-parity keras-distribution-tests clean
+.PHONY: help setup test check demo selftest sweep bench jax-parity vs-keras-nightly keras-nightly-tests \
+	keras-distribution-tests clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 32
@@ -50,6 +55,13 @@ bench: $(INSTALLED) ## Time training steps against hand-written tensor paralleli
 
 jax-parity: $(INSTALLED) ## Train one script on JAX and on torch and compare; skipped without JAX in .venv-jax
 	$(PYTHON) benchmarks/jax_parity.py
+
+vs-keras-nightly: $(INSTALLED) ## Time training steps against Keras nightly's ModelParallel; skipped without it in .venv-nightly
+	$(PYTHON) benchmarks/vs_keras_nightly.py
+
+keras-nightly-tests: ## Run tests under Keras nightly; skipped without it in .venv-nightly, see vs-keras-nightly
+	@if test -x $(NIGHTLY); then $(NIGHTLY) -m pytest -q $(NIGHTLY_TESTS); \
+	else echo "skipped: there is no Keras nightly in .venv-nightly; make vs-keras-nightly says how to install it"; fi
 
 keras-distribution-tests: $(INSTALLED) ## Run Keras's own tests of keras.distribution against this library
 	$(PYTHON) benchmarks/keras_distribution_tests.py

@@ -125,7 +125,6 @@ class AddPositions(keras.layers.Layer):
 
 def keras_gpt(size: Size, weights: Weights) -> keras.Model:
     """Return a causal GPT of flat Keras layers, norms before attention and feed-forward, logits per token."""
-    keras.utils.clear_session()
     tokens = keras.Input((size.length,), dtype="int32", name="tokens")
     x = keras.layers.Embedding(VOCABULARY, size.width, name="token_embedding")(tokens)
     x = AddPositions(name="position_embedding")(x)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launch import environment, free_port
 from report import FOOTNOTE, heading, table
 
 HERE = Path(__file__).resolve().parent
@@ -35,35 +34,11 @@ def run(size: str, repeat: int, shard_floor: bool) -> dict[str, Any]:
         result = Path(folder) / "result.json"
         command = [sys.executable, str(HERE / "measure.py"), "--size", size, "--repeat", str(repeat)]
         command += ["--result", str(result), *(["--shard-floor"] if shard_floor else [])]
-        port = _free_port()
-        workers = [subprocess.Popen(command, env=_environment(rank, port)) for rank in range(PROCESSES)]
+        port = free_port()
+        workers = [subprocess.Popen(command, env=environment(rank, PROCESSES, port)) for rank in range(PROCESSES)]
         _wait(workers)
         measured: dict[str, Any] = json.loads(result.read_text())
         return measured
-
-
-def _environment(rank: int, port: int) -> dict[str, str]:
-    """Return torchrun's variables, one thread for each process, and this checkout's tp_planner first."""
-    paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {
-        **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(PROCESSES),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "KERAS_BACKEND": "torch",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _wait(workers: list[subprocess.Popen[bytes]]) -> None:
