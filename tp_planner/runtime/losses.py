@@ -17,9 +17,9 @@ from unittest import mock
 import keras
 import torch
 import torch.distributed as dist
-from keras.src.backend.torch.core import convert_to_tensor, get_device
 from keras.src.losses import loss as keras_loss
 
+from tp_planner.frontend.keras_internals import convert_to_tensor, get_device
 from tp_planner.runtime.calls import METRICS
 from tp_planner.runtime.log import logger
 from tp_planner.runtime.replicas import Replicas, add_in_place, wait
