@@ -17,6 +17,7 @@ from unittest import mock
 import keras
 import torch
 import torch.distributed as dist
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.losses import loss as keras_loss
 
 from tp_planner.frontend.keras_internals import convert_to_tensor, get_device
@@ -64,10 +65,10 @@ def _rows(batch: Mapping[str, Any]) -> float:
 def _row_of_zeros(leaf: Any) -> Any:
     if not getattr(leaf, "ndim", 0):
         return leaf
-    tensor, mask = convert_to_tensor(leaf), keras.src.backend.get_keras_mask(leaf)
+    tensor, mask = convert_to_tensor(leaf), get_keras_mask(leaf)
     row = tensor.new_zeros((1, *tensor.shape[1:]))
     if mask is not None:
-        keras.src.backend.set_keras_mask(row, _row_of_zeros(mask))
+        set_keras_mask(row, _row_of_zeros(mask))
     return row
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 import torch
+from keras.src.backend.common.variables import get_autocast_scope
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tp_planner.runtime.calls import run_at_once, running
@@ -84,7 +85,7 @@ def _sort_of_call(leaves: Sequence[Any], tensors: Sequence[torch.Tensor], struct
             parts.append((type(leaf), leaf))
         else:
             return None
-    scope = keras.src.backend.get_autocast_scope()
+    scope = get_autocast_scope()
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch._C._is_any_autocast_enabled()
     return structure, tuple(parts), None if scope is None else scope.dtype, modes
 

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 import torch
+from keras.src.backend.common.variables import AutocastScope
 
 from tp_planner.frontend.layer_tree import own_variables
 from tp_planner.frontend.torch_modules import computing_with
@@ -41,7 +42,7 @@ def _calling(layer: keras.Layer) -> Callable[..., Any]:
 
     @functools.wraps(plain)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with keras.src.backend.AutocastScope(None):  # as the module does
+        with AutocastScope(None):  # as the module does
             tensors = {id(variable._value): variable.value for variable in _parallel(layer)}
         with computing_with(layer, tensors), _op_by_op():
             return plain(*args, **kwargs)
