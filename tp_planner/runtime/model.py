@@ -29,6 +29,7 @@ from tp_planner.runtime.replicas import Replicas
 from tp_planner.runtime.totals import results_of_all
 
 ATTRIBUTE = "_tp_planner"
+_ASKS_FOR_TORCH_COMPILE = ("_should_torch_compile", "_use_torch_compile")  # of a trainer, in Keras 3.15 and 3.16
 
 
 def applied_to(model: keras.Model) -> Applied | None:
@@ -149,10 +150,12 @@ def _compiling(model: keras.Model, applied: Applied) -> Callable[..., Any]:
 def _replay_if_asked(model: keras.Model, applied: Applied) -> None:
     """Let calls be replayed if the model is compiled with jit_compile=True; torch.compile has no part in it."""
     model.__dict__.pop("call", None)
-    model.__dict__.pop("_should_torch_compile", None)
+    for name in _ASKS_FOR_TORCH_COMPILE:
+        model.__dict__.pop(name, None)
     if not (model.compiled and model.jit_compile is True):
         return
-    _override(model, "_should_torch_compile", lambda: False, applied)
+    for name in _ASKS_FOR_TORCH_COMPILE:
+        _override(model, name, lambda: False, applied)
     if any(isinstance(each.batch_placement, Shard) for each in applied.plan.variables):
         logger.warning("[ModelParallel] jit_compile=True does nothing for model %r: variables are in parts", model.name)
         return
