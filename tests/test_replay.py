@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -43,12 +44,41 @@ class Keeping(layers.Layer):
         return x
 
 
+class KeepingInside(layers.Layer):
+    """Keeps the last input in a container, and adds it to the next."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.memory = SimpleNamespace(last=[])
+
+    def call(self, x: Any) -> Any:
+        before, self.memory.last = self.memory.last, [x.detach() + 1.0]
+        return x if not before or before[0].is_meta else x + 0.1 * before[0]
+
+
+class Averaging(torch.nn.Module):
+    """Keeps a running mean in a buffer, which it sets anew in each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not x.is_meta:
+            self.mean = 0.5 * self.mean.to(x) + 0.5 * x.mean(0).detach()
+        return x + self.mean.to(x)
+
+
 class Penalized(layers.Layer):
     """Adds a loss."""
 
     def call(self, x: Any) -> Any:
         self.add_loss(0.01 * ops.mean(ops.square(x)))
         return x
+
+
+def averaged(**options: Any) -> layers.Layer:
+    return layers.TorchModuleWrapper(Averaging(), output_shape=(None, 32), **options)
 
 
 def recomputed(**options: Any) -> layers.Layer:
@@ -59,6 +89,8 @@ def recomputed(**options: Any) -> layers.Layer:
 MIDDLES: dict[str, tuple[Callable[..., layers.Layer], str]] = {
     "a value": (Scaled, "code depends on values, by aten._local_scalar_dense.default"),
     "a kept tensor": (Keeping, "layer 'middle' keeps a tensor that its call has made"),
+    "a tensor kept inside": (KeepingInside, "layer 'middle' keeps a tensor that its call has made"),
+    "a buffer": (averaged, "layer 'middle' keeps a tensor that its call has made"),
     "recomputation": (recomputed, "code runs again in the backward pass"),
     "a loss": (Penalized, "layer 'middle' adds a loss"),
     "dropout": (partial(layers.Dropout, 0.5, seed=3), "code depends on values, by aten._local_scalar_dense.default"),
@@ -181,6 +213,73 @@ def with_arguments() -> tuple[list[np.ndarray], list[np.ndarray]]:
     return plain, replayed
 
 
+class TwoLayers(keras.Model):
+    """Column- and row-parallel; its own ``call`` takes the input alone."""
+
+    def __init__(self) -> None:
+        super().__init__(name="model")
+        self.up, self.down = layers.Dense(8, "gelu", name="up"), layers.Dense(6, name="down")
+        self.attending, self.dropping = Attending(name="attending"), DoublesInTraining(name="doubles")
+
+    def call(self, x: Any) -> Any:
+        return self.dropping(self.attending(self.down(self.up(x)))) + 0.0
+
+
+class Attending(layers.Layer):
+    """Multiplies by its mask, if it is given one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.supports_masking = True
+
+    def call(self, x: Any, mask: Any = None) -> Any:
+        return x if mask is None else x * ops.cast(mask, x.dtype)[..., None]
+
+
+class DoublesInTraining(layers.Layer):
+    def call(self, x: Any, training: bool = False) -> Any:
+        return 2 * x if training else x
+
+
+class Around(layers.Layer):
+    """Calls a model, and says whether it is a call in training."""
+
+    def __init__(self, model: keras.Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        return self.model(x)
+
+
+def told_from_around() -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return what two models give, one of them replayed, where training, a mask or values come from around them."""
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 3, 6)).astype("float32"))
+    masked = [x.clone() for _ in range(2)]
+    for mask, each in zip((torch.ones(4, 3), torch.eye(4, 3)), masked, strict=True):
+        keras.src.backend.common.masking.set_keras_mask(each, mask > 0)
+    models = []
+    for _ in range(2):
+        model = TwoLayers()
+        model(x)
+        models.append(randomize(model))
+    rules = {".*up/kernel": (None, "model"), ".*up/bias": ("model",), ".*down/kernel": ("model", None)}
+    models[1].compile("sgd", "mse", jit_compile=True)
+    tp_planner.parallelize(models[1], layout_map(rules), inputs=x)
+
+    def results(model: keras.Model) -> list[np.ndarray]:
+        around = Around(model)
+        found = [around(x, training=True) for _ in range(STEPS)]
+        found += [around(x, training=False)]
+        found += [model(each) for each in (*masked, *masked)]
+        bias = model.down.bias
+        with keras.StatelessScope([(bias, ops.ones_like(bias.value))]):
+            found.append(model(x))
+        return [keras.ops.convert_to_numpy(each) for each in found]
+
+    return list(zip(*map(results, models), strict=True))
+
+
 # In the parent
 
 
@@ -224,3 +323,10 @@ def test_each_sort_of_call_has_a_program_until_the_model_is_compiled_anew(pools:
 def test_a_tensor_may_be_given_twice(pools: Callable[[int], WorkerPool]) -> None:
     for plain, replayed in pools(2).run(with_arguments):
         np.testing.assert_allclose(replayed, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_what_calls_are_told_from_around_them(pools: Callable[[int], WorkerPool]) -> None:
+    """Whether it is training, masks of inputs, and values of a stateless scope are no part of a program."""
+    for results in pools(2).run(told_from_around):
+        for plain, replayed in results:
+            np.testing.assert_allclose(replayed, plain, rtol=1e-5, atol=1e-6)

@@ -61,7 +61,9 @@ SCRIPT = """
 import os, sys, time
 import keras
 
-print("has", keras.distribution.list_devices(), sys.argv[1:], __name__, flush=True)
+# At once, for the processes write to one pipe.
+sys.stdout.write(f"has {keras.distribution.list_devices()} {sys.argv[1:]} {__name__}\\n")
+sys.stdout.flush()
 keras.distribution.initialize()
 if os.environ["RANK"] == "1" and "fail" in sys.argv:
     print("dies", time.time(), flush=True)

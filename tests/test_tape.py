@@ -30,6 +30,19 @@ class Doubled(torch.autograd.Function):
         return 2 * gradient
 
 
+class Switching(torch.autograd.Function):
+    """Switches gradients on in its forward pass, which torch ends."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * 2
+
+
 def in_place(x: torch.Tensor) -> torch.Tensor:
     y = x * 2
     y += 1
@@ -90,6 +103,8 @@ def inputs(seed: int) -> torch.Tensor:
         ("aecd,abcd->acbe", [(2, 3, 4, 5), (2, 6, 4, 5)], None),
         ("aab,bc->ac", [(2, 2, 3), (3, 4)], None),
         ("ab,ab->ab", [(2, 3), (2, 3)], None),
+        ("bab,bc->bac", [(3, 3, 3), (3, 4)], None),
+        ("ab,bcb->acb", [(2, 3), (3, 4, 3)], None),
         ("...b,bc->...c", [(2, 3), (3, 4)], None),
     ],
 )
@@ -141,6 +156,8 @@ def test_a_program_does_what_the_code_does(code: Code) -> None:
         (lambda x: x * x.tolist()[0][0], "torch's tolist returns a list"),
         (lambda x: x * torch.from_numpy(x.numpy()), "torch's numpy returns a ndarray"),
         (lambda x: Doubled.apply(x), "code switches gradients or dtypes by other means than torch functions"),
+        (lambda x: Switching.apply(x), "code switches gradients or dtypes by other means than torch functions"),
+        (lambda x: torch.vmap(torch.sin)(x), "code runs inside a transform of torch.func"),
         (lambda x: torch._C._functions.UndefinedGrad()(x) + 1, "a tensor is made by other means than torch functions"),
     ],
 )

@@ -14,6 +14,9 @@ from tests.models import CASES
 from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.frontend.trace import trace
 from tp_planner.ir.graph import ModelGraph
+from tp_planner.ir.layout import Layout, LayoutRule
+from tp_planner.ir.mesh import Mesh
+from tp_planner.planner import make_plan
 
 
 def calls_of(graph: ModelGraph, layer: str) -> list[Any]:
@@ -128,3 +131,43 @@ def test_example_inputs_give_the_shapes(inputs: Any) -> None:
     model.build((None, None, 4))
     graph = trace(model, inputs)
     assert graph.tensors[graph.outputs[0]].shape == (3, 5, 2)
+
+
+class Keeps(keras.layers.Layer):
+    """Keeps what it has made: in an attribute, in a container that was there, and in a new one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.last, self.known = None, {"first": 1.0, "all": []}
+
+    def call(self, x: Any) -> Any:
+        y = x * 2
+        self.last, self.known["last"] = y, y
+        self.known["all"].append(y)
+        self.new = (y,)
+        return y
+
+
+class Buffered(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mean = self.mean + x.mean(0).detach()
+        return x + self.mean
+
+
+def test_planning_leaves_no_fake_tensors() -> None:
+    """What layers keep in attributes, containers and buffers is as it was before the model was planned."""
+    inputs = keras.Input((4,))
+    x = keras.layers.TorchModuleWrapper(Buffered(), output_shape=(None, 4), name="torch")(Keeps(name="keeps")(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(4, name="up")(x))
+    keeps, module = model.get_layer("keeps"), model.get_layer("torch").module
+    keeps.last, keeps.known = None, {"first": 1.0, "all": []}
+    vars(keeps).pop("new", None)
+    buffer = module.mean = torch.ones(4)
+    make_plan(model, Layout(Mesh((("model", 2),)), (LayoutRule("up/kernel", (None, "model")),)))
+    assert (keeps.last, keeps.known) == (None, {"first": 1.0, "all": []})
+    assert "new" not in vars(keeps)
+    assert module.mean is buffer

@@ -140,6 +140,12 @@ def own_gradient(x: Any, weight: Any) -> Any:
     return tanh(x * weight)
 
 
+def read_without_gradient_first(x: Any, weight: Any) -> Any:
+    with torch.no_grad():
+        largest = ops.max(ops.abs(weight))
+    return x * weight / largest
+
+
 class Rows(layers.Layer):
     """A row-parallel layer, and a table of rows, in torch's own functions."""
 
@@ -267,6 +273,7 @@ MODELS: dict[str, Callable[[], keras.Model]] = {
     "written into": lambda: written(written_into),
     "by its size": lambda: written(by_its_size),
     "own gradient": lambda: written(own_gradient),
+    "read without gradient first": lambda: written(read_without_gradient_first),
     "rows": rows,
     "layer normalization": lambda: between(layers.LayerNormalization(name="layer_norm")),
     "group normalization": lambda: between(layers.GroupNormalization(4, name="group_norm")),

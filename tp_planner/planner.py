@@ -10,6 +10,7 @@ import keras
 
 from tp_planner.frontend.blocks import Blocks, find_blocks
 from tp_planner.frontend.fingerprint import fingerprint
+from tp_planner.frontend.kept_tensors import no_fakes_left
 from tp_planner.frontend.layer_tree import named_layers, naming_once
 from tp_planner.frontend.survey import survey
 from tp_planner.frontend.trace import require_built, trace
@@ -50,7 +51,7 @@ def make_plan(
     """
     require_built(model)
     layout = replace(layout, mesh=layout.mesh.across(layout.mesh.batch_axis))
-    with naming_once(model), without_collector():
+    with naming_once(model), without_collector(), no_fakes_left(model):
         layers, variables = survey(model)
         resolution = resolve_rules(layout, variables, {name: layer.path for name, layer in layers.items()})
         job = _Job(model, layout, inputs, optimizer, layers, variables, resolution)

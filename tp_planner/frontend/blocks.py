@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import torch
 
-from tp_planner.frontend.layer_tree import named_layers, named_variables, own_variables
+from tp_planner.frontend.layer_tree import BOOKKEEPING, named_layers, named_variables, own_variables
 from tp_planner.frontend.penalties import penalty_kind
 
 _PLAIN = (int, float, str, bool, bytes, complex, type(None))
@@ -28,8 +28,7 @@ _INERT = (
     keras.random.SeedGenerator,
     torch.nn.Module,
 )
-# What every Keras layer has: names, hooks and bookkeeping, but for these three, which matter.
-_COMMON = frozenset(keras.layers.Layer(name="probe").__dict__) - {"_dtype_policy", "_trainable", "autocast"}
+_COMMON = BOOKKEEPING - {"_dtype_policy", "_trainable", "autocast"}  # these three matter
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ import keras
 
 from tp_planner.frontend.torch_modules import parameter_names
 
+# What every Keras layer has: names, hooks and bookkeeping.
+BOOKKEEPING = frozenset(keras.layers.Layer(name="probe").__dict__)
+
 
 class _Known(threading.local):
     model: keras.Model | None = None

@@ -35,7 +35,7 @@ class Frame:
         self.owner, self.readers = owner, readers
         self.functions: Any = None  # the mode that watches the layer's own code
         self.changed: Callable[[], AbstractContextManager[None]] = nullcontext  # what the layer is while it runs
-        self.cache: dict[tuple[int, Any], torch.Tensor] = {}
+        self.cache: dict[tuple[Any, ...], torch.Tensor] = {}
         self.kept: Any = None
 
     def copy(self) -> Frame:

@@ -31,7 +31,7 @@ def contracted_dims(args: tuple[Any, ...]) -> int | None:
     is_product = (
         0 < dims < min(len(left), len(right))
         and (left[-dims:], left[:-dims] + right[dims:]) == (right[:dims], out)
-        and len(set(out)) == len(out)
+        and all(len(set(labels)) == len(labels) for labels in (left, right, out))
         and x.shape[-dims:] == weight.shape[:dims]  # einsum stretches dims of 1
     )
     return dims if is_product else None

@@ -13,9 +13,12 @@ from typing import Any
 import keras
 import numpy as np
 import torch
+from keras.src.backend.common import global_state
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.backend.common.variables import get_autocast_scope
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from tp_planner.frontend.kept_tensors import kept_tensors
 from tp_planner.runtime.calls import run_at_once, running
 from tp_planner.runtime.log import logger
 from tp_planner.runtime.styles import is_symbolic
@@ -41,7 +44,7 @@ def replaying(model: keras.Model, layers: Mapping[str, keras.Layer]) -> Callable
         leaves, structure = tree_flatten((args, kwargs))
         leaves = [keras.ops.convert_to_tensor(leaf) if _is_numbers(leaf) else leaf for leaf in leaves]
         tensors = list({id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}.values())
-        key = None if is_symbolic() or running.run is not run_at_once else _sort_of_call(leaves, tensors, structure)
+        key = None if _is_special() else _sort_of_call(leaves, tensors, structure)
         if key is None or key in refused or (key not in programs and len(programs) == MOST_PROGRAMS):
             return plain(*args, **kwargs)
         program = programs.get(key)
@@ -63,6 +66,12 @@ def replaying(model: keras.Model, layers: Mapping[str, keras.Layer]) -> Callable
     return call
 
 
+def _is_special() -> bool:
+    """Whether a call is made for something else than its values here and now: for shapes, a tape, a recomputation."""
+    in_backward = torch._C._current_graph_task_id() != -1
+    return is_symbolic() or in_stateless_scope() or in_backward or running.run is not run_at_once
+
+
 def _is_numbers(leaf: Any) -> bool:
     return isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf"
 
@@ -78,7 +87,7 @@ def _sort_of_call(leaves: Sequence[Any], tensors: Sequence[torch.Tensor], struct
     places = {id(tensor): place for place, tensor in enumerate(tensors)}
     parts: list[Hashable] = []
     for leaf in leaves:
-        if type(leaf) is torch.Tensor:
+        if type(leaf) is torch.Tensor and not hasattr(leaf, "_keras_mask"):
             form = leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
             parts.append((places[id(leaf)], form))
         elif type(leaf) in PLAIN_ARGUMENTS:
@@ -87,7 +96,14 @@ def _sort_of_call(leaves: Sequence[Any], tensors: Sequence[torch.Tensor], struct
             return None
     scope = get_autocast_scope()
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch._C._is_any_autocast_enabled()
-    return structure, tuple(parts), None if scope is None else scope.dtype, modes
+    return structure, tuple(parts), None if scope is None else scope.dtype, modes, _call_context()
+
+
+def _call_context() -> Hashable:
+    """Return what layers are told by the calls around them, such as whether these are calls in training."""
+    context = global_state.get_global_attribute("current_call_ctx")
+    told = {} if context is None else {name: each for name, each in vars(context).items() if name != "entry_layer"}
+    return tuple(sorted((name, repr(each)) for name, each in told.items()))
 
 
 def _look_for_what_stays(tape: Tape, layers: Mapping[str, keras.Layer], output: Any) -> None:
@@ -95,7 +111,7 @@ def _look_for_what_stays(tape: Tape, layers: Mapping[str, keras.Layer], output: 
     for name, layer in layers.items():
         if layer._losses:
             tape.fail(f"layer {name!r} adds a loss")
-        if any(map(tape.has_made, vars(layer).values())):
+        if any(map(tape.has_made, kept_tensors(layer))):
             tape.fail(f"layer {name!r} keeps a tensor that its call has made")
     if any(hasattr(leaf, "_keras_mask") for leaf in tree_flatten(output)[0]):
         tape.fail("the output has a mask")

@@ -125,10 +125,7 @@ class LayerCalls:
                 running.frames.append(Frame(self, {}))
             return None
         if plan.scope and not running.scopes[self.model, plan.scope]:
-            raise ParallelRuntimeError(
-                f"layer {layer.name!r} is called outside {plan.scope!r}, where its tensors are sharded; "
-                f"call the whole model, or tp_planner.restore(model) first"
-            )
+            raise _called_outside(layer, plan.scope)
         frame = Frame(self, self.readers[plan.mode])
         running.frames.append(frame)
         for position, boundary, site in self.entries[plan.mode]:
@@ -226,6 +223,19 @@ class LayerCalls:
         order = plan.dropout_order
         ones = torch.ones([shape[dim] for dim in order], dtype=shard.dtype, device=shard.device)
         return (ones.permute([order.index(dim) for dim in range(len(order))]), *args[1:]), shard
+
+
+def _called_outside(layer: keras.Layer, scope: str) -> ParallelRuntimeError:
+    if torch._C._current_graph_task_id() != -1:  # autograd runs
+        return ParallelRuntimeError(
+            f"layer {layer.name!r} runs again in the backward pass, outside {scope!r}, where its tensors are sharded; "
+            f"call torch's checkpoint by its full name, torch.utils.checkpoint.checkpoint, and not by one that was "
+            f"imported from there before the model was planned"
+        )
+    return ParallelRuntimeError(
+        f"layer {layer.name!r} is called outside {scope!r}, where its tensors are sharded; "
+        f"call the whole model, or tp_planner.restore(model) first"
+    )
 
 
 def _changes_calls(plan: LayerPlan) -> bool:

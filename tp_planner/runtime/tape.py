@@ -75,6 +75,8 @@ class Tape:
 
     def program(self, output: Any) -> Program | None:
         """Return the function of the call's input tensors that returns ``output`` anew; None if there is none."""
+        if self._modes != _modes():
+            self.fail("code switches gradients or dtypes by other means than torch functions")
         result = self._expression(output)
         if self.problem:
             return None
@@ -133,6 +135,9 @@ class Tape:
         return self._constant(value)
 
     def _from_outside(self, tensor: torch.Tensor) -> str:
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            self.fail("code runs inside a transform of torch.func")
+            return ""
         if tensor in self._made or tensor.grad_fn is not None:
             self.fail("a tensor is made by other means than torch functions")
         return self._constant(tensor)

@@ -124,9 +124,9 @@ class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
             return running.run(read_whole, self, None)
         return self._value
 
-    def _read_once(self, cache: dict[tuple[int, Any], torch.Tensor], reader: Reader) -> torch.Tensor:
+    def _read_once(self, cache: dict[tuple[Any, ...], torch.Tensor], reader: Reader) -> torch.Tensor:
         scope = get_autocast_scope()
-        key = (id(self), None if scope is None else scope.dtype)
+        key = (id(self), None if scope is None else scope.dtype, torch.is_grad_enabled())
         if key not in cache:
             cache[key] = running.run(reader, self)
         return cache[key]
