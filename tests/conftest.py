@@ -13,7 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from tests.workers import Pools, WorkerPool  # imports Keras, which reads the environment once
 
 # Models of the zoo that `make test` trains in both dtypes on both numbers of processes; the others in float64 on two,
-# and in float32 on four.
+# and in float32 on four, but variants of them, which have a space in their names, on two alone.
 EVERYWHERE = {"mlp", "gpt", "llama", "handwritten"}
 
 
@@ -23,7 +23,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         trained = {"model", "dtype", "workers"} <= params.keys() and params["model"] not in EVERYWHERE
+        variant = {"model", "workers"} <= params.keys() and " " in params["model"]
         if trained and (params["dtype"], params["workers"]) in {("float32", 2), ("float64", 4)}:
+            item.add_marker(pytest.mark.slow)
+        elif variant and params["workers"] == 4:
             item.add_marker(pytest.mark.slow)
 
 
