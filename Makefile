@@ -12,7 +12,7 @@ NIGHTLY_TESTS := $(addprefix tests/test_,parity.py collectives.py contract.py ke
 export KERAS_BACKEND := torch
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check demo selftest sweep bench jax-parity vs-keras-nightly keras-nightly-tests \
+.PHONY: help setup test check demo selftest sweep bench bench-gpu jax-parity vs-keras-nightly keras-nightly-tests \
 	keras-distribution-tests clean
 
 help: ## Show this list
@@ -50,8 +50,11 @@ sweep: $(INSTALLED) ## Run the slow tests: every layer and every family, on 2 an
 	$(PYTHON) -m pytest -q -m slow
 	$(PYTHON) benchmarks/sweep_layers.py
 
-bench: $(INSTALLED) ## Time training steps against hand-written tensor parallelism
-	$(PYTHON) benchmarks/step_time.py --output benchmarks/results
+bench: $(INSTALLED) ## Run all benchmarks and write their results page, in about a quarter of an hour
+	$(PYTHON) benchmarks/bench.py
+
+bench-gpu: $(INSTALLED) ## Compare with hand-written torch code on one NVIDIA GPU; says so where there is none
+	$(PYTHON) benchmarks/gpu.py
 
 jax-parity: $(INSTALLED) ## Train one script on JAX and on torch and compare; skipped without JAX in .venv-jax
 	$(PYTHON) benchmarks/jax_parity.py

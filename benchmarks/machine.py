@@ -8,7 +8,7 @@ import platform
 import re
 from pathlib import Path
 
-PACKAGES = ("torch", "keras", "keras-hub")
+PACKAGES = ("torch", "keras", "keras-hub", "tp-planner")
 
 
 def facts() -> dict[str, str | int]:

@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -22,6 +21,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import machine
 
 HERE = Path(__file__).resolve().parent
 MESH = "model=8"
@@ -93,7 +94,6 @@ def measure(size: Size) -> dict[str, Any]:
     if first["plan_sha256"] != again["plan_sha256"]:
         raise AssertionError(f"two plans of {size.name} in one process differ")
     return {
-        "facts": {"torch": torch.__version__, "keras": keras.__version__, "keras_hub": keras_hub.__version__},
         "parameters": model.count_params(),
         "bytes_before": before,
         "bytes_peak": _peak_bytes(),
@@ -174,27 +174,16 @@ def _environment() -> dict[str, str]:
     }
 
 
-def facts(measured: Mapping[str, Any], repetitions: int) -> dict[str, Any]:
+def facts(repetitions: int) -> dict[str, Any]:
     """Return what the numbers depend on."""
     return {
-        "python": platform.python_version(),
-        **measured["facts"],
-        "machine": _processor(),
-        "cores": os.cpu_count(),
+        **machine.facts(),
         "threads": 1,
         "processes for each size": repetitions,
         "mesh": MESH,
         "preset": PRESET,
         "dtype policy": "bfloat16",
     }
-
-
-def _processor() -> str:
-    """Return the name of the processor, as far as the system tells it."""
-    table = Path("/proc/cpuinfo")
-    lines = table.read_text().splitlines() if table.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 # The numbers as text and as a picture
@@ -243,7 +232,7 @@ def _memory(measured: Measured, figure: str) -> float:
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Draw the medians over the number of layers, with the quartiles as bars."""
+    """Draw the medians over the number of layers, with the quartiles as bars, and the peak memory beside them."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -251,20 +240,24 @@ def draw(rows: Rows, path: Path) -> None:
     from matplotlib import pyplot
 
     layers = [size.layers for size, _ in rows]
-    figure, axes = pyplot.subplots(figsize=(6.4, 4))
+    figure, (times, memory) = pyplot.subplots(1, 2, figsize=(10, 4))
     quartiles = [
         statistics.quantiles(_each(measured, "first", "total_s"), n=4, method="inclusive") for _, measured in rows
     ]
     spread = [[q[1] - q[0] for q in quartiles], [q[2] - q[1] for q in quartiles]]
-    axes.errorbar(layers, [q[1] for q in quartiles], yerr=spread, marker="o", capsize=3, label="first plan")
-    axes.plot(layers, [_median(m, "again", "total_s") for _, m in rows], marker="o", label="planned again")
-    axes.plot(
+    times.errorbar(layers, [q[1] for q in quartiles], yerr=spread, marker="o", capsize=3, label="first plan")
+    times.plot(layers, [_median(m, "again", "total_s") for _, m in rows], marker="o", label="planned again")
+    times.plot(
         layers, [_median(m, "first", "simulation_s") for _, m in rows], marker="o", label="simulation in the first plan"
     )
-    axes.set(xlabel="decoder layers", ylabel="seconds, one core", title="Planning a Llama of 405B's width for 8 ranks")
-    axes.set(xlim=(0, None), ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend()
+    times.set(ylabel="seconds, one core", title="Planning a Llama of 405B's width for 8 ranks")
+    memory.plot(layers, [_memory(m, "bytes_peak") for _, m in rows], marker="o", label="peak")
+    memory.plot(layers, [_memory(m, "bytes_before") for _, m in rows], marker="o", label="before planning")
+    memory.set(ylabel="resident memory in GiB", title="Memory of the process")
+    for axes in (times, memory):
+        axes.set(xlabel="decoder layers", xlim=(0, None), ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
@@ -293,7 +286,7 @@ def main() -> None:
         return
     sizes = [SIZES[name] for name in options.sizes.split(",")]
     rows = [(size, repeat(size, options.repeat)) for size in sizes]
-    stated = facts(rows[0][1][0], options.repeat)
+    stated = facts(options.repeat)
     print(", ".join(f"{name} {value}" for name, value in stated.items()))
     print("", *table(rows), "", *verdicts(rows), sep="\n", flush=True)
     curve = []
