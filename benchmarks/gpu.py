@@ -47,6 +47,7 @@ from tp_planner.passes.estimate_time import estimate_time
 from tp_planner.planner import make_plan
 from tp_planner.runtime import process_group
 
+RESULTS = Path(__file__).resolve().parent / "results"
 # The shape of Llama-3-8B with 4 of its 32 layers, so that a whole model and its gradients fit several times.
 SHAPES = {
     "cuda": Shape(4, 4096, 32, 8, 14336, 128256, batch=2, length=2048),
@@ -140,7 +141,7 @@ def planned_llama(shape: Shape, ranks: int, tokens: torch.Tensor) -> tuple[keras
     """Return KerasHub's Llama 3, parallelized by the preset, and its plan, without an optimizer."""
     model = keras_llama(shape)
     layout = read_layout_file(find_layout_file("llama")).on(Mesh((("model", ranks),)))
-    plan = make_plan(model, layout, inputs_of(tokens), None)
+    plan = make_plan(model, layout, inputs_of(tokens.cpu()), None)
     return tp_planner.parallelize(model, plan), plan
 
 
@@ -347,7 +348,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", default="1,2,4,8", help="comma-separated sizes of the model axis")
     parser.add_argument("--repeat", type=int, default=20, help="timed calls of each work, at least 2")
     parser.add_argument("--device", choices=SHAPES, default="cuda", help="cpu tries the script at tiny sizes")
-    parser.add_argument("--output", type=Path, help="write every figure to gpu.json in this folder")
+    parser.add_argument("--output", type=Path, help="folder of gpu.json and gpu.md; on cuda results/DEVICE by default")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)  # what the processes are started with
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -366,16 +367,18 @@ def main() -> None:
         return
     results = [run(int(ranks), options.repeat, options.device) for ranks in options.ranks.split(",")]
     name = torch.cuda.get_device_name() if options.device == "cuda" else machine.processor()
-    stated = {**machine.facts(), "device": name, "dtype": "bfloat16", "repetitions": options.repeat}
     shape = asdict(SHAPES[options.device])
-    print(", ".join(f"{key} {value}" for key, value in {**stated, **shape}.items()))
-    print(*table(results), sep="\n")
+    stated = {**machine.facts(), "device": name, "dtype": "bfloat16", "repetitions": options.repeat}
+    text = [", ".join(f"{key} {value}" for key, value in {**stated, **shape}.items()), *table(results)]
     if options.device == "cuda":
-        print("", *verdicts(results), sep="\n")
+        text += ["", *verdicts(results)]
+        options.output = options.output or RESULTS / machine.in_short(name)
+    print(*text, sep="\n")
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
         data = {**stated, "shape": shape, "processes": results}
         (options.output / "gpu.json").write_text(json.dumps(data, indent=1) + "\n")
+        (options.output / "gpu.md").write_text("\n".join([f"# {name}", "", "```", *text, "```"]) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,5 +27,9 @@ def processor() -> str:
 
 def short_name() -> str:
     """Return a name for a folder of results: processor and cores, ``amd-epyc-2core``."""
-    words = re.findall("[a-z0-9]+", re.sub(r"\(\w+\)|@.*|\b(cpu|processor)\b", " ", processor().lower()))
-    return "-".join([*words, f"{os.cpu_count()}core"])
+    return f"{in_short(processor())}-{os.cpu_count()}core"
+
+
+def in_short(device: str) -> str:
+    """Return a device's name for a folder: ``nvidia-h100-80gb-hbm3``."""
+    return "-".join(re.findall("[a-z0-9]+", re.sub(r"\(\w+\)|@.*|\b(cpu|processor)\b", " ", device.lower())))
