@@ -24,9 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         trained = {"model", "dtype", "workers"} <= params.keys() and params["model"] not in EVERYWHERE
         variant = {"model", "workers"} <= params.keys() and " " in params["model"]
-        if trained and (params["dtype"], params["workers"]) in {("float32", 2), ("float64", 4)}:
-            item.add_marker(pytest.mark.slow)
-        elif variant and params["workers"] == 4:
+        halved = trained and (params["dtype"], params["workers"]) in {("float32", 2), ("float64", 4)}
+        if halved or (variant and params["workers"] == 4):
             item.add_marker(pytest.mark.slow)
 
 
