@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,20 +76,29 @@ class _RunsAgain:
         self._open: OpenCalls | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
         if running.looking:
-            raise NotKept([leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)])
+            raise NotKept(inputs)
         if self._open is None:
             self._open = OpenCalls.now()
-            return self._first(*args, **kwargs)
+            with _keeping_nothing_but(inputs):
+                return self._function(*args, **kwargs)
         with self._open.again(), _errors_as_they_are():
             return self._function(*args, **kwargs)
 
-    def _first(self, *args: Any, **kwargs: Any) -> Any:
-        before, running.recomputable = running.recomputable, True
-        try:
-            return self._function(*args, **kwargs)
-        finally:
-            running.recomputable = before
+
+@contextlib.contextmanager
+def _keeping_nothing_but(inputs: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Inside, a function runs for the first time; of what crosses into regions, nothing but ``inputs`` outlives it."""
+    before = running.recomputable, running.entered
+    entered = WeakTensorKeyDictionary()
+    for tensor in inputs:
+        entered[tensor] = running.entered.setdefault(tensor, {})
+    running.recomputable, running.entered = True, entered
+    try:
+        yield
+    finally:
+        running.recomputable, running.entered = before
 
 
 @contextlib.contextmanager
