@@ -15,6 +15,7 @@ from tests.workers import Pools, WorkerPool  # imports Keras, which reads the en
 # Models of the zoo that `make test` trains in both dtypes on both numbers of processes; the others in float64 on two,
 # and in float32 on four, but variants of them, which have a space in their names, on two alone.
 EVERYWHERE = {"mlp", "gpt", "llama", "handwritten"}
+NAMED_ON_FOUR = {"test_any_layout.py", "test_storage.py"}  # whose other models run on two processes alone
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -23,9 +24,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         trained = {"model", "dtype", "workers"} <= params.keys() and params["model"] not in EVERYWHERE
-        variant = {"model", "workers"} <= params.keys() and " " in params["model"]
         halved = trained and (params["dtype"], params["workers"]) in {("float32", 2), ("float64", 4)}
-        if halved or (variant and params["workers"] == 4):
+        variant = " " in str(params.get("model", ""))
+        named = item.path.name in NAMED_ON_FOUR and params.get("name") not in EVERYWHERE
+        if halved or (params.get("workers") == 4 and (variant or named)):
             item.add_marker(pytest.mark.slow)
 
 
