@@ -45,6 +45,15 @@ class Residual(layers.Layer):
         return self.down(self.up(x))
 
 
+def by_name(function: Callable[..., Any], x: Any) -> Any:
+    """Call torch's function as one that was imported by name before anything was planned."""
+    if not isinstance(x, torch.Tensor):
+        return function(x)
+    checkpoint = torch.utils.checkpoint.checkpoint
+    plain = checkpoint.__wrapped__ if hasattr(checkpoint, "follows") else checkpoint
+    return plain(function, x, use_reentrant=False)
+
+
 def residuals(run: Callable[..., Any]) -> keras.Model:
     inputs = keras.Input((6,))
     x = layers.Dense(6, name="first")(inputs)
@@ -180,6 +189,23 @@ def test_what_runs_again_to_its_end(pools: Pools) -> None:
 def test_functions_that_run_again(pools: Pools, name: str) -> None:
     """A part of a layer's code runs again, and its calls of torch's functions are counted on from where it began."""
     check(pools(2).run(both, name, ""), again=True)
+
+
+def refused_by_name() -> str:
+    try:
+        tp_planner.plan(built(lambda: residuals(by_name)), layout_map(RULES))
+    except tp_planner.PlanError as error:
+        return str(error)
+    return "not refused"
+
+
+def test_checkpoint_that_was_imported_by_name(pools: Pools) -> None:
+    """It is not followed, which the error says; nothing is computed."""
+    assert pools(2).run(refused_by_name)[0] == (
+        "a training step of model 'residuals' cannot be simulated: ParallelRuntimeError: layer 'up' runs again in the "
+        "backward pass, outside 'block_0', where its tensors are sharded; call torch's checkpoint by its full name, "
+        "torch.utils.checkpoint.checkpoint, and not by one that was imported from there before the model was planned"
+    )
 
 
 def test_memory_of_blocks_that_are_computed_again(pools: Pools) -> None:

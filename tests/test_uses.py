@@ -146,6 +146,11 @@ def read_without_gradient_first(x: Any, weight: Any) -> Any:
     return x * weight / largest
 
 
+def own_generator(x: Any, weight: Any) -> Any:
+    noise = torch.rand((x.shape[0], 1), generator=torch.Generator().manual_seed(3), dtype=x.dtype)
+    return x * weight + noise
+
+
 class Rows(layers.Layer):
     """A row-parallel layer, and a table of rows, in torch's own functions."""
 
@@ -273,6 +278,7 @@ MODELS: dict[str, Callable[[], keras.Model]] = {
     "written into": lambda: written(written_into),
     "by its size": lambda: written(by_its_size),
     "own gradient": lambda: written(own_gradient),
+    "own generator": lambda: written(own_generator),
     "read without gradient first": lambda: written(read_without_gradient_first),
     "rows": rows,
     "layer normalization": lambda: between(layers.LayerNormalization(name="layer_norm")),
