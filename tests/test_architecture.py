@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "planner": ({"ir", "passes", "frontend", "runtime", "progress"}, {"keras"}),
     "explain": ({"ir", "passes", "frontend", "planner"}, {"keras"}),
     "linter": ({"ir", "passes", "frontend", "planner"}, {"keras"}),
-    "sweep": ({"ir", "passes", "planner"}, {"keras"}),
+    "sweep": ({"ir", "passes", "frontend", "planner"}, {"keras"}),
     "api": ({"ir", "frontend", "runtime", "planner"}, {"keras", "numpy", "torch"}),
     "keras_distribution": ({"api", "frontend", "ir", "keras_distribution", "runtime"}, {"keras", "numpy", "torch"}),
     "progress": (set(), set()),

@@ -30,6 +30,7 @@ UP = {"up/kernel": (None, "model"), "up/bias": ("model",)}
 PAIR = {**UP, "down/kernel": ("model", None)}
 STEP = Step(
     "",
+    "",
     Memory(MemoryUse(16, 16, 0, 32, 8), MemoryUse(16, 16, 0, 16, 8), "backward"),
     (Work("forward", (("float32", 64),), 128, 4),),
 )
@@ -202,7 +203,7 @@ def test_memory_and_work_are_told(pair: Plan) -> None:
     """Numbers of the simulated step have units, and their changes signs."""
     peak = replace(STEP.memory.peak, optimizer=32)
     work = replace(STEP.work[0], matmul_flops=(("float32", 5000),))
-    step = Step("adam", Memory(STEP.memory.largest, peak, "update"), (work,))
+    step = Step("adam", "", Memory(STEP.memory.largest, peak, "update"), (work,))
     assert text_of(pair, replace(pair, step=step, notes=("what to hear of",))) == OTHER_STEP
 
 

@@ -46,7 +46,7 @@ def plan_of(*work: Work, collectives: tuple[Collective, ...] = (), parts: int = 
         variables=(),
         layers=(),
         collectives=collectives,
-        step=Step("Adam", Memory(peak, peak, "backward"), work),
+        step=Step("Adam", "mean_squared_error", Memory(peak, peak, "backward"), work),
         input_gradients=True,
         notes=(),
     )
@@ -150,7 +150,7 @@ estimated, not measured: one training step with inputs 2x16 int32 on 4 x Abacus
   low: the efficiencies' high ends; arithmetic, memory traffic and launches of a phase overlap wholly
   high: the efficiencies' low ends; nothing overlaps, no op is fused, nothing stays in a cache
   both: a collective waits for the ops before it and holds up those after it; rings within one node
-  not counted: the loss, metrics, reading the data, and memory that allocators and libraries keep"""
+  not counted: metrics, reading the data, and memory that allocators and libraries keep"""
 
 
 def example() -> Plan:
@@ -179,11 +179,12 @@ def test_report_says_what_does_not_fit() -> None:
 
 
 def test_report_says_what_the_plan_leaves_out() -> None:
-    """Without an optimizer there is no update; a ring over more devices than a node has is slower."""
+    """That there is no update, no loss, and that a ring over more devices than a node has is slower."""
     plan = example()
-    plan = replace(plan, step=replace(plan.step, optimizer=""), mesh=Mesh((("model", 16),)))
-    assert estimate_lines(plan, HARDWARE)[-2:] == [
+    plan = replace(plan, step=replace(plan.step, optimizer="", loss=""), mesh=Mesh((("model", 16),)))
+    assert estimate_lines(plan, HARDWARE)[-3:] == [
         "  no update: the plan was made without an optimizer",
+        "  no loss: the plan was made without one",
         "  16 ranks are more than the 8 devices that the links connect: between nodes communication takes longer",
     ]
 

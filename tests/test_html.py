@@ -31,7 +31,12 @@ from tp_planner.report.outline import Node, outline, walk
 from tp_planner.report.rows import layer_rows
 
 HOSTILE = '</script></style><script>document.title="owned"</script><img src=x onerror=\'document.title="owned"\'>"\'&'
-KNOWN = Step("adam", Memory(MemoryUse(1, 2, 3, 4, 5), MemoryUse(1000, 2000, 3000, 4000, 5000), "backward"), ())
+KNOWN = Step(
+    "adam",
+    "mean_squared_error",
+    Memory(MemoryUse(1, 2, 3, 4, 5), MemoryUse(1000, 2000, 3000, 4000, 5000), "backward"),
+    (),
+)
 VOID = {"meta", "input"}
 
 
@@ -64,7 +69,9 @@ def hostile(plan: Plan) -> Plan:
     text = plan.to_json()
     for word in ("block_0", "token_embedding", "LayerNormalization", "/kernel", "is sharded", "float32"):
         text = text.replace(word, f"{word}{name}")
-    return replace(Plan.from_json(text), model=HOSTILE, notes=(HOSTILE,), step=replace(KNOWN, optimizer=HOSTILE))
+    return replace(
+        Plan.from_json(text), model=HOSTILE, notes=(HOSTILE,), step=replace(KNOWN, optimizer=HOSTILE, loss=HOSTILE)
+    )
 
 
 class Element:
@@ -181,8 +188,11 @@ def test_what_is_unknown_is_said() -> None:
     page = page_of(replace(plan, step=NO_STEP))
     assert "peak memory of rank 0unknownthe plan has no simulated step" in section(page, "totals").text
     assert section(page, "memory").text.endswith("What a step needs beside its variables is unknown.")
-    memory = section(page_of(replace(plan, step=replace(KNOWN, optimizer=""))), "memory")
-    assert memory.text.endswith("No optimizer is named, so its state and its update are not in these figures.")
+    memory = section(page_of(replace(plan, step=replace(KNOWN, optimizer="", loss=""))), "memory")
+    assert memory.text.endswith(
+        "No optimizer is named, so its state and its update are not in these figures."
+        "No loss is named: the sum of the outputs stands for it, and takes less memory."
+    )
 
 
 def test_unequal_ranks_have_bars_of_their_own() -> None:

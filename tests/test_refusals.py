@@ -201,7 +201,7 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "plan of another version": (
         lambda: Plan.from_json(damaged(lambda data: data.update(format_version=99))),
-        "plan has format version 99, this tp_planner reads 3; plan the model again",
+        "plan has format version 99, this tp_planner reads 4; plan the model again",
     ),
     "plan without variables": (
         lambda: Plan.from_json(damaged(lambda data: data.pop("variables"))),

@@ -110,7 +110,8 @@ def meter_steps(name: str, rules: str, shape: Shape) -> tuple[Memory, list[Memor
         adopt_optimizer(optimizer, applied.axes)
         model.zero_grad()
         with without_collector(), BlockRepeats(named_layers(model), None, {}, meter).watched():
-            TrainingStep(model, meter, optimizer).run(CallArguments(keras.tree.map_structure(torch.as_tensor, x)), {})
+            step = TrainingStep(model, meter, optimizer, None)
+            step.run(CallArguments(keras.tree.map_structure(torch.as_tensor, x)), {})
         meter.forget()
         found.append(memory_of(meter.log))
     return plan.step.memory, found

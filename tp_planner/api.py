@@ -15,6 +15,7 @@ from tp_planner.frontend.fingerprint import fingerprint
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.frontend.layout_map import read_layout_map
 from tp_planner.frontend.trace import CallArguments, require_built
+from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import Layout
 from tp_planner.ir.mesh import Mesh
@@ -35,6 +36,7 @@ def plan(
     inputs: Any = None,
     optimizer: str | keras.optimizers.Optimizer | None = None,
     batch_axis: str | None = None,
+    loss: Any = None,
 ) -> Plan:
     """Return how ``model`` would be sharded under ``layout_map``; needs no device and changes nothing.
 
@@ -48,6 +50,8 @@ def plan(
             default the one that the model is compiled with, if it is.
         batch_axis: the mesh axis over which the batch is split; across it lie replicas of the model, each of which
             sees its own share. By default the mesh's first axis if two are larger than 1; else there is none.
+        loss: the loss of the simulated training step, as for ``Model.compile``. By default the one that the model is
+            compiled with; if it is not, the sum of the outputs stands for it, and takes less memory.
 
     Raises:
         PlanError: with every problem of the model, the mesh and the rules.
@@ -58,7 +62,7 @@ def plan(
     require_built(model)
     _require_plain(model)
     layout = read_layout(layout_map, batch_axis)
-    return make_plan(model, layout, inputs, read_optimizer(optimizer, model))
+    return make_plan(model, layout, inputs, read_optimizer(optimizer, model), TrainingLoss.of(model, loss))
 
 
 def read_layout(layout_map: Any, batch_axis: str | None) -> Layout:

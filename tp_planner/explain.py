@@ -17,6 +17,7 @@ import keras
 
 from tp_planner.frontend.survey import survey
 from tp_planner.frontend.trace import require_built
+from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.explanation import Alternative, ComputedLayer, Crossing, PathExplanation, StoredVariable
 from tp_planner.ir.figures import figures_of, local_bytes, whole_bytes
@@ -60,10 +61,11 @@ def explain(
     path: str,
     inputs: Any = None,
     optimizer: keras.optimizers.Optimizer | None = None,
+    loss: TrainingLoss | None = None,
 ) -> PathExplanation:
     """Return why the layer or variable at ``path`` is planned so, with its alternatives; the model is as before.
 
-    ``inputs`` and ``optimizer`` are those of ``make_plan``.
+    ``inputs``, ``optimizer`` and ``loss`` are those of ``make_plan``.
 
     Raises:
         PlanError: if the model has no such path, with the closest ones, or if the layout cannot be planned.
@@ -71,7 +73,7 @@ def explain(
     require_built(model)
     known = Survey(*survey(model))
     subject = _find(path, known)
-    make = functools.partial(make_plan, model, inputs=inputs, optimizer=optimizer)
+    make = functools.partial(make_plan, model, inputs=inputs, optimizer=optimizer, loss=loss)
     plan = make(layout)
     concerned = [layer for layer in plan.layers if layer.layer in subject.layers]
     stored = {variable.key: variable for variable in plan.variables}

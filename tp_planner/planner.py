@@ -14,6 +14,7 @@ from tp_planner.frontend.kept_tensors import no_fakes_left
 from tp_planner.frontend.layer_tree import named_layers, naming_once
 from tp_planner.frontend.survey import survey
 from tp_planner.frontend.trace import require_built, trace
+from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.graph import LayerInfo, ModelGraph, VariableInfo
 from tp_planner.ir.layout import Layout
 from tp_planner.ir.placement import local_shape
@@ -36,7 +37,11 @@ from tp_planner.runtime.statistics import OF_THE_BATCH
 
 
 def make_plan(
-    model: keras.Model, layout: Layout, inputs: Any = None, optimizer: keras.optimizers.Optimizer | None = None
+    model: keras.Model,
+    layout: Layout,
+    inputs: Any = None,
+    optimizer: keras.optimizers.Optimizer | None = None,
+    loss: TrainingLoss | None = None,
 ) -> Plan:
     """Return the plan for ``model`` under ``layout``; the model is as before.
 
@@ -45,6 +50,7 @@ def make_plan(
         layout: the rules and the mesh.
         inputs: as for ``trace``.
         optimizer: makes the update of the simulated training step; by default there is none.
+        loss: the loss of that step; by default the sum of the outputs stands for it.
 
     Raises:
         PlanError: with everything that is wrong with the model, the mesh or the rules.
@@ -54,7 +60,7 @@ def make_plan(
     with naming_once(model), without_collector(), no_fakes_left(model):
         layers, variables = survey(model)
         resolution = resolve_rules(layout, variables, {name: layer.path for name, layer in layers.items()})
-        job = _Job(model, layout, inputs, optimizer, layers, variables, resolution)
+        job = _Job(model, layout, inputs, optimizer, loss, layers, variables, resolution)
         return job.plan(find_blocks(model, job.planned_alike)) or job.unrolled_plan()
 
 
@@ -66,6 +72,7 @@ class _Job:
     layout: Layout
     inputs: Any
     optimizer: keras.optimizers.Optimizer | None
+    loss: TrainingLoss | None
     layers: Mapping[str, LayerInfo]
     variables: Mapping[str, VariableInfo]
     resolution: Resolution
@@ -110,7 +117,7 @@ class _Job:
     def _simulated(self, plan: Plan, graph: ModelGraph, axes: Axes) -> Plan:
         """Return the plan with what its training step takes."""
         stage(f"simulating a training step of {self.model.name}")
-        found = simulate(self.model, self.inputs, plan, graph, axes, self.optimizer)
+        found = simulate(self.model, self.inputs, plan, graph, axes, self.optimizer, self.loss)
         return replace(plan, collectives=found.collectives, step=found.step, notes=plan.notes + found.notes)
 
     def _trace(self, blocks: Blocks, functions: bool = False) -> list[ModelGraph]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.degrees import Degree, Sweep
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.figures import figures_of
@@ -25,10 +26,11 @@ def sweep(
     sizes: Sequence[int],
     inputs: Any = None,
     optimizer: keras.optimizers.Optimizer | None = None,
+    loss: TrainingLoss | None = None,
 ) -> Sweep:
     """Return what becomes of ``model`` under ``rules`` at each of ``sizes`` of ``axis``; the model is as before.
 
-    Other axes that the rules name get size 1. ``inputs`` and ``optimizer`` are those of ``make_plan``.
+    Other axes that the rules name get size 1. ``inputs``, ``optimizer`` and ``loss`` are those of ``make_plan``.
 
     Raises:
         PlanError: if no rule names ``axis``, or if every size is refused for the same reason.
@@ -39,7 +41,7 @@ def sweep(
             f"no layout rule names mesh axis {axis!r}; the rules name {', '.join(map(repr, named)) or 'none'}"
         )
     others = tuple(name for name in named if name != axis)
-    make = functools.partial(make_plan, model, inputs=inputs, optimizer=optimizer)
+    make = functools.partial(make_plan, model, inputs=inputs, optimizer=optimizer, loss=loss)
     planned = [_plan_at(make, rules, others, axis, size) for size in sizes]
     degrees = tuple(_degree(size, plan) for size, plan in zip(sizes, planned, strict=True))
     plans = [plan for plan in planned if isinstance(plan, Plan)]

@@ -43,6 +43,13 @@ OptimizerOption = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="The optimizer of the simulated training step, e.g. adamw: its slots count."),
 ]
+LossOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="The loss of the simulated training step, e.g. sparse_categorical_crossentropy: its memory counts.",
+    ),
+]
 
 
 def _show_version(wanted: bool) -> None:

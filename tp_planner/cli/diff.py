@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tp_planner.cli.answer import JsonOption, show, working
-from tp_planner.cli.app import BatchOption, InputOption, OptimizerOption, app, mistake
-from tp_planner.cli.load import load_layout, load_model_and_inputs, load_optimizer
+from tp_planner.cli.app import BatchOption, InputOption, LossOption, OptimizerOption, app, mistake
+from tp_planner.cli.load import load_layout, load_loss, load_model_and_inputs, load_optimizer
 
 if TYPE_CHECKING:
     from tp_planner.ir.plan import Plan
@@ -32,6 +32,7 @@ def diff_command(
     input: InputOption = None,
     batch: BatchOption = None,
     optimizer: OptimizerOption = None,
+    loss: LossOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what differs between two plans, decision by decision, from the first to the second.
@@ -43,14 +44,20 @@ def diff_command(
         from tp_planner.passes.compare_plans import compare_plans
         from tp_planner.report.diff import difference_sections
 
-        plans = [_plan(text, model, mesh, input or [], batch, optimizer) for text in (before, after)]
+        plans = [_plan(text, model, mesh, input or [], batch, optimizer, loss) for text in (before, after)]
         difference = compare_plans(*plans)
     show(difference, difference_sections(difference, before, after), as_json)
     raise typer.Exit(0 if difference.is_empty else 1)
 
 
 def _plan(
-    text: str, model: str | None, mesh: str | None, inputs: list[str], batch: int | None, optimizer: str | None
+    text: str,
+    model: str | None,
+    mesh: str | None,
+    inputs: list[str],
+    batch: int | None,
+    optimizer: str | None,
+    loss: str | None,
 ) -> Plan:
     if text.endswith(".json"):
         return _read(Path(text))
@@ -61,7 +68,7 @@ def _plan(
 
     rules, updating = load_layout(text, mesh), load_optimizer(optimizer)
     built, specs = load_model_and_inputs(model, inputs, batch)
-    return make_plan(built, rules, specs, updating)
+    return make_plan(built, rules, specs, updating, load_loss(loss))
 
 
 def _read(path: Path) -> Plan:

@@ -11,12 +11,13 @@ from tp_planner.cli.app import (
     BatchOption,
     InputOption,
     LayoutOption,
+    LossOption,
     MeshOption,
     ModelArgument,
     OptimizerOption,
     app,
 )
-from tp_planner.cli.load import load_layout, load_model_and_inputs, load_optimizer
+from tp_planner.cli.load import load_layout, load_loss, load_model_and_inputs, load_optimizer
 
 
 @app.command("explain")
@@ -30,6 +31,7 @@ def explain_command(
     input: InputOption = None,
     batch: BatchOption = None,
     optimizer: OptimizerOption = None,
+    loss: LossOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show why the layer or variable at PATH of MODEL is planned as it is, and what the alternatives cost.
@@ -41,7 +43,7 @@ def explain_command(
         from tp_planner.report.explain import explanation_sections
 
         rules = load_layout(layout, mesh)
-        updating = load_optimizer(optimizer)
+        updating, training_loss = load_optimizer(optimizer), load_loss(loss)
         built, specs = load_model_and_inputs(model, input or [], batch)
-        explanation = explain(built, rules, path, specs, updating)
+        explanation = explain(built, rules, path, specs, updating, training_loss)
     show(explanation, explanation_sections(explanation), as_json)

@@ -21,6 +21,7 @@ from tp_planner.ir.errors import in_one_line
 if TYPE_CHECKING:
     import keras
 
+    from tp_planner.frontend.training_loss import TrainingLoss
     from tp_planner.ir.layout import Layout
 
 _INPUT = re.compile(r"(?:(?P<name>\w+)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
@@ -50,6 +51,13 @@ def load_optimizer(name: str | None) -> keras.optimizers.Optimizer | None:
         return keras.optimizers.get(name)
     except ValueError:
         raise mistake(f"optimizer {name!r} is none of Keras's; write for example adamw, sgd or lion") from None
+
+
+def load_loss(name: str | None) -> TrainingLoss | None:
+    """Return the Keras loss of this name, with its default settings."""
+    from tp_planner.frontend.training_loss import TrainingLoss
+
+    return None if name is None else TrainingLoss(name)
 
 
 def load_layout(layout: str, mesh: str) -> Layout:

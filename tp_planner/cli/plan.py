@@ -12,13 +12,14 @@ from tp_planner.cli.app import (
     BatchOption,
     InputOption,
     LayoutOption,
+    LossOption,
     MeshOption,
     ModelArgument,
     OptimizerOption,
     app,
     write,
 )
-from tp_planner.cli.load import load_layout, load_model_and_inputs, load_optimizer
+from tp_planner.cli.load import load_layout, load_loss, load_model_and_inputs, load_optimizer
 
 if TYPE_CHECKING:
     from tp_planner.ir.hardware import Hardware
@@ -33,6 +34,7 @@ def plan_command(
     input: InputOption = None,
     batch: BatchOption = None,
     optimizer: OptimizerOption = None,
+    loss: LossOption = None,
     hardware: Annotated[
         str | None,
         typer.Option(
@@ -53,10 +55,10 @@ def plan_command(
         from tp_planner.report.html import plan_to_html
 
         rules = load_layout(layout, mesh)
-        updating = load_optimizer(optimizer)
+        updating, training_loss = load_optimizer(optimizer), load_loss(loss)
         profile = None if hardware is None else _profile(hardware)
         built, specs = load_model_and_inputs(model, input or [], batch)
-        plan = make_plan(built, rules, specs, updating)
+        plan = make_plan(built, rules, specs, updating, training_loss)
         estimate = [] if profile is None else estimate_lines(plan, profile)
         if output is not None:
             write(output, plan.to_json())

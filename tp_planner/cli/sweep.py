@@ -7,8 +7,17 @@ from typing import Annotated
 import typer
 
 from tp_planner.cli.answer import JsonOption, show, working
-from tp_planner.cli.app import BatchOption, InputOption, LayoutOption, ModelArgument, OptimizerOption, app, mistake
-from tp_planner.cli.load import load_layout, load_model_and_inputs, load_optimizer
+from tp_planner.cli.app import (
+    BatchOption,
+    InputOption,
+    LayoutOption,
+    LossOption,
+    ModelArgument,
+    OptimizerOption,
+    app,
+    mistake,
+)
+from tp_planner.cli.load import load_layout, load_loss, load_model_and_inputs, load_optimizer
 
 
 @app.command("sweep")
@@ -20,6 +29,7 @@ def sweep_command(
     input: InputOption = None,
     batch: BatchOption = None,
     optimizer: OptimizerOption = None,
+    loss: LossOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what becomes of MODEL at several sizes of a mesh axis, and which sizes fit its dims.
@@ -32,9 +42,9 @@ def sweep_command(
 
         wanted = _sizes(sizes)
         rules = load_layout(layout, f"{axis}=1").rules
-        updating = load_optimizer(optimizer)
+        updating, training_loss = load_optimizer(optimizer), load_loss(loss)
         built, specs = load_model_and_inputs(model, input or [], batch)
-        swept = sweep(built, rules, axis, wanted, specs, updating)
+        swept = sweep(built, rules, axis, wanted, specs, updating, training_loss)
     show(swept, sweep_sections(swept), as_json)
 
 

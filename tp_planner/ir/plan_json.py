@@ -22,7 +22,7 @@ from tp_planner.ir.plan import (
 )
 from tp_planner.ir.step import Collective, decode_step, encode_step
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 def decode_plan(text: str) -> Plan:

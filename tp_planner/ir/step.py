@@ -107,18 +107,19 @@ class Work:
 class Step:
     """One simulated training step: forward, backward, and the update by ``optimizer`` ("" for none).
 
-    The sum of the model's outputs stands in for the loss. ``whole_update`` says that the update was simulated to its
-    end; an optimizer that looks at values cannot be.
+    Without a ``loss`` ("") the sum of the model's outputs stands for it. ``whole_update`` says that the update was
+    simulated to its end; an optimizer that looks at values cannot be.
     """
 
     optimizer: str
+    loss: str
     memory: Memory
     work: tuple[Work, ...]
     whole_update: bool = True
 
 
 _NOTHING = MemoryUse(0, 0, 0, 0, 0)
-NO_STEP = Step("", Memory(_NOTHING, _NOTHING, "forward"), ())  # of a plan that is not simulated yet
+NO_STEP = Step("", "", Memory(_NOTHING, _NOTHING, "forward"), ())  # of a plan that is not simulated yet
 
 
 def encode_step(step: Step) -> dict[str, Any]:
@@ -126,6 +127,7 @@ def encode_step(step: Step) -> dict[str, Any]:
     memory = step.memory
     return {
         "optimizer": step.optimizer,
+        "loss": step.loss,
         "whole_update": step.whole_update,
         "memory": {
             "largest": _encode_use(memory.largest),
@@ -149,6 +151,7 @@ def decode_step(data: Mapping[str, Any]) -> Step:
     memory = data["memory"]
     return Step(
         data["optimizer"],
+        data["loss"],
         Memory(MemoryUse(**memory["largest"]), MemoryUse(**memory["peak"]), memory["peak_phase"]),
         tuple(
             Work(work["phase"], tuple(sorted(work["matmul_flops"].items())), work["memory_bytes"], work["ops"])

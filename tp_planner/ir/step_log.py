@@ -51,13 +51,15 @@ class Began:
 class Edge:
     """The forward or backward pass of a block begins or ends; ``call`` is the block's call.
 
-    ``gradients`` are the storages of the gradients that arrive where a backward pass begins, by output.
+    ``gradients`` are the storages of the gradients that arrive where a backward pass begins, by output; ``made`` those
+    of what is handed on where a pass ends: outputs by position, or gradients by the input that they are of.
     """
 
     call: int
     phase: Phase
     begins: bool
     gradients: tuple[tuple[int, int], ...] = ()
+    made: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class Again:
     call: int
     phase: Phase
     gradients: tuple[tuple[int, int], ...] = ()
+    made: tuple[tuple[int, int], ...] = ()
 
 
 Event = Allocated | Freed | Kernel | Collective | Began | Edge | Again
@@ -151,19 +154,18 @@ def _memory_use(use: Counter[StorageKind]) -> MemoryUse:
     return MemoryUse(use["parameters"], use["gradients"], use["optimizer"], use["activations"], use["temporaries"])
 
 
-def unfold(log: StepLog, twins: Mapping[int, Twin], outputs: frozenset[int]) -> StepLog:
+def unfold(log: StepLog, twins: Mapping[int, Twin]) -> StepLog:
     """Return the log with every ``Again`` written out: storages of its own, and the names of its block.
 
     Args:
         log: what was recorded.
         twins: by call, whom a block repeats.
-        outputs: storages that blocks have returned; a block that repeats another has returned tensors of its own.
     """
-    return _Unfolding(log, twins, outputs).run()
+    return _Unfolding(log, twins).run()
 
 
 class _Unfolding:
-    def __init__(self, log: StepLog, twins: Mapping[int, Twin], outputs: frozenset[int]) -> None:
+    def __init__(self, log: StepLog, twins: Mapping[int, Twin]) -> None:
         self.log, self.twins = log, twins
         self.out = StepLog(kinds=dict(log.kinds), storages=log.storages)
         self.freed = {event.storage for event in log.events if isinstance(event, Freed)}
@@ -171,10 +173,15 @@ class _Unfolding:
         self.spans = _spans(log.events)
         self.gone: set[int] = set()  # storages of the log that went earlier than it says
         self.arrived: dict[int, dict[int, int]] = {}  # by call of a block that ran: output -> storage of its gradient
+        self.made: dict[tuple[int, Phase], dict[int, int]] = {}  # by call that ran: position -> storage handed on
         for event in log.events:
-            if isinstance(event, Edge) and event.gradients:
+            if isinstance(event, Edge):
                 self.arrived.setdefault(event.call, {}).update(event.gradients)
+                self.made.setdefault((event.call, event.phase), {}).update(event.made)
+        outputs = {storage for (_, phase), made in self.made.items() if phase == "forward" for storage in made.values()}
         self.returned = outputs.union(*(self._gradients_of_inputs(*key) for key in self.spans))
+        self.own: dict[tuple[int, ...], dict[int, int]] = {}  # by chain: what the twin hands on -> what the block does
+        self.early: set[tuple[int, tuple[int, ...]]] = set()  # storages that came to be earlier than the log says
         self.copies: dict[tuple[int, ...], dict[int, int]] = {}  # by chain of repeating calls: storage -> its copy
 
     def run(self) -> StepLog:
@@ -194,6 +201,8 @@ class _Unfolding:
         for event in self.log.events[start:end]:
             if isinstance(event, Again):
                 self._again(event, chain, names)
+            elif isinstance(event, Allocated) and (event.storage, chain) in self.early:
+                self.early.remove((event.storage, chain))
             elif chain and isinstance(event, Allocated | Freed):
                 self._storage_again(event, chain)
             elif chain and isinstance(event, Collective):
@@ -208,10 +217,12 @@ class _Unfolding:
         span = self.spans.get((twin.call, event.phase))
         if span is None:
             return
-        own = {**names, **{old: names.get(new, new) for old, new in twin.names.items()}}
+        own_names = {**names, **{old: names.get(new, new) for old, new in twin.names.items()}}
         inner = (*chain, event.call)
         self._take_gradients(event, twin.call, inner)
-        self._write(*span, inner, own)
+        handed_on = self.made.get((twin.call, event.phase), {})
+        self.own[inner] = {handed_on[position]: own for position, own in event.made if position in handed_on}
+        self._write(*span, inner, own_names)
         self._let_go(inner, self.freed if event.phase == "backward" else self.freed_forward)
 
     def _take_gradients(self, event: Again, twin: int, chain: tuple[int, ...]) -> None:
@@ -231,8 +242,18 @@ class _Unfolding:
                 self.out.events.append(Freed(copy))
                 if copy < self.log.storages:
                     self.gone.add(copy)
+        elif event.storage in self.own[chain]:
+            self._allocate_early(Allocated(self.own[chain].pop(event.storage), event.bytes), chain[:-1])
         elif event.storage not in self.returned:
             copies[event.storage] = self.out.allocate(event.bytes, self.log.kinds.get(event.storage))
+
+    def _allocate_early(self, event: Allocated, chain: tuple[int, ...]) -> None:
+        """Let what a block hands on come to be when its twin makes it, and not when the block has ended."""
+        self.early.add((event.storage, chain))
+        if chain:
+            self._storage_again(event, chain)
+        else:
+            self.out.events.append(event)
 
     def _let_go(self, chain: tuple[int, ...], storages: Set[int]) -> None:
         """Free what a block still holds when it ends, if its twin lets go of it a little later."""

@@ -50,6 +50,7 @@ def _of_plan(plan: Plan) -> Properties:
         "buckets of gradients": "; ".join(f"({', '.join(bucket)})" for bucket in plan.buckets),
         "gradients of the inputs": "right" if plan.input_gradients else "not right",
         "optimizer": plan.step.optimizer,
+        "loss": plan.step.loss,
         "whole update": str(plan.step.whole_update),
         "phase of the memory peak": plan.step.memory.peak_phase,
     }

@@ -20,7 +20,7 @@ _ASSUMPTIONS = (
     "low: the efficiencies' high ends; arithmetic, memory traffic and launches of a phase overlap wholly",
     "high: the efficiencies' low ends; nothing overlaps, no op is fused, nothing stays in a cache",
     "both: a collective waits for the ops before it and holds up those after it; rings within one node",
-    "not counted: the loss, metrics, reading the data, and memory that allocators and libraries keep",
+    "not counted: metrics, reading the data, and memory that allocators and libraries keep",
 )
 
 
@@ -52,6 +52,8 @@ def _assumptions_of(plan: Plan, hardware: Hardware) -> tuple[str, ...]:
     assumptions = []
     if not plan.step.optimizer:
         assumptions.append("no update: the plan was made without an optimizer")
+    if not plan.step.loss:
+        assumptions.append("no loss: the plan was made without one")
     if plan.mesh.size > hardware.node_size.value:
         assumptions.append(
             f"{plan.mesh.size} ranks are more than the {hardware.node_size.value:g} devices that the links connect: "

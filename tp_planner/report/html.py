@@ -72,6 +72,7 @@ def _header(plan: Plan) -> Markup:
         ),
         "traced with": ", ".join(f"{shape_text(shape)} {dtype}" for shape, dtype in plan.inputs) or "no inputs",
         "optimizer": plan.step.optimizer or "none named",
+        "loss": plan.step.loss or "none named",
         "plan": plan.hash[:12],
     }
     listed = [element("div", element("dt", name), element("dd", value)) for name, value in facts.items()]
@@ -203,7 +204,7 @@ def _percent(part: int, whole: int) -> str:
 
 
 def _memory_table(plan: Plan) -> Markup:
-    memory, optimizer = plan.step.memory, plan.step.optimizer
+    memory = plan.step.memory
     heads = (element("th", text, scope="col") for text in ("rank 0", "at the peak", "at its own largest"))
     rows = [
         element(
@@ -215,9 +216,11 @@ def _memory_table(plan: Plan) -> Markup:
         for kind, size in _parts(memory.peak)
     ]
     table = element("table", element("thead", element("tr", *heads)), element("tbody", *rows))
-    if optimizer:
-        return table
-    return join(table, _quiet("No optimizer is named, so its state and its update are not in these figures."))
+    if not plan.step.optimizer:
+        table = join(table, _quiet("No optimizer is named, so its state and its update are not in these figures."))
+    if not plan.step.loss:
+        table = join(table, _quiet("No loss is named: the sum of the outputs stands for it, and takes less memory."))
+    return table
 
 
 def _quiet(text: str) -> Markup:

@@ -50,10 +50,12 @@ def recording(model: keras.Model, applied: Applied) -> Iterator[Recorder]:
 
 def check_first_step(model: keras.Model, applied: Applied) -> None:
     """Compare the next training step by Keras with the plan; the steps after it run as ever."""
-    train_step = model.train_step
+    train_step, own = model.train_step, model.__dict__.get("train_step")
 
     def remove() -> None:
         model.__dict__.pop("train_step", None)
+        if own is not None:
+            model.__dict__["train_step"] = own
 
     @functools.wraps(train_step)
     def checked(data: Any) -> Any:

@@ -46,6 +46,8 @@ def take_over(model: keras.Model, applied: Applied) -> None:
     for name in ("save", "save_weights"):
         _override(model, name, _saving(model, name), applied)
     _override(model, "compile", _compiling(model, applied), applied)
+    if type(model).train_step is Trainer.train_step:
+        _override(model, "train_step", _without_gradients_before(model), applied)
     _replay_if_asked(model, applied)
     _keep_from_distributing(model, applied)
     if applied.replicas is not None:
@@ -131,6 +133,18 @@ def _saving(model: keras.Model, name: str) -> Callable[..., Any]:
         return save_together(f"model.{name}", _all_variables(model), lambda: plain(model, *args, **kwargs))
 
     return saving
+
+
+def _without_gradients_before(model: keras.Model) -> Callable[..., Any]:
+    """Return Keras's training step, which lets go of the gradients of the step before when activations are there."""
+    plain = type(model).train_step
+
+    @functools.wraps(plain)
+    def train_step(data: Any) -> Any:
+        model.zero_grad()
+        return plain(model, data)
+
+    return train_step
 
 
 def _compiling(model: keras.Model, applied: Applied) -> Callable[..., Any]:

@@ -50,7 +50,6 @@ class BlockRepeats:
     def __init__(
         self, layers: Mapping[str, keras.Layer], graph: ModelGraph, repeats: Mapping[int, Repeat], meter: StepMeter
     ) -> None:
-        self.outputs: set[int] = set()  # storages that the blocks which ran returned
         self._layers, self._graph, self._repeats, self._meter = layers, graph, repeats, meter
         self._twins = {repeat.twin for repeat in repeats.values()}
         self._saved: dict[int, _Saved] = {}
@@ -82,22 +81,23 @@ class BlockRepeats:
         gc.collect(0)
         return result
 
-    def _edge(self, call: int, phase: Phase, begins: bool) -> None:
-        self._meter.log.events.append(Edge(call, phase, begins))
+    def _end(self, call: int, phase: Phase, made: Mapping[int, torch.Tensor | None]) -> None:
+        """Note that a pass of a block ends, and what it hands on."""
+        storages = [(place, self._meter.storage(tensor)) for place, tensor in made.items() if tensor is not None]
+        self._meter.log.events.append(Edge(call, phase, False, made=tuple(storages)))
 
     def _watch(self, call: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         inputs = _once(_tensors((args, kwargs)))
         first_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-        self._edge(call, "forward", True)
-        views = {id(each): self._view(call, each) for each in inputs if each.requires_grad}
+        self._meter.log.events.append(Edge(call, "forward", True))
+        views = {id(each): self._view(call, place, each) for place, each in enumerate(inputs) if each.requires_grad}
         args, kwargs = tree_map(lambda leaf: views.get(id(leaf), leaf), (args, kwargs))
         result = forward(*args, **kwargs)
         gc.collect(0)
-        self._edge(call, "forward", False)
         outputs = _tensors(result)
+        self._end(call, "forward", dict(enumerate(outputs)))
         with looking_at_what_is_kept():
             saved = {self._meter.storage(tensor) for tensor in _saved_tensors(outputs, first_node)}
-        self.outputs.update(map(self._meter.storage, outputs))
         with_gradient = tuple(position for position, output in enumerate(outputs) if output.requires_grad)
         self._saved[call] = _Saved(self._positions(inputs, saved), self._positions(outputs, saved), with_gradient)
         for position, output in enumerate(outputs):
@@ -109,14 +109,14 @@ class BlockRepeats:
         own = ((output, self._meter.storage(gradient)),) if _fills_its_storage(gradient) else ()
         self._meter.log.events.append(Edge(call, "backward", True, own))
 
-    def _view(self, call: int, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the tensor as the block's own: its gradients are added inside, and complete when the block ends.
+    def _view(self, call: int, place: int, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the input at this place as the block's own: gradients are added inside, complete when the block ends.
 
         What the tensor becomes across a boundary is shared with other blocks all the same.
         """
         view = tensor.view_as(tensor)
         assert view.grad_fn is not None
-        view.grad_fn.register_hook(lambda *gradients: self._edge(call, "backward", False))
+        view.grad_fn.register_hook(lambda made, _: self._end(call, "backward", {place: made[0]}))
         running.entered[view] = running.entered.setdefault(tensor, {})
         return view
 
@@ -124,7 +124,6 @@ class BlockRepeats:
         return tuple(position for position, tensor in enumerate(tensors) if self._meter.storage(tensor) in saved)
 
     def _again(self, repeat: Repeat, args: Any, kwargs: Any) -> Any:
-        self._meter.log.events.append(Again(repeat.call, "forward"))
         structure, leaves = repeat.outputs
         made = [leaf for leaf in leaves if isinstance(leaf, MadeTensor)]
         stand_in = functools.partial(
@@ -141,8 +140,11 @@ class _StandIn(torch.autograd.Function):
     def forward(
         ctx: Any, meter: StepMeter, call: int, made: Any, saved: _Saved, anchor: Any, *inputs: torch.Tensor
     ) -> Any:
+        events = meter.log.events
+        begin = len(events)
         with meter.not_counting():
             outputs = [torch.empty_strided(each.shape, each.stride, dtype=each.dtype, device="cpu") for each in made]
+        events.insert(begin, Again(call, "forward", made=tuple(enumerate(map(meter.storage, outputs)))))
         kept = [inputs[position] for position in saved.inputs] + [outputs[position] for position in saved.outputs]
         ctx.save_for_backward(*kept)
         ctx.mark_non_differentiable(
@@ -155,12 +157,15 @@ class _StandIn(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         arrived = [(output, gradient) for output, gradient in enumerate(gradients) if gradient is not None]
         own = [(output, ctx.meter.storage(gradient)) for output, gradient in arrived if _fills_its_storage(gradient)]
-        ctx.meter.log.events.append(Again(ctx.call, "backward", tuple(own)))
+        events = ctx.meter.log.events
+        begin = len(events)
         with ctx.meter.not_counting():
             given = [
                 torch.empty(shape, dtype=dtype, device="cpu") if needed else None
                 for (shape, dtype), needed in zip(ctx.inputs, ctx.needs_input_grad[5:], strict=True)
             ]
+        made = [(place, ctx.meter.storage(each)) for place, each in enumerate(given) if each is not None]
+        events.insert(begin, Again(ctx.call, "backward", tuple(own), tuple(made)))
         return None, None, None, None, None, *given
 
 

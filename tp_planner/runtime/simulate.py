@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.frontend.trace import CallArguments, conditions_need_values, fake_inputs, fake_tensors
+from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.errors import PlanError, in_one_line
 from tp_planner.ir.graph import ModelGraph
 from tp_planner.ir.plan import Plan
@@ -62,6 +63,7 @@ def simulate(
     graph: ModelGraph,
     axes: Axes,
     optimizer: keras.optimizers.Optimizer | None,
+    loss: TrainingLoss | None,
 ) -> Simulation:
     """Return what one training step takes of rank 0.
 
@@ -72,6 +74,7 @@ def simulate(
         graph: the trace of a training call that the plan was made from.
         axes: those of a mesh of the planned size, fake or real.
         optimizer: makes the update; it is not changed.
+        loss: as for ``TrainingStep``.
 
     Raises:
         PlanError: if the forward or backward pass fails on fake tensors.
@@ -86,7 +89,7 @@ def simulate(
         with applied_for_simulation(model, plan, axes, left_out) as applied, blocks.watched():
             updating = None if optimizer is None else _adopted(type(optimizer).from_config, settings, axes)
             variables = {key for layer in left_out for key in graph.layers[layer].variables}
-            step = TrainingStep(model, meter, updating, variables, applied.replicas)
+            step = TrainingStep(model, meter, updating, loss, variables, applied.replicas)
             _hold_left_out_variables(meter, plan, variables)
             try:
                 step.run(arguments, multiplicities(repeats))
@@ -101,19 +104,22 @@ def simulate(
     twins = {
         call: Twin(each.twin, dict(each.layers) | tensor_names_again(each, graph)) for call, each in repeats.items()
     }
-    log = unfold(meter.log, twins, frozenset(blocks.outputs))
+    log = unfold(meter.log, twins)
     _average_gradients(log, plan)
     name = "" if optimizer is None else type(optimizer).__name__
-    return Simulation(collectives_of(log), Step(name, memory_of(log), work_of(log), not step.notes), tuple(step.notes))
+    taken = Step(name, step.loss_name, memory_of(log), work_of(log), step.whole_update)
+    return Simulation(collectives_of(log), taken, tuple(step.notes))
 
 
 class TrainingStep:
-    """One training step of a parallel model under a meter; the sum of the outputs is its loss.
+    """One training step of a parallel model under a meter.
 
     Args:
         model: the model.
         meter: writes the log.
         optimizer: makes the update; None for no update.
+        loss: the loss, in a step as Keras trains: it has the outputs until its metrics have seen them. None for the
+            sum of the outputs, which are let go.
         left_out: variables that take no part, by key.
         replicas: the replicas, which meet when the backward pass begins; None for one. They do not average gradients.
     """
@@ -123,11 +129,14 @@ class TrainingStep:
         model: keras.Model,
         meter: StepMeter,
         optimizer: keras.optimizers.Optimizer | None,
+        loss: TrainingLoss | None,
         left_out: Set[str] = frozenset(),
         replicas: Replicas | None = None,
     ) -> None:
         self.model, self.meter, self.optimizer, self.left_out = model, meter, optimizer, left_out
-        self._replicas = replicas
+        self._loss, self._replicas = loss, replicas
+        self.loss_name = "" if loss is None else loss.name
+        self.whole_update = True
         self.notes: list[str] = []
         self._slots: list[tuple[Any, Any]] = []
 
@@ -147,7 +156,10 @@ class TrainingStep:
         meter.hold(arguments.tensors, "activations")
         self._build_optimizer(trainable, {id(each): others.get(keys[id(each)], 0) for each in trainable})
         with meter:
-            loss = self._forward(arguments)
+            outputs = arguments.call(model, training=True)
+            loss = self._loss_of(outputs)
+            if not self.loss_name:
+                del outputs
             gc.collect(0)
             meter.end_forward()
             if loss is None or not loss.requires_grad:
@@ -173,19 +185,28 @@ class TrainingStep:
             with torch.no_grad(), conditions_need_values():
                 optimizer.apply([variable._value.grad for variable in trained], trained)
         except Exception as error:  # an optimizer may look at values, which fake tensors do not have
+            self.whole_update = False
             self.notes.append(
                 f"the update by {type(optimizer).__name__} depends on values ({in_one_line(error)[:160]}): what it "
                 f"communicates and needs for a moment is counted up to there only"
             )
 
-    def _forward(self, arguments: CallArguments) -> torch.Tensor | None:
-        outputs = arguments.call(self.model, training=True)
-        loss = None
-        for output in (*tree_flatten(outputs)[0], *self.model.losses):
-            if isinstance(output, torch.Tensor) and output.is_floating_point():
-                loss = output.sum() if loss is None else loss + output.sum()
+    def _loss_of(self, outputs: Any) -> torch.Tensor | None:
+        """Return the loss with the losses that layers add; None if there are no numbers to train with."""
+        terms = [*self.model.losses]
+        try:
+            terms += [] if self._loss is None else [self._loss(outputs)]
+        except Exception as error:  # a loss may take targets of other shapes than those made for it, or be anyone's
+            self.notes.append(
+                f"loss {self.loss_name} cannot be simulated ({in_one_line(error)[:160]}): the sum of the outputs "
+                f"stands for it"
+            )
+            self.loss_name = ""
+        if not self.loss_name:
+            terms += tree_flatten(outputs)[0]
         self.model._clear_losses()
-        return loss
+        sums = [each.sum() for each in terms if isinstance(each, torch.Tensor) and each.is_floating_point()]
+        return functools.reduce(torch.add, sums) if sums else None
 
     def _build_optimizer(self, trainable: list[Any], others: Mapping[int, int]) -> None:
         """Make the slots, as they are there from the second step on."""

@@ -1,0 +1,71 @@
+"""Training loss: the loss that a model is trained with, as Keras computes it, on targets made for its outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import torch
+from keras.src.trainers.compile_utils import CompileLoss
+
+from tp_planner.ir.errors import PlanError
+
+# Losses whose targets are indices of the outputs' last dim; of all others of Keras they are like the outputs.
+OF_INDICES = (keras.losses.sparse_categorical_crossentropy,)
+
+
+class TrainingLoss:
+    """A loss, or several, as ``Model.compile`` takes them.
+
+    Args:
+        loss: a loss or its name, or a list or dict of these.
+        weights: the factors of several losses.
+        output_names: the names of the model's outputs, where they have names.
+
+    Raises:
+        PlanError: if a name is none of a loss of Keras.
+    """
+
+    def __init__(self, loss: Any, weights: Any = None, output_names: Any = None) -> None:
+        self._arguments = loss, weights
+        self._output_names = output_names
+        self.name = ", ".join(dict.fromkeys(map(_name, keras.tree.flatten(loss))))
+
+    @classmethod
+    def of(cls, model: keras.Model, loss: Any = None) -> TrainingLoss | None:
+        """Return the given loss, by default the one that the model is compiled with; None if there is none."""
+        names = getattr(model, "output_names", None)
+        if loss is not None:
+            return cls(loss, None, names)
+        compiled = getattr(model, "_compile_loss", None)
+        return None if compiled is None else cls(compiled._user_loss, compiled._user_loss_weights, names)
+
+    def __call__(self, outputs: Any) -> torch.Tensor:
+        """Return the loss of a model's outputs, all targets being zero."""
+        compiled = CompileLoss(*self._arguments, output_names=self._output_names)
+        compiled.build(outputs, outputs)
+        of_indices = {tuple(each.path) for each in compiled._flat_losses if _takes_indices(each.loss)}
+        targets = [
+            leaf.new_zeros(leaf.shape[:-1], dtype=torch.int32)
+            if tuple(path) in of_indices
+            else leaf.new_zeros(leaf.shape)
+            for path, leaf in keras.tree.flatten_with_path(outputs)
+        ]
+        result: torch.Tensor = compiled(keras.tree.pack_sequence_as(outputs, targets), outputs)
+        return result
+
+
+def _name(loss: Any) -> str:
+    if isinstance(loss, str) and loss.lower() in ("crossentropy", "ce"):  # Keras chooses one by the shapes
+        return "crossentropy"
+    try:
+        found = keras.losses.get(loss)
+    except ValueError:
+        raise PlanError(
+            f"loss {loss!r} is unknown; give a Keras loss or the name of one, such as 'sparse_categorical_crossentropy'"
+        ) from None
+    return str(getattr(found, "__name__", type(found).__name__))
+
+
+def _takes_indices(loss: Any) -> bool:
+    return getattr(loss, "fn", None) in OF_INDICES
