@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tp_planner.runtime.products import contracted_dims, product
+from tp_planner.runtime.rewrites import contracted_dims, product
 from tp_planner.runtime.tape import Tape
 
 Code = Callable[[torch.Tensor], Any]
@@ -111,7 +111,7 @@ def inputs(seed: int) -> torch.Tensor:
 def test_einsums_that_are_products(equation: str, shapes: list[tuple[int, ...]], contracted: int | None) -> None:
     rng = np.random.default_rng(0)
     operands = [torch.from_numpy(rng.standard_normal(shape)) for shape in shapes]
-    assert contracted_dims((equation, *operands)) == contracted
+    assert contracted_dims(equation, *operands) == contracted
     if contracted is not None:
         torch.testing.assert_close(product(*operands, contracted), torch.einsum(equation, *operands))
 

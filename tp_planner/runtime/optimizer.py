@@ -15,6 +15,7 @@ from typing import Any
 
 import keras
 import torch
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 from torch.distributed.tensor import DTensor
 
 from tp_planner.ir.placement import Partial, Replicate
@@ -95,8 +96,9 @@ class ParallelOptimizer:
         self, grads: Sequence[torch.Tensor], variables: Sequence[Any], learning_rate: Any
     ) -> None:
         """Update all variables at once; Adam in fewer passes over memory, and with fewer copies, than in Keras."""
-        small_range = any(variable.dtype == "float16" for variable in variables)  # too small for a divisor over a rate
-        if isinstance(self, keras.optimizers.Adam) and not self.amsgrad and not small_range:
+        # float16 is too small for a divisor over a rate.
+        small_range = any(variable._value.dtype == torch.float16 for variable in variables)
+        if isinstance(self, keras.optimizers.Adam) and not (self.amsgrad or small_range or in_stateless_scope()):
             _update_adam(self, grads, variables, learning_rate)
         else:
             super()._parallel_update_step(grads, variables, learning_rate)  # type: ignore[misc]
@@ -167,9 +169,9 @@ def _update_adam(
 ) -> None:
     """Make Adam's update of local shards, Keras's formula: one tensor of a variable's size is made for each."""
     places = [optimizer._get_variable_index(variable) for variable in variables]
-    values = [variable.value for variable in variables]
-    momentums = [optimizer._momentums[place].value for place in places]
-    velocities = [optimizer._velocities[place].value for place in places]
+    values = [_changed_in_place(variable) for variable in variables]
+    momentums = [_changed_in_place(optimizer._momentums[place]) for place in places]
+    velocities = [_changed_in_place(optimizer._velocities[place]) for place in places]
     step = keras.ops.cast(optimizer.iterations + 1, values[0].dtype)
     rate = keras.ops.cast(learning_rate, values[0].dtype)
     alpha = rate * torch.sqrt(1 - optimizer.beta_2**step) / (1 - optimizer.beta_1**step)
@@ -181,6 +183,12 @@ def _update_adam(
     torch._foreach_add_(divisors, optimizer.epsilon)
     torch._foreach_mul_(divisors, 1 / alpha)
     torch._foreach_addcdiv_(values, momentums, divisors, value=-1)
+
+
+def _changed_in_place(variable: Any) -> torch.Tensor:
+    """Return the tensor that this rank stores; to find a variable's ``value`` takes as long as a small update."""
+    tensor: torch.Tensor = variable._value
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 @functools.cache

@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from tp_planner.frontend.kept_tensors import kept_tensors
 from tp_planner.runtime.calls import run_at_once, running
 from tp_planner.runtime.log import logger
+from tp_planner.runtime.program import Program
 from tp_planner.runtime.styles import is_symbolic
-from tp_planner.runtime.tape import Program, Tape
+from tp_planner.runtime.tape import Tape
 
 MOST_PROGRAMS = 64  # of one model; further sorts of calls run as ever
 PLAIN_ARGUMENTS = (bool, int, float, str, type(None))

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
+from keras.src.backend.torch import random as keras_random
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -21,10 +22,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tp_planner.frontend.dispatch import WatchingMode, tensors_in
 from tp_planner.frontend.functions import function_name
 from tp_planner.runtime.calls import run_at_once, running
-from tp_planner.runtime.products import contracted_dims, product
+from tp_planner.runtime.program import Name, Program, Step, compiled
+from tp_planner.runtime.rewrites import rewritten
 from tp_planner.runtime.variables import BackendVariable
 
-Program = Callable[..., Any]
 # What a function may tell about a tensor without its values.
 METADATA = (int, float, str, torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format)
 # They return the tensor itself where it is as wanted, which is so each time the program runs.
@@ -37,16 +38,20 @@ class Tape:
     def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
         self.problem = ""
         self._names = WeakTensorKeyDictionary()
-        self._constants: list[Any] = []
-        self._steps: list[tuple[str, str]] = []  # what a step's result is called, and the step as an expression
-        self._last_step_with: dict[str, int] = {}  # by name
+        self._generators: dict[int, tuple[torch.Generator, Name]] = {}
+        self._count = 0  # of names
+        self._steps: list[Step] = []
         self._modes = _modes()
         self._functions, self._made = _Functions(self), _MadeStorages(self, inputs)
         self._inputs = [self._name(tensor) for tensor in inputs]
 
     def __enter__(self) -> Tape:
+        draw = keras_random.torch_seed_generator  # reads a seed's value, anew each time
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(running, "run", self._run_as_step))
+            stack.enter_context(
+                mock.patch.object(keras_random, "torch_seed_generator", lambda seed: self._run_as_step(draw, seed))
+            )
             stack.enter_context(self._made)
             stack.enter_context(self._functions)
             self._stack = stack.pop_all()
@@ -59,8 +64,8 @@ class Tape:
         """Note why there is no program; the first reason counts."""
         self.problem = self.problem or problem
 
-    def add(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Write down a call of a function."""
+    def add(self, function: Any, args: Any, kwargs: Any, result: Any, changes: bool = False) -> None:
+        """Write down a call of a function; ``changes`` says that it has changed an argument."""
         if function is torch._C._set_grad_enabled:
             self._modes = _modes()
         elif self._modes != _modes():
@@ -69,78 +74,87 @@ class Tape:
             self.fail("code runs again in the backward pass")
         if self.problem:
             return
-        given = [self._expression(each) for each in args]
-        given += [f"{name}={self._expression(each)}" for name, each in kwargs.items()]
-        self._steps.append((self._target(result), f"{self._constant(function)}({', '.join(given)})"))
+        given, named = self._with_names(args), self._with_names(kwargs)
+        self._steps.append(Step(self._result(result), function, given, named, changes))
 
     def program(self, output: Any) -> Program | None:
         """Return the function of the call's input tensors that returns ``output`` anew; None if there is none."""
         if self._modes != _modes():
             self.fail("code switches gradients or dtypes by other means than torch functions")
-        result = self._expression(output)
+        result = self._with_names(output)
         if self.problem:
             return None
-        unused: dict[int, list[str]] = {}
-        for name, step in self._last_step_with.items():
-            unused.setdefault(step, []).append(name)
-        lines = [f"def program({', '.join(self._inputs)}):"]
-        for number, (target, expression) in enumerate(self._steps):
-            lines.append(f"    {target} = {expression}")
-            lines += [f"    del {', '.join(names)}" for names in [unused.get(number)] if names]
-        scope: dict[str, Any] = {f"c{number}": constant for number, constant in enumerate(self._constants)}
-        exec("\n".join([*lines, f"    return {result}"]), scope)
-        program: Program = scope["program"]
-        return program
+        return compiled(self._inputs, rewritten(self._steps, result), result)
 
     def has_made(self, value: Any) -> bool:
         """Whether a value is a tensor that the call has made."""
         return isinstance(value, torch.Tensor) and value in self._made
 
     def _run_as_step(self, function: Callable[..., Any], *args: Any) -> Any:
-        with self._functions.looking_away(), mock.patch.object(running, "run", run_at_once):
+        with self._looking_away(), mock.patch.object(running, "run", run_at_once):
             result = function(*args)
             self.add(function, args, {}, result)
         return result
 
-    def _name(self, tensor: torch.Tensor) -> str:
-        name: str = self._names.setdefault(tensor, f"t{len(self._last_step_with)}")
-        self._last_step_with[name] = len(self._steps)
+    @contextlib.contextmanager
+    def _looking_away(self) -> Iterator[None]:
+        """Inside, functions are not written down, and may look at values."""
+        with mock.patch.object(self._functions, "away", True), mock.patch.object(self._made, "away", True):
+            yield
+
+    def _name(self, tensor: torch.Tensor) -> Name:
+        if tensor not in self._names:
+            self._names[tensor] = Name(
+                self._next(), tensor.shape, tensor.stride(), tensor.dtype, not isinstance(tensor, DTensor)
+            )
+        name: Name = self._names[tensor]
         return name
 
-    def _target(self, result: Any) -> str:
+    def _next(self) -> int:
+        self._count += 1
+        return self._count - 1
+
+    def _result(self, result: Any) -> Any:
+        """Return the names of what a function has made, as a step has them."""
         if isinstance(result, torch.Tensor):
             return self._name(result)
+        if isinstance(result, torch.Generator):
+            name = Name(self._next())
+            self._generators[id(result)] = result, name
+            return name
         if isinstance(result, list | tuple) and result:
-            return f"({', '.join(map(self._target, result))},)"
-        return "_"
+            return tuple(map(self._result, result))
+        return None
 
-    def _constant(self, value: Any) -> str:
-        self._constants.append(value)
-        return f"c{len(self._constants) - 1}"
-
-    def _expression(self, value: Any) -> str:
-        if isinstance(value, torch.Tensor):
-            return self._name(value) if value in self._names else self._from_outside(value)
+    def _with_names(self, value: Any) -> Any:
+        """Return a value with names in place of what steps have made."""
         match value:
+            case torch.Tensor():
+                return self._names[value] if value in self._names else self._from_outside(value)
+            case torch.Generator():
+                return self._generator(value)
             case torch.Size() | tuple() if type(value) in (torch.Size, tuple):
-                return f"({''.join(f'{self._expression(each)}, ' for each in value)})"
+                return tuple(map(self._with_names, value))
             case list():
-                return f"[{', '.join(map(self._expression, value))}]"
+                return list(map(self._with_names, value))
             case dict():
-                return f"{{{', '.join(f'{key!r}: {self._expression(each)}' for key, each in value.items())}}}"
+                return {key: self._with_names(each) for key, each in value.items()}
             case slice():
-                return f"slice({', '.join(map(self._expression, (value.start, value.stop, value.step)))})"
-            case bool() | int() | str() | None if type(value) in (bool, int, str, type(None)):
-                return repr(value)
-        return self._constant(value)
+                return slice(*map(self._with_names, (value.start, value.stop, value.step)))
+        return value
 
-    def _from_outside(self, tensor: torch.Tensor) -> str:
+    def _from_outside(self, tensor: torch.Tensor) -> torch.Tensor:
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             self.fail("code runs inside a transform of torch.func")
-            return ""
-        if tensor in self._made or tensor.grad_fn is not None:
+        elif tensor in self._made or tensor.grad_fn is not None:
             self.fail("a tensor is made by other means than torch functions")
-        return self._constant(tensor)
+        return tensor
+
+    def _generator(self, generator: torch.Generator) -> Any:
+        if id(generator) not in self._generators:
+            self.fail("code draws from a torch.Generator of its own")
+            return None
+        return self._generators[id(generator)][1]
 
 
 def _modes() -> tuple[bool, ...]:
@@ -153,28 +167,29 @@ class _Functions(TorchFunctionMode):
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()
-        self._tape, self._away = tape, False
-
-    def looking_away(self) -> Any:
-        """Inside, functions are not written down."""
-        return mock.patch.object(self, "_away", True)
+        self._tape, self.away = tape, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._away:
+        if self.away:
             return func(*args, **kwargs)
         args, kwargs = _values_of_variables(args), _values_of_variables(kwargs)
-        if func is torch.einsum and (dims := contracted_dims(args)) is not None:
-            func, args = product, (*args[1:], dims)
+        before = _versions((args, kwargs))
         result = func(*args, **kwargs)
         name = function_name(func)
         if name in NOTHING_TO_DO and result is args[0]:
             return result
         if result is None or any(True for _ in tensors_in(result)):
-            self._tape.add(func, args, kwargs, result)
+            self._tape.add(func, args, kwargs, result, before != _versions((args, kwargs)))
         elif not _is_metadata(result):
             self._tape.fail(f"torch's {name} returns a {type(result).__name__}")
         return result
+
+
+def _versions(tree: Any) -> list[int]:
+    """Return how often each tensor was changed, as far as torch counts it."""
+    with torch._C.DisableTorchFunction():
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors_in(tree)]
 
 
 def _values_of_variables(tree: Any) -> Any:
@@ -198,7 +213,7 @@ class _MadeStorages(WatchingMode):
 
     def __init__(self, tape: Tape, inputs: Sequence[torch.Tensor]) -> None:
         super().__init__()
-        self._tape = tape
+        self._tape, self.away = tape, False
         self._storages: dict[int, Any] = {}
         for tensor in inputs:
             self._add(tensor)
@@ -207,7 +222,7 @@ class _MadeStorages(WatchingMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # DTensor runs the op on local tensors, under this mode again
         with torch._C.DisableTorchFunction():  # what is called here is no code of the model
-            if _shows_values(func, args):
+            if not self.away and _shows_values(func, args):
                 self._tape.fail(f"code depends on values, by {func}")
             result = func(*args, **kwargs)
             given = set(map(_storage_key, tensors_in((args, kwargs))))
