@@ -23,6 +23,7 @@ from tp_planner.ir.placement import Replicate, Shard
 from tp_planner.ir.plan import LayerPlan, Plan, VariablePlan
 from tp_planner.runtime.boundaries import Axes, Axis
 from tp_planner.runtime.calls import Reader, Site
+from tp_planner.runtime.generation import follow_caches
 from tp_planner.runtime.parts import let_go_after_calls
 from tp_planner.runtime.recomputation import follow_recomputation
 from tp_planner.runtime.regularization import parallel_constraint, parallel_regularizer
@@ -151,6 +152,8 @@ def apply_layers(
             parallelize_module(layer, axes.model.mesh, style(changed, placer.place, applied.undo))
             if isinstance(layer, keras.layers.TorchModuleWrapper):
                 applied.undo.append(follow_variables(layer))
+            if (forget := follow_caches(layer, name, plan, axes.model)) is not None:
+                applied.undo.append(forget)
         if applied.replicas is not None:
             _join_replicas(model, applied, applied.replicas, placer)
     except BaseException:

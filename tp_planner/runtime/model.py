@@ -15,6 +15,7 @@ from tp_planner.runtime.apply import Applied
 from tp_planner.runtime.averaging import Averaging, Bucket
 from tp_planner.runtime.calls import Site
 from tp_planner.runtime.draws import OwnDraws, own_seeds
+from tp_planner.runtime.generation import generating_together
 from tp_planner.runtime.log import logger
 from tp_planner.runtime.losses import loss_of_share
 from tp_planner.runtime.optimizer import (
@@ -50,6 +51,8 @@ def take_over(model: keras.Model, applied: Applied) -> None:
         _override(model, "train_step", _without_gradients_before(model), applied)
     _replay_if_asked(model, applied)
     _keep_from_distributing(model, applied)
+    if hasattr(model, "generate_step"):
+        _override(model, "generate", generating_together(model, applied.plan, applied.axes), applied)
     if applied.replicas is not None:
         _take_replicas_into_account(model, applied, applied.replicas)
     adopt_at_first_use()
