@@ -35,8 +35,8 @@ def prompts(seed: int = 0) -> dict[str, np.ndarray]:
 # On the ranks
 
 
-def generated(model: keras.Model, sampler: Any, stop: Any = None) -> np.ndarray:
-    model.compile(sampler=sampler)
+def generated(model: keras.Model, sampler: Any, stop: Any = None, jit_compile: bool = False) -> np.ndarray:
+    model.compile(sampler=sampler, jit_compile=jit_compile)
     if "Gemma3" in type(model).__name__:  # KerasHub's generate needs a preprocessor there
         inputs = {name: torch.from_numpy(array) for name, array in prompts().items()}
         return keras.ops.convert_to_numpy(model.make_generate_function()(inputs, stop)["token_ids"])
@@ -84,6 +84,22 @@ def recorded(name: str) -> tuple[int, list[Collective], list[tuple[int, ...]], l
     return len(shapes), list(recorder.recording.collectives), shapes, [generated(model, "greedy")]
 
 
+def replayed(name: str) -> tuple[np.ndarray, list[np.ndarray], list[int]]:
+    """Return what one device and, replayed, all ranks generate, three times, and how often a layer is called."""
+    model = FAMILIES[name].build()
+    plain = generated(model, "greedy")
+    tp_planner.parallelize(model, FAMILIES[name].layout(dist.get_world_size()), inputs=prompts())
+    model.compile(sampler="greedy", jit_compile=True)
+    called: list[bool] = []
+    model.backbone.layers[-1].register_forward_pre_hook(lambda *_: called.append(True))
+    found, counts = [], []
+    for _ in range(3):
+        called.clear()
+        found.append(model.generate(prompts(), stop_token_ids=None)["token_ids"])
+        counts.append(len(called))
+    return plain, found, counts
+
+
 def continued() -> tuple[np.ndarray, np.ndarray]:
     """Return the logits of one more token after a cache of all heads that is full, on one device and on all ranks."""
     model = FAMILIES["llama3"].build()
@@ -117,12 +133,13 @@ def refusals() -> list[str]:
     return messages
 
 
-def by_layout(rules: Mapping[str, Axes]) -> tuple[np.ndarray, np.ndarray]:
-    """Return what one device and all ranks generate under a layout of one's own."""
+def by_layout(rules: Mapping[str, Axes]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return what one device and all ranks generate under a layout of one's own, at last replayed."""
     model = FAMILIES["gpt2"].build()
     plain = generated(model, "greedy")
     tp_planner.parallelize(model, layout_map(rules), inputs=prompts())
-    return plain, generated(model, "greedy")
+    found = [generated(model, "greedy"), generated(model, "greedy", None, True)]
+    return plain, [*found, model.generate(prompts(), stop_token_ids=None)["token_ids"]]
 
 
 # In the parent
@@ -166,6 +183,15 @@ def test_each_token_takes_what_a_forward_pass_takes(pools: Pools) -> None:
         np.testing.assert_array_equal(after[0], generated(FAMILIES["llama3"].build(), "greedy"))
 
 
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("gemma", marks=pytest.mark.slow), "llama3"])
+def test_tokens_are_replayed(pools: Pools, name: str) -> None:
+    """After a call for the prompt and one for a token, and one of each that is taped, without the layers' code."""
+    for plain, found, counts in pools(2).run(replayed, name):
+        for tokens in found:
+            np.testing.assert_array_equal(tokens, plain)
+        assert counts == [3, 1, 0]
+
+
 def test_a_full_cache_of_all_heads_is_cut(pools: Pools) -> None:
     for plain, parallel in pools(4).run(continued):
         np.testing.assert_allclose(parallel, plain, rtol=1e-5, atol=1e-5)
@@ -178,12 +204,15 @@ def test_a_full_cache_of_all_heads_is_cut(pools: Pools) -> None:
         {".*attention/(query|key|value)/kernel": ("model", None, None)},
         {".*attention/(query|key)/kernel": (None, "model", None)},
         {".*attention/(key|value)/kernel": (None, "model", None), ".*attention/(key|value)/bias": ("model", None)},
+        {"(.*/)?position_embedding/embeddings": (None, "model")},
+        {"(.*/)?position_embedding/embeddings": ("model", None)},
     ],
 )
 def test_other_layouts_of_attention(pools: Pools, rules: Mapping[str, Axes]) -> None:
     """By head size, by what is contracted, and by the heads of some: their keys are put together before the cache."""
-    for plain, parallel in pools(2).run(by_layout, rules):
-        np.testing.assert_array_equal(parallel, plain)
+    for plain, found in pools(2).run(by_layout, rules):
+        for tokens in found:
+            np.testing.assert_array_equal(tokens, plain)
 
 
 def test_what_would_be_wrong_is_refused(pools: Pools) -> None:

@@ -16,6 +16,7 @@ from tp_planner.runtime.tape import Tape
 Code = Callable[[torch.Tensor], Any]
 WEIGHT = torch.nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4))
 STATE = torch.zeros(3)
+TABLE = keras.Variable(np.arange(6.0).reshape(2, 3), name="table")
 
 
 class Doubled(torch.autograd.Function):
@@ -80,8 +81,13 @@ def by_keras(x: torch.Tensor) -> torch.Tensor:
     return keras.ops.matmul(keras.ops.softmax(x, axis=-1), keras.Variable(WEIGHT.detach(), name="weight"))
 
 
+def from_a_place(x: torch.Tensor) -> torch.Tensor:
+    row = (x.detach()[0, 1] > 0).to(torch.int32)  # another for the inputs that are taped than for those that are not
+    return keras.ops.slice(x, (row, 0), (1, 3)) * keras.ops.slice(TABLE, (row, 0), (1, 3))
+
+
 WITH_PROGRAM: list[Code] = [
-    in_place, several, without_gradient, with_state, by_einsum, with_positions, by_keras
+    in_place, several, without_gradient, with_state, by_einsum, with_positions, by_keras, from_a_place
 ]  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from tp_planner.runtime.optimizer import (
     release_optimizers_of,
 )
 from tp_planner.runtime.persistence import save_together
-from tp_planner.runtime.replay import replaying
+from tp_planner.runtime.replay import REPLAYED, replaying
 from tp_planner.runtime.replicas import Replicas
 from tp_planner.runtime.totals import results_of_all
 
@@ -166,17 +166,23 @@ def _compiling(model: keras.Model, applied: Applied) -> Callable[..., Any]:
 
 def _replay_if_asked(model: keras.Model, applied: Applied) -> None:
     """Let calls be replayed if the model is compiled with jit_compile=True; torch.compile has no part in it."""
-    model.__dict__.pop("call", None)
-    for name in _ASKS_FOR_TORCH_COMPILE:
-        model.__dict__.pop(name, None)
+    for name in (*REPLAYED, *_ASKS_FOR_TORCH_COMPILE):
+        if hasattr(model.__dict__.get(name), "belongs_to_jit_compile"):  # and is none that a user has put there
+            del model.__dict__[name]
     if not (model.compiled and model.jit_compile is True):
         return
     for name in _ASKS_FOR_TORCH_COMPILE:
-        _override(model, name, lambda: False, applied)
+        _override_for_jit_compile(model, name, lambda: False, applied)
     if any(isinstance(each.batch_placement, Shard) for each in applied.plan.variables):
         logger.warning("[ModelParallel] jit_compile=True does nothing for model %r: variables are in parts", model.name)
         return
-    _override(model, "call", replaying(model, named_layers(model)), applied)
+    for name in (each for each in REPLAYED if hasattr(model, each)):
+        _override_for_jit_compile(model, name, replaying(model, name, named_layers(model)), applied)
+
+
+def _override_for_jit_compile(model: keras.Model, name: str, function: Callable[..., Any], applied: Applied) -> None:
+    function.belongs_to_jit_compile = True  # type: ignore[attr-defined]
+    _override(model, name, function, applied)
 
 
 def _all_variables(model: keras.Model) -> Iterator[Any]:

@@ -29,14 +29,20 @@ MOST_PROGRAMS = 64  # of one model; further sorts of calls run as ever
 PLAIN_ARGUMENTS = (bool, int, float, str, type(None))
 
 
-def replaying(model: keras.Model, layers: Mapping[str, keras.Layer]) -> Callable[..., Any]:
-    """Return what replaces the model's ``call``.
+# The methods whose calls may be replayed, of those that a model has; of KerasHub's tasks those that generate a token.
+REPLAYED = ("call", "call_with_cache", "call_decoder_with_cache")
+
+
+def replaying(model: keras.Model, method: str, layers: Mapping[str, keras.Layer]) -> Callable[..., Any]:
+    """Return what replaces a method of a model, one of ``REPLAYED``.
 
     Args:
         model: a parallel model.
-        layers: its layers by name.
+        method: the method's name.
+        layers: the model's layers by name.
     """
-    plain = model.call
+    plain = getattr(model, method)
+    what = f"model {model.name!r}" if method == "call" else f"{method} of model {model.name!r}"
     programs: dict[Hashable, Program | None] = {}  # None: called once
     refused: set[Hashable] = set()
 
@@ -61,7 +67,7 @@ def replaying(model: keras.Model, layers: Mapping[str, keras.Layer]) -> Callable
         programs[key] = tape.program(output)
         if tape.problem:
             refused.add(key)
-            logger.warning("[ModelParallel] jit_compile=True does nothing for model %r: %s", model.name, tape.problem)
+            logger.warning("[ModelParallel] jit_compile=True does nothing for %s: %s", what, tape.problem)
         return output
 
     return call

@@ -8,6 +8,7 @@ other means, and values that code looks at. A call with any of these has no prog
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tp_planner.frontend.dispatch import WatchingMode, tensors_in
 from tp_planner.frontend.functions import function_name
+from tp_planner.frontend.keras_internals import core
 from tp_planner.runtime.calls import run_at_once, running
 from tp_planner.runtime.program import Name, Program, Step, compiled
 from tp_planner.runtime.rewrites import rewritten
@@ -30,6 +32,10 @@ from tp_planner.runtime.variables import BackendVariable
 METADATA = (int, float, str, torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format)
 # They return the tensor itself where it is as wanted, which is so each time the program runs.
 NOTHING_TO_DO = ("to", "contiguous")
+
+
+# Functions of Keras that look at values of their arguments, a seed or where a slice begins, and nowhere else.
+READING_VALUES = ((keras_random, "torch_seed_generator"), (core, "slice"))
 
 
 class Tape:
@@ -46,12 +52,11 @@ class Tape:
         self._inputs = [self._name(tensor) for tensor in inputs]
 
     def __enter__(self) -> Tape:
-        draw = keras_random.torch_seed_generator  # reads a seed's value, anew each time
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(running, "run", self._run_as_step))
-            stack.enter_context(
-                mock.patch.object(keras_random, "torch_seed_generator", lambda seed: self._run_as_step(draw, seed))
-            )
+            for module, name in READING_VALUES:
+                as_step = functools.partial(self._run_on_values, getattr(module, name))
+                stack.enter_context(mock.patch.object(module, name, as_step))
             stack.enter_context(self._made)
             stack.enter_context(self._functions)
             self._stack = stack.pop_all()
@@ -90,10 +95,14 @@ class Tape:
         """Whether a value is a tensor that the call has made."""
         return isinstance(value, torch.Tensor) and value in self._made
 
-    def _run_as_step(self, function: Callable[..., Any], *args: Any) -> Any:
+    def _run_on_values(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a function as a step, having read the variables among its arguments before."""
+        return self._run_as_step(function, *_values_of_variables(args), **_values_of_variables(kwargs))
+
+    def _run_as_step(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self._looking_away(), mock.patch.object(running, "run", run_at_once):
-            result = function(*args)
-            self.add(function, args, {}, result)
+            result = function(*args, **kwargs)
+            self.add(function, args, kwargs, result)
         return result
 
     @contextlib.contextmanager
