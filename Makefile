@@ -50,7 +50,7 @@ sweep: $(INSTALLED) ## Run the slow tests: every layer and every family, on 2 an
 	$(PYTHON) -m pytest -q -m slow
 	$(PYTHON) benchmarks/sweep_layers.py
 
-bench: $(INSTALLED) ## Run all benchmarks and write their results page, in about a quarter of an hour
+bench: $(INSTALLED) ## Run all benchmarks and write their results page, in about ten minutes
 	$(PYTHON) benchmarks/bench.py
 
 bench-gpu: $(INSTALLED) ## Compare with hand-written torch code on one NVIDIA GPU; says so where there is none

@@ -23,6 +23,7 @@ COMMANDS = (
     ("communication.py", "--ranks", "2,4,8"),
     ("plan_time.py", "--sizes", "8b,70b,405b", "--curve", "--repeat", "3"),
     ("memory.py",),
+    ("generation.py",),
 )
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORM_EPSILON, ROPE_WAVELENGTH = 1e-5, 500000.0
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name before torch 2.13
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ranks = dist.get_world_size()
         parts = x.new_empty((ranks * x.shape[0], *x.shape[1:]))
-        dist.all_gather_single(parts, x.contiguous())
+        _all_gather(parts, x.contiguous())
         return parts.unflatten(0, (ranks, -1)).movedim(0, -2).flatten(-2)
 
     @staticmethod

@@ -15,6 +15,7 @@ from typing import Any
 
 import bench
 import communication
+import generation
 import memory
 import pictures
 import plan_time
@@ -24,7 +25,7 @@ from report import HANDWRITTEN, KERAS_SHARD, PLANNED, REPLAYED, TARGETS, TORCH_S
 Row = Mapping[str, Any]
 Results = Mapping[str, Any]  # by benchmark, what it wrote
 
-BENCHMARKS = ("step_time", "communication", "plan_time", "memory", "bench")
+BENCHMARKS = ("step_time", "communication", "plan_time", "memory", "generation", "bench")
 OURS = (PLANNED, REPLAYED)
 NOT_THE_GPT = (KERAS_SHARD, TORCH_SHARD)
 MIB = 2**20
@@ -67,6 +68,7 @@ def page(results: Results) -> Iterator[str]:
     yield from communication_section(results["communication"]["rows"])
     yield from planning_section(results["plan_time"])
     yield from memory_section(results["memory"]["rows"])
+    yield from generation_section(results["generation"])
     if results["vs_keras_nightly"]:
         yield from nightly_section(results["vs_keras_nightly"])
 
@@ -326,6 +328,17 @@ def _memory_rows(row: Row) -> Iterator[Sequence[str]]:
             *(f"{figures['largest'][kind] / MIB:.2f}" for kind in memory.KINDS),
             *(("", "") if what == "predicted" else (f"{by_keras:.2f}", f"{memory.off(row):+.1%}")),
         )
+
+
+# Generation
+
+
+def generation_section(data: Row) -> Iterator[str]:
+    """Yield a table of the versions for each size."""
+    yield from ("", "## Generation", "", "One more token of a Llama with a cache of all positions before it:")
+    for sizes in data["sizes"]:
+        yield f"\n### {', '.join(f'{name} {value}' for name, value in sizes['size'].items())}\n"
+        yield from markdown(generation.HEAD, generation.table_rows(sizes["rows"]))
 
 
 # Keras nightly's ModelParallel
