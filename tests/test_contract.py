@@ -87,8 +87,8 @@ BREACHES: dict[str, tuple[Callable[[list[Collective]], Any], str]] = {
     "one of the way back is missing": (
         lambda ran: ran.pop(),
         "backward all_reduce over 'model' of layer 'block_0_attention/query' (input (block_0_attention_norm output)) "
-        "is in the plan, and did not run; plan again if layers were frozen since; a plan takes the sum of all outputs "
-        "for the loss",
+        "is in the plan, and did not run; plan again if layers were frozen since, or with loss=, "
+        "the one that is trained with",
     ),
     "one is implicit": (
         implicit,
@@ -240,7 +240,7 @@ def test_an_update_that_cannot_be_simulated_is_not_compared(pools: Pools) -> Non
             "block_1_up",
             "the first training step was not as planned: on rank 0, backward all_reduce over 'model' of layer "
             "'block_1_up' (input (block_1_mlp_norm output)) is in the plan, and did not run; plan again if layers were "
-            "frozen since; a plan takes the sum of all outputs for the loss",
+            "frozen since, or with loss=, the one that is trained with",
         ),
     ],
 )

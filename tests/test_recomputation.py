@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 import torch.utils.checkpoint
 
 import tp_planner
-from tests.test_simulation import measure
+from tests.models import CASES
+from tests.test_simulation import measure, metered_training
 from tests.test_uses import PREFIXED, Written, between, built
 from tests.workers import Pools, layout_map
 from tp_planner.frontend.layer_tree import named_variables
+from tp_planner.runtime.collector import without_collector
 
 layers, ops = keras.layers, keras.ops
 Arrays = dict[str, np.ndarray]
@@ -206,6 +209,29 @@ def test_checkpoint_that_was_imported_by_name(pools: Pools) -> None:
         "backward pass, outside 'block_0', where its tensors are sharded; call torch's checkpoint by its full name, "
         "torch.utils.checkpoint.checkpoint, and not by one that was imported from there before the model was planned"
     )
+
+
+def test_a_block_is_let_go_before_the_next_runs_again(pools: Pools) -> None:
+    """Also where Python's collector does not run by itself: reference cycles of Keras would keep all of them."""
+    for planned, peak in pools(2).run(peak_without_collector):
+        assert peak < 1.1 * planned
+
+
+def peak_without_collector() -> tuple[int, int]:
+    """Return the planned and the least measured peak memory of training a Llama of many blocks, in bytes."""
+    case = CASES["llama"]
+    x, y = case.batch(np.random.default_rng(2), 16)
+    model = case.build("float32", recomputed=True, blocks=8)
+    model.compile("sgd", case.make_loss(), jit_compile=False)
+    plan = tp_planner.plan(model, layout_map(case.rules), inputs=x)
+    tp_planner.parallelize(model, plan)
+    model.train_on_batch(x, y)
+    peaks = []
+    for _ in range(3):
+        gc.collect()
+        with without_collector():
+            peaks.append(metered_training(model, x, y).peak.total)
+    return plan.step.memory.peak.total, min(peaks)
 
 
 def test_memory_of_blocks_that_are_computed_again(pools: Pools) -> None:

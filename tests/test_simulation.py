@@ -53,7 +53,7 @@ def measure(name: str, dtype: str, optimizer: str, **options: Any) -> Measured:
     tp_planner.parallelize(model, plan)
     model.train_on_batch(x, y)  # Keras builds optimizer and metrics
     # Gloo's thread may let go of a tensor a moment after its collective is done, so the least of a few steps is taken.
-    same = min((metered_step(model, x) for _ in range(3)), key=lambda step: size_of(step.memory))
+    same = min((metered_step(model, x) for _ in range(6)), key=lambda step: size_of(step.memory))
     by_keras = min((metered_training(model, x, y) for _ in range(3)), key=size_of)
     return Measured(plan.step, same, by_keras)
 

@@ -85,7 +85,7 @@ def trained(name: str) -> tuple[Plan, Step, Memory, dict[str, int]]:
     model.train_on_batch(features(), targets)
     for hook in hooks:
         hook.remove()
-    same = min((metered_step(model, features()) for _ in range(3)), key=lambda step: size_of(step.memory))
+    same = min((metered_step(model, features()) for _ in range(6)), key=lambda step: size_of(step.memory))
     by_keras = min((metered_training(model, features(), targets) for _ in range(3)), key=size_of)
     return plan, same, by_keras, seen
 

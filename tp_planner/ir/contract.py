@@ -88,7 +88,7 @@ def _next_step(collective: Collective) -> str:
     if collective.phase == "update":
         return "; plan with optimizer=, the one that makes the update"
     if collective.phase == "backward":
-        return "; plan again if layers were frozen since; a plan takes the sum of all outputs for the loss"
+        return "; plan again if layers were frozen since, or with loss=, the one that is trained with"
     return ""
 
 

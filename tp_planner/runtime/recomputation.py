@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,8 @@ class _RunsAgain:
             self._open = OpenCalls.now()
             with _keeping_nothing_but(inputs):
                 return self._function(*args, **kwargs)
+        # Keras leaves tensors in reference cycles. What ran again before this keeps its whole graph by one of them.
+        gc.collect(1)
         with self._open.again(), _errors_as_they_are():
             return self._function(*args, **kwargs)
 
