@@ -48,7 +48,7 @@ def take_over(model: keras.Model, applied: Applied) -> None:
         _override(model, name, _saving(model, name), applied)
     _override(model, "compile", _compiling(model, applied), applied)
     if type(model).train_step is Trainer.train_step:
-        _override(model, "train_step", _without_gradients_before(model), applied)
+        _override(model, "train_step", _training_step(model), applied)
     _replay_if_asked(model, applied)
     _keep_from_distributing(model, applied)
     if hasattr(model, "generate_step"):
@@ -138,14 +138,22 @@ def _saving(model: keras.Model, name: str) -> Callable[..., Any]:
     return saving
 
 
-def _without_gradients_before(model: keras.Model) -> Callable[..., Any]:
-    """Return Keras's training step, which lets go of the gradients of the step before when activations are there."""
+def _training_step(model: keras.Model) -> Callable[..., Any]:
+    """Return Keras's training step, with gradients where they take least memory and are averaged.
+
+    Keras lets go of the gradients of the step before only when activations are there. And of a model that is compiled
+    with jit_compile=True Keras 3.16 asks autograd for gradients by name, of which hooks on parameters do not hear.
+    """
     plain = type(model).train_step
 
     @functools.wraps(plain)
     def train_step(data: Any) -> Any:
         model.zero_grad()
-        return plain(model, data)
+        jit_compile, model.jit_compile = model.jit_compile, False
+        try:
+            return plain(model, data)
+        finally:
+            model.jit_compile = jit_compile
 
     return train_step
 
