@@ -207,6 +207,7 @@ def main() -> int:
             amiss += misses(rows)
     print("", *(amiss or ["every target is met"]), sep="\n")
     if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "vs_keras_nightly.json").write_text(json.dumps(found, indent=1) + "\n")
     return int(bool(amiss))
 

@@ -44,6 +44,19 @@ def around_a_change(x: torch.Tensor) -> torch.Tensor:
     return total * x
 
 
+def without_gradient(x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        total = x @ KERNEL
+    return (total + BIAS) * x
+
+
+def copies_without_gradient(x: torch.Tensor) -> torch.Tensor:
+    query = heads(x)
+    with torch.no_grad():
+        copied = query.contiguous()
+    return attention(copied, query, query)
+
+
 def changed_before(x: torch.Tensor) -> torch.Tensor:
     y = x * 2
     y += 1
@@ -85,6 +98,7 @@ def of_strided_heads(x: torch.Tensor) -> torch.Tensor:
     return attention(y, y.clone(), y.clone())
 
 
+ATTENTION = "scaled_dot_product_attention"
 IN_PLACE = ("_set_grad_enabled", "mul_", "_set_grad_enabled")
 # The functions of each program, but for those that every code has.
 CASES: list[tuple[Code, list[str]]] = [
@@ -102,6 +116,11 @@ CASES: list[tuple[Code, list[str]]] = [
     (lambda x: torch.matmul(x, x.mT) + BIAS[:3], ["__get__", "matmul", "__getitem__", "add"]),
     (around_a_change, ["_set_grad_enabled", "mul", "matmul", "add_", "add", "_set_grad_enabled", "mul"]),
     (changed_before, ["mul", "add_", "linear"]),
+    (without_gradient, ["_set_grad_enabled", "matmul", "_set_grad_enabled", "add", "mul"]),
+    (
+        copies_without_gradient,
+        ["product", "transpose", *("_set_grad_enabled", "contiguous", "_set_grad_enabled"), ATTENTION],
+    ),
     (used_twice, ["matmul", "add", "mul"]),
     (returned, ["matmul", "add"]),
     (

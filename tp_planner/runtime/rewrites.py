@@ -6,6 +6,7 @@ for a linear layer, copies of what attention reads as it is.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from tp_planner.runtime.program import Name, Step, names_in
 
 EQUATION = re.compile("([a-zA-Z]+),([a-zA-Z]+)->([a-zA-Z]+)")
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
+SWITCH = torch._C._set_grad_enabled
 
 
 def rewritten(steps: Sequence[Step], output: Any) -> list[Step]:
@@ -87,13 +89,13 @@ def _as_product(step: Step) -> Step:
 def _with_bias_in_products(steps: Sequence[Step], uses: Counter[Name]) -> list[Step]:
     """Return the steps with each product, and the sum with a bias that alone uses it, as one.
 
-    The product is then made where the sum is; so no step in between may change a tensor.
+    The product is then made where the sum is; so no step in between may change a tensor, or switch gradients.
     """
     merged: dict[int, Step] = {}  # by the sum's place
     dropped: set[int] = set()
     products: dict[Name, int] = {}  # places of those since which nothing was changed
     for place, step in enumerate(steps):
-        if step.changes:
+        if step.changes or step.function is SWITCH:
             products.clear()
         elif _contracts(step) and uses[step.result] == 1:
             products[step.result] = place
@@ -147,14 +149,24 @@ def _without_copies_for_attention(steps: Sequence[Step], uses: Counter[Name]) ->
     """Return the steps without the copies, in another order of memory, that only attention reads.
 
     torch's kernels take queries, keys and values in any order of memory in which a head's numbers are side by side.
-    The backward pass reads them too; so no later step may change a tensor.
+    The backward pass reads them too; so no later step may change a tensor. And where a copy was made without gradients,
+    attention reads it without.
     """
     last_change = max((place for place, step in enumerate(steps) if step.changes), default=-1)
-    read = {name for step in steps if step.function is ATTENTION for name in names_in(step.args[:3])}
+    switches = list(itertools.accumulate(int(step.function is SWITCH) for step in steps))
+    read = {
+        name: switches[place]
+        for place, step in enumerate(steps)
+        if step.function is ATTENTION
+        for name in names_in(step.args[:3])
+    }
     copied = {
         step.result: step.args[0]
         for place, step in enumerate(steps)
-        if place > last_change and _is_copy(step) and step.result in read and uses[step.result] == 1
+        if place > last_change
+        and _is_copy(step)
+        and uses[step.result] == 1
+        and read.get(step.result) == switches[place]
     }
     kept = [step for step in steps if not isinstance(step.result, Name) or step.result not in copied]
     return [
