@@ -161,7 +161,7 @@ def test_ranks_choose_alike(pools: Pools, sampler: str, stop: Any) -> None:
         np.testing.assert_array_equal(parallel, plain)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("kv_heads", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_fewer_heads_of_keys_than_ranks(pools: Pools, kv_heads: int) -> None:
     for plain, parallel in pools(4).run(both, "llama3", "greedy", None, kv_heads):
         np.testing.assert_array_equal(parallel, plain)
@@ -183,7 +183,9 @@ def test_each_token_takes_what_a_forward_pass_takes(pools: Pools) -> None:
         np.testing.assert_array_equal(after[0], generated(FAMILIES["llama3"].build(), "greedy"))
 
 
-@pytest.mark.parametrize("name", ["gpt2", pytest.param("gemma", marks=pytest.mark.slow), "llama3"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma", "llama3"))]
+)
 def test_tokens_are_replayed(pools: Pools, name: str) -> None:
     """After a call for the prompt and one for a token, and one of each that is taped, without the layers' code."""
     for plain, found, counts in pools(2).run(replayed, name):
@@ -201,11 +203,11 @@ def test_a_full_cache_of_all_heads_is_cut(pools: Pools) -> None:
     "rules",
     [
         {".*attention/(query|key|value)/kernel": (None, None, "model")},
-        {".*attention/(query|key|value)/kernel": ("model", None, None)},
-        {".*attention/(query|key)/kernel": (None, "model", None)},
+        pytest.param({".*attention/(query|key|value)/kernel": ("model", None, None)}, marks=pytest.mark.slow),
+        pytest.param({".*attention/(query|key)/kernel": (None, "model", None)}, marks=pytest.mark.slow),
         {".*attention/(key|value)/kernel": (None, "model", None), ".*attention/(key|value)/bias": ("model", None)},
         {"(.*/)?position_embedding/embeddings": (None, "model")},
-        {"(.*/)?position_embedding/embeddings": ("model", None)},
+        pytest.param({"(.*/)?position_embedding/embeddings": ("model", None)}, marks=pytest.mark.slow),
     ],
 )
 def test_other_layouts_of_attention(pools: Pools, rules: Mapping[str, Axes]) -> None:

@@ -13,7 +13,7 @@ import torch
 import tp_planner
 from tests.models import randomize
 from tests.test_simulation import metered_step, metered_training, size_of
-from tests.workers import WorkerPool, layout_map
+from tests.workers import Pools, layout_map
 from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.plan import Plan
@@ -112,9 +112,9 @@ def accumulated() -> list[bool]:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_planned_loss_takes_what_training_takes(workers: WorkerPool, name: str) -> None:
+def test_planned_loss_takes_what_training_takes(pools: Pools, name: str) -> None:
     """Its memory to the byte; the first step of training communicated as planned, or it would have raised."""
-    for plan, same, by_keras, gradients in workers.run(trained, name):
+    for plan, same, by_keras, gradients in pools(2).run(trained, name):
         assert same.memory == plan.step.memory
         assert by_keras.peak.total == pytest.approx(plan.step.memory.peak.total, rel=0.02)
         assert gradients == {"before": 0, "after": 0}
@@ -129,8 +129,8 @@ def test_loss_of_one_output_leaves_the_other_without_gradient() -> None:
     assert both.step.memory.largest.gradients - one.step.memory.largest.gradients == unused
 
 
-def test_gradients_stay_for_training_steps_of_ones_own(workers: WorkerPool) -> None:
-    assert all(kept == [False, True] for kept in workers.run(accumulated))
+def test_gradients_stay_for_training_steps_of_ones_own(pools: Pools) -> None:
+    assert all(kept == [False, True] for kept in pools(2).run(accumulated))
 
 
 def test_loss_is_named() -> None:
