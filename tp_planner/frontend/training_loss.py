@@ -29,7 +29,8 @@ class TrainingLoss:
     def __init__(self, loss: Any, weights: Any = None, output_names: Any = None) -> None:
         self._arguments = loss, weights
         self._output_names = output_names
-        self.name = ", ".join(dict.fromkeys(map(_name, keras.tree.flatten(loss))))
+        given = [each for each in keras.tree.flatten(loss) if each is not None]
+        self.name = ", ".join(dict.fromkeys(map(_name, given)))
 
     @classmethod
     def of(cls, model: keras.Model, loss: Any = None) -> TrainingLoss | None:
