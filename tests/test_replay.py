@@ -302,6 +302,36 @@ def told_from_around() -> list[tuple[np.ndarray, np.ndarray]]:
     return list(zip(*map(results, models), strict=True))
 
 
+class Looking(layers.Layer):
+    """Adds what it looks up without gradients."""
+
+    def call(self, x: Any) -> Any:
+        with torch.no_grad():
+            found = torch.nn.functional.embedding(x[:, 0].abs().long(), torch.ones(5, 16))
+        return x + found
+
+
+def after_an_error() -> list[bool]:
+    """Return whether there are gradients after calls that fail where there are none, as ever, taped and replayed."""
+    inputs = keras.Input((16,))
+    hidden = layers.Dense(32, name="up")(inputs)
+    model = keras.Model(inputs, Looking(name="looking")(layers.Dense(16, name="down")(hidden)), name="model")
+    model.get_layer("down").bias.assign(np.full(16, 2.0))
+    model.get_layer("down").kernel.assign(np.zeros((32, 16)))
+    model.compile("sgd", "mse", jit_compile=True)
+    tp_planner.parallelize(model, layout_map(CASES["mlp"].rules))
+    x = torch.ones(4, 16)
+    for _ in range(STEPS):
+        model(x)
+    model.get_layer("down").bias.assign(np.full(16, 9.0))  # there is no such row
+    enabled = []
+    try:
+        model(x)
+    except IndexError:
+        enabled.append(torch.is_grad_enabled())
+    return enabled
+
+
 # In the parent
 
 
@@ -352,6 +382,10 @@ def test_each_sort_of_call_has_a_program_until_the_model_is_compiled_anew(pools:
 def test_a_tensor_may_be_given_twice(pools: Callable[[int], WorkerPool]) -> None:
     for plain, replayed in pools(2).run(with_arguments):
         np.testing.assert_allclose(replayed, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_an_error_leaves_gradients_as_they_were(pools: Callable[[int], WorkerPool]) -> None:
+    assert pools(2).run(after_an_error) == [[True], [True]]
 
 
 def test_what_calls_are_told_from_around_them(pools: Callable[[int], WorkerPool]) -> None:

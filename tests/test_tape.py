@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,12 @@ class Switching(torch.autograd.Function):
         return gradient * 2
 
 
+def seeded(x: torch.Tensor) -> torch.Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return x + torch.randn(3)
+
+
 def in_place(x: torch.Tensor) -> torch.Tensor:
     y = x * 2
     y += 1
@@ -81,13 +88,17 @@ def by_keras(x: torch.Tensor) -> torch.Tensor:
     return keras.ops.matmul(keras.ops.softmax(x, axis=-1), keras.Variable(WEIGHT.detach(), name="weight"))
 
 
+def of_named_results(x: torch.Tensor) -> torch.Tensor:
+    return torch.stack(torch.aminmax(x, dim=-1), -1) + torch.cat(x.sort(dim=-1)[:1]).sum()
+
+
 def from_a_place(x: torch.Tensor) -> torch.Tensor:
     row = (x.detach()[0, 1] > 0).to(torch.int32)  # another for the inputs that are taped than for those that are not
     return keras.ops.slice(x, (row, 0), (1, 3)) * keras.ops.slice(TABLE, (row, 0), (1, 3))
 
 
 WITH_PROGRAM: list[Code] = [
-    in_place, several, without_gradient, with_state, by_einsum, with_positions, by_keras, from_a_place
+    in_place, several, without_gradient, with_state, by_einsum, with_positions, by_keras, from_a_place, of_named_results
 ]  # fmt: skip
 
 
@@ -159,6 +170,10 @@ def test_a_program_does_what_the_code_does(code: Code) -> None:
         (lambda x: x if x.sum() > 0 else -x, "code depends on values, by aten._local_scalar_dense.default"),
         (lambda x: x[x > 0], "code depends on values, by aten.index.Tensor"),
         (lambda x: x.nonzero(), "code depends on values, by aten.nonzero.default"),
+        (lambda x: x.max(dim=1), "the output is in containers of a kind of their own"),
+        (lambda x: {"a": [OrderedDict(a=x)]}, "the output is in containers of a kind of their own"),
+        (seeded, "code changes torch's random state"),
+        (lambda x: x + torch.randn(3, generator=torch.Generator()), "code draws from a torch.Generator of its own"),
         (lambda x: x * x.tolist()[0][0], "torch's tolist returns a list"),
         (lambda x: x * torch.from_numpy(x.numpy()), "torch's numpy returns a ndarray"),
         (lambda x: Doubled.apply(x), "code switches gradients or dtypes by other means than torch functions"),

@@ -154,7 +154,7 @@ def test_unknown_loss_is_refused() -> None:
 
 
 def test_loss_that_cannot_be_simulated_is_noted() -> None:
-    """One with targets of its own: the sum of the outputs stands for it, and the plan is otherwise whole."""
+    """One of the user's own: the sum of the outputs stands for it, and the plan is otherwise whole."""
 
     def triplets(y_true: torch.Tensor, y_pred: torch.Tensor) -> torch.Tensor:
         anchor, positive = y_true.reshape(y_pred.shape[0], 7, 2).unbind(-1)
@@ -162,7 +162,31 @@ def test_loss_that_cannot_be_simulated_is_noted() -> None:
 
     plan = plan_of(two_headed(), loss=triplets, optimizer="adam")
     assert (plan.step.loss, plan.step.whole_update) == ("", True)
-    assert plan.step.memory == plan_of(two_headed(), optimizer="adam").step.memory
+    assert plan.step == plan_of(two_headed(), optimizer="adam").step
     (note,) = [note for note in plan.notes if "triplets" in note]
-    assert note.startswith("loss triplets cannot be simulated (")
-    assert note.endswith("): the sum of the outputs stands for it")
+    assert note == (
+        "loss triplets cannot be simulated (ValueError: it is no loss of Keras): the sum of the outputs stands for it"
+    )
+
+
+@pytest.mark.parametrize("taken", ["function", "fn of Keras's wrapper", "layer"])
+def test_a_loss_of_ones_own_is_not_called(taken: str) -> None:
+    """It may keep what it is called on, or make weights from it, which would be fake."""
+    called: list[Any] = []
+
+    class Measured(layers.Layer):
+        def call(self, y_true: Any, y_pred: Any) -> Any:
+            called.append(y_pred)
+            return keras.ops.mean(y_pred - y_true, -1)
+
+    def measured(y_true: Any, y_pred: Any) -> Any:
+        called.append(y_pred)
+        return keras.ops.mean(y_pred - y_true, -1)
+
+    loss = {"function": measured, "layer": Measured()}.get(taken) or losses.MeanSquaredError()
+    if taken.startswith("fn"):
+        loss.fn = measured
+    model = two_headed()
+    model.compile("adam", loss)
+    assert plan_of(model).step.loss == ""
+    assert called == []

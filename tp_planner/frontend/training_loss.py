@@ -42,14 +42,18 @@ class TrainingLoss:
         return None if compiled is None else cls(compiled._user_loss, compiled._user_loss_weights, names)
 
     def __call__(self, outputs: Any) -> torch.Tensor:
-        """Return the loss of a model's outputs, all targets being zero."""
+        """Return the loss of a model's outputs, all targets being zero.
+
+        Raises ValueError for a loss that is not Keras's: it may keep what it is called on, or build layers from it.
+        """
+        foreign = [each for each in keras.tree.flatten(self._arguments[0]) if not _is_of_keras(each)]
+        if foreign:
+            raise ValueError("it is no loss of Keras")
         compiled = CompileLoss(*self._arguments, output_names=self._output_names)
         compiled.build(outputs, outputs)
         of_indices = {tuple(each.path) for each in compiled._flat_losses if _takes_indices(each.loss)}
         targets = [
-            leaf.new_zeros(leaf.shape[:-1], dtype=torch.int32)
-            if tuple(path) in of_indices
-            else leaf.new_zeros(leaf.shape)
+            leaf.new_zeros(leaf.shape[:-1], dtype=torch.int32) if tuple(path) in of_indices else _zeros_like(leaf)
             for path, leaf in keras.tree.flatten_with_path(outputs)
         ]
         result: torch.Tensor = compiled(keras.tree.pack_sequence_as(outputs, targets), outputs)
@@ -66,6 +70,19 @@ def _name(loss: Any) -> str:
             f"loss {loss!r} is unknown; give a Keras loss or the name of one, such as 'sparse_categorical_crossentropy'"
         ) from None
     return str(getattr(found, "__name__", type(found).__name__))
+
+
+def _is_of_keras(loss: Any) -> bool:
+    """Whether a loss, or its name, is Keras's own, and computes with a function of Keras."""
+    if loss is None or isinstance(loss, str):
+        return True
+    function = getattr(loss, "fn", loss)
+    modules = [getattr(each, "__module__", None) or type(each).__module__ for each in (loss, function)]
+    return all(module.partition(".")[0] in ("keras", "keras_hub") for module in modules)
+
+
+def _zeros_like(output: Any) -> Any:
+    return output.new_zeros(output.shape) if isinstance(output, torch.Tensor) else output
 
 
 def _takes_indices(loss: Any) -> bool:

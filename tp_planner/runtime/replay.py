@@ -56,7 +56,12 @@ def replaying(model: keras.Model, method: str, layers: Mapping[str, keras.Layer]
             return plain(*args, **kwargs)
         program = programs.get(key)
         if program is not None:
-            return program(*tensors)
+            gradients = torch.is_grad_enabled()
+            try:
+                return program(*tensors)
+            except BaseException:
+                torch._C._set_grad_enabled(gradients)  # the program may have switched them off
+                raise
         if key not in programs:
             programs[key] = None
             return plain(*args, **kwargs)

@@ -21,6 +21,8 @@ from tp_planner.runtime.program import Name, Step, names_in
 
 EQUATION = re.compile("([a-zA-Z]+),([a-zA-Z]+)->([a-zA-Z]+)")
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
+TRANSPOSING = ("transpose", "permute")
+IN_ANY_ORDER = ("reshape", "flatten", "matmul", "einsum")
 SWITCH = torch._C._set_grad_enabled
 
 
@@ -149,15 +151,16 @@ def _without_copies_for_attention(steps: Sequence[Step], uses: Counter[Name]) ->
     """Return the steps without the copies, in another order of memory, that only attention reads.
 
     torch's kernels take queries, keys and values in any order of memory in which a head's numbers are side by side.
-    The backward pass reads them too; so no later step may change a tensor. And where a copy was made without gradients,
-    attention reads it without.
+    The backward pass reads them too; so no later step may change a tensor. Where a copy was made without gradients,
+    attention reads it without. And what attention returns lies in memory as its queries do, so that all that reads it
+    has to take any order.
     """
     last_change = max((place for place, step in enumerate(steps) if step.changes), default=-1)
     switches = list(itertools.accumulate(int(step.function is SWITCH) for step in steps))
     read = {
         name: switches[place]
         for place, step in enumerate(steps)
-        if step.function is ATTENTION
+        if step.function is ATTENTION and _is_read_in_any_order(step.result, steps, uses)
         for name in names_in(step.args[:3])
     }
     copied = {
@@ -175,6 +178,17 @@ def _without_copies_for_attention(steps: Sequence[Step], uses: Counter[Name]) ->
         else step
         for step in kept
     ]
+
+
+def _is_read_in_any_order(name: Name, steps: Sequence[Step], uses: Counter[Name]) -> bool:
+    """Whether all steps that read a tensor give the same whatever its order in memory, and nothing else reads it."""
+    readers = [step for step in steps if name in step.uses()]
+    return len(readers) == uses[name] and all(
+        step.function in (product, linear)
+        or function_name(step.function) in IN_ANY_ORDER
+        or (function_name(step.function) in TRANSPOSING and _is_read_in_any_order(step.result, steps, uses))
+        for step in readers
+    )
 
 
 def _is_copy(step: Step) -> bool:

@@ -18,6 +18,7 @@ import torch
 from keras.src.backend.torch import random as keras_random
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tp_planner.frontend.dispatch import WatchingMode, tensors_in
@@ -33,7 +34,11 @@ METADATA = (int, float, str, torch.Size, torch.dtype, torch.device, torch.layout
 # They return the tensor itself where it is as wanted, which is so each time the program runs.
 NOTHING_TO_DO = ("to", "contiguous")
 
-
+# Functions that no tape sees, and on which all random numbers depend.
+SEEDING = (
+    *((torch, name) for name in ("manual_seed", "seed", "set_rng_state")),
+    *((torch.random, name) for name in ("manual_seed", "seed", "set_rng_state", "fork_rng")),
+)
 # Functions of Keras that look at values of their arguments, a seed or where a slice begins, and nowhere else.
 READING_VALUES = ((keras_random, "torch_seed_generator"), (core, "slice"))
 
@@ -57,6 +62,9 @@ class Tape:
             for module, name in READING_VALUES:
                 as_step = functools.partial(self._run_on_values, getattr(module, name))
                 stack.enter_context(mock.patch.object(module, name, as_step))
+            for module, name in SEEDING:
+                refused = functools.partial(self._run_refused, getattr(module, name))
+                stack.enter_context(mock.patch.object(module, name, refused))
             stack.enter_context(self._made)
             stack.enter_context(self._functions)
             self._stack = stack.pop_all()
@@ -86,6 +94,8 @@ class Tape:
         """Return the function of the call's input tensors that returns ``output`` anew; None if there is none."""
         if self._modes != _modes():
             self.fail("code switches gradients or dtypes by other means than torch functions")
+        if not _is_of_plain_containers(output):
+            self.fail("the output is in containers of a kind of their own")
         result = self._with_names(output)
         if self.problem:
             return None
@@ -94,6 +104,10 @@ class Tape:
     def has_made(self, value: Any) -> bool:
         """Whether a value is a tensor that the call has made."""
         return isinstance(value, torch.Tensor) and value in self._made
+
+    def _run_refused(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.fail("code changes torch's random state")
+        return function(*args, **kwargs)
 
     def _run_on_values(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a function as a step, having read the variables among its arguments before."""
@@ -142,7 +156,7 @@ class Tape:
                 return self._names[value] if value in self._names else self._from_outside(value)
             case torch.Generator():
                 return self._generator(value)
-            case torch.Size() | tuple() if type(value) in (torch.Size, tuple):
+            case tuple():
                 return tuple(map(self._with_names, value))
             case list():
                 return list(map(self._with_names, value))
@@ -164,6 +178,15 @@ class Tape:
             self.fail("code draws from a torch.Generator of its own")
             return None
         return self._generators[id(generator)][1]
+
+
+def _is_of_plain_containers(tree: Any) -> bool:
+    """Whether a program can put the tensors of an output together as they were."""
+    if isinstance(tree, dict):
+        return type(tree) is dict and all(map(_is_of_plain_containers, tree.values()))
+    if isinstance(tree, tuple | list):
+        return type(tree) in (tuple, list, torch.Size) and all(map(_is_of_plain_containers, tree))
+    return isinstance(tree, torch.Tensor) or tree_flatten(tree)[0] == [tree]
 
 
 def _modes() -> tuple[bool, ...]:
@@ -189,16 +212,17 @@ class _Functions(TorchFunctionMode):
         if name in NOTHING_TO_DO and result is args[0]:
             return result
         if result is None or any(True for _ in tensors_in(result)):
-            self._tape.add(func, args, kwargs, result, before != _versions((args, kwargs)))
+            self._tape.add(func, args, kwargs, result, before is None or before != _versions((args, kwargs)))
         elif not _is_metadata(result):
             self._tape.fail(f"torch's {name} returns a {type(result).__name__}")
         return result
 
 
-def _versions(tree: Any) -> list[int]:
-    """Return how often each tensor was changed, as far as torch counts it."""
+def _versions(tree: Any) -> list[int] | None:
+    """Return how often each tensor was changed; None where torch does not count it."""
     with torch._C.DisableTorchFunction():
-        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors_in(tree)]
+        tensors = list(tensors_in(tree))
+        return None if any(each.is_inference() for each in tensors) else [each._version for each in tensors]
 
 
 def _values_of_variables(tree: Any) -> Any:
