@@ -50,8 +50,8 @@ def plan(
             default the one that the model is compiled with, if it is.
         batch_axis: the mesh axis over which the batch is split; across it lie replicas of the model, each of which
             sees its own share. By default the mesh's first axis if two are larger than 1; else there is none.
-        loss: the loss of the simulated training step, as for ``Model.compile``. By default the one that the model is
-            compiled with; if it is not, the sum of the outputs stands for it, and takes less memory.
+        loss: the loss of the simulated training step, as for ``Model.compile``. By default that of Keras which the
+            model is compiled with; without one the sum of the outputs stands for it, and takes less memory.
 
     Raises:
         PlanError: with every problem of the model, the mesh and the rules.

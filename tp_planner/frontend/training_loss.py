@@ -34,12 +34,14 @@ class TrainingLoss:
 
     @classmethod
     def of(cls, model: keras.Model, loss: Any = None) -> TrainingLoss | None:
-        """Return the given loss, by default the one that the model is compiled with; None if there is none."""
+        """Return the given loss, by default that of Keras which the model is compiled with; None if there is none."""
         names = getattr(model, "output_names", None)
         if loss is not None:
             return cls(loss, None, names)
         compiled = getattr(model, "_compile_loss", None)
-        return None if compiled is None else cls(compiled._user_loss, compiled._user_loss_weights, names)
+        if compiled is None or not all(map(_is_of_keras, keras.tree.flatten(compiled._user_loss))):
+            return None
+        return cls(compiled._user_loss, compiled._user_loss_weights, names)
 
     def __call__(self, outputs: Any) -> torch.Tensor:
         """Return the loss of a model's outputs, all targets being zero.
