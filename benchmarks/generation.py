@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,13 +20,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import keras
-import keras_hub
 import machine
 import numpy as np
 import torch
 import torch.distributed as dist
-from handwritten_llama import NORM_EPSILON, ROPE_WAVELENGTH, Llama, Shape
+from handwritten_llama import Llama, Shape
+from keras_llama import keras_llama
 from measure import Step, count_collectives, measure
+from report import HANDWRITTEN, PLANNED, REPLAYED, SINGLE, VERSION_HEAD, version_rows
 
 import tp_planner
 from tests.models import randomize
@@ -43,11 +42,6 @@ SHAPES = {
 }
 TOLERANCE = 1e-4  # relative to the largest logit, float32
 
-SINGLE = "(a) single device, Keras"
-PLANNED = "(b) tp_planner, Keras"
-REPLAYED = "(b) with jit_compile=True"
-HANDWRITTEN = "(c) hand-written, torch"
-
 
 # On the ranks
 
@@ -60,7 +54,7 @@ def measure_size(name: str, repeat: int) -> list[dict[str, Any]]:
     cache = torch.from_numpy(rng.standard_normal(size).astype("float32"))
     token = torch.from_numpy(rng.integers(0, shape.vocabulary, (shape.batch, 1)).astype("int32"))
     steps = {
-        SINGLE: keras_token(keras_llama(shape), token, cache, shape),
+        SINGLE: keras_token(randomize(keras_llama(shape)), token, cache, shape),
         PLANNED: keras_token(planned_llama(shape, jit_compile=False), token, cache, shape),
         REPLAYED: keras_token(planned_llama(shape, jit_compile=True), token, cache, shape),
         HANDWRITTEN: torch_token(by_hand(shape), token, cache),
@@ -81,25 +75,9 @@ def measure_size(name: str, repeat: int) -> list[dict[str, Any]]:
     ]
 
 
-def keras_llama(shape: Shape) -> keras.Model:
-    """Return KerasHub's Llama 3 of ``shape`` with its head and random weights."""
-    keras.utils.clear_session()
-    backbone = keras_hub.models.Llama3Backbone(
-        vocabulary_size=shape.vocabulary,
-        num_layers=shape.layers,
-        num_query_heads=shape.heads,
-        num_key_value_heads=shape.key_value_heads,
-        hidden_dim=shape.width,
-        intermediate_dim=shape.hidden,
-        layer_norm_epsilon=NORM_EPSILON,
-        rope_max_wavelength=ROPE_WAVELENGTH,
-    )
-    return randomize(keras_hub.models.Llama3CausalLM(backbone=backbone, preprocessor=None, name="llama"))
-
-
 def planned_llama(shape: Shape, jit_compile: bool) -> keras.Model:
     """Return the same, parallelized by the preset."""
-    model = keras_llama(shape)
+    model = randomize(keras_llama(shape))
     layout = read_layout_file(find_layout_file("llama")).on(Mesh((("model", PROCESSES),)))
     tokens = np.zeros((shape.batch, shape.length), "int32")
     inputs = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
@@ -124,7 +102,9 @@ def keras_token(model: keras.Model, token: torch.Tensor, cache: torch.Tensor, sh
 def by_hand(shape: Shape) -> Llama:
     """Return this rank's shards of the same weights in plain torch."""
     rank, model = dist.get_rank(), Llama(shape, PROCESSES)
-    weights = {variable.path: torch.from_numpy(variable.numpy()) for variable in keras_llama(shape).variables}
+    weights = {
+        variable.path: torch.from_numpy(variable.numpy()) for variable in randomize(keras_llama(shape)).variables
+    }
 
     def own(weight: torch.Tensor, dim: int) -> torch.Tensor:
         return weight.chunk(PROCESSES, dim)[rank]
@@ -189,33 +169,6 @@ def run(name: str, repeat: int) -> dict[str, Any]:
     return {"size": {"name": name, **asdict(SHAPES[name])}, "rows": rows}
 
 
-def ratios(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any], figure: str = "times_ms") -> list[float]:
-    """Return the quartiles of a version's times over those of the hand-written one in the same rounds."""
-    reference = next(each for each in rows if each["version"] == HANDWRITTEN)
-    pairs = zip(row[figure], reference[figure], strict=True)
-    return statistics.quantiles([one / other for one, other in pairs], n=4, method="inclusive")
-
-
-def table_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
-    """Yield the cells of each version's line."""
-    for row in rows:
-        low, median, high = statistics.quantiles(row["times_ms"], n=4, method="inclusive")
-        least, ratio, most = ratios(rows, row)
-        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(row["collectives"].items()))
-        yield (
-            row["version"],
-            f"{median:.1f}",
-            f"{low:.1f} to {high:.1f}",
-            f"{ratio:.2f}",
-            f"{least:.2f} to {most:.2f}",
-            f"{ratios(rows, row, 'cpu_ms')[1]:.2f}",
-            counts or "-",
-        )
-
-
-HEAD = ("version", "median ms", "quartiles", "ratio to (c)", "quartiles", "CPU ratio", "collectives")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default=",".join(SHAPES), help=f"comma-separated, of {', '.join(SHAPES)}")
@@ -233,7 +186,7 @@ def main() -> None:
     for name in options.sizes.split(","):
         results.append(run(name, options.repeat))
         print(f"\n{', '.join(f'{key} {value}' for key, value in results[-1]['size'].items())}")
-        for cells in (HEAD, *table_rows(results[-1]["rows"])):
+        for cells in (VERSION_HEAD, *version_rows(results[-1]["rows"])):
             print(f"  {cells[0]:28}" + "".join(f"{cell:>16}" for cell in cells[1:-1]) + f"  {cells[-1]}", flush=True)
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)

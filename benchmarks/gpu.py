@@ -29,11 +29,11 @@ os.environ["KERAS_BACKEND"] = "torch"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import keras
-import keras_hub
 import machine
 import torch
 import torch.distributed as dist
 from handwritten_llama import Llama, Shape
+from keras_llama import keras_llama
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import tp_planner
@@ -85,7 +85,7 @@ def measure(ranks: int, repeat: int, device: str) -> dict[str, Any]:
         replayed.compile(jit_compile=True)
         versions[REPLAYED] = keras_works(replayed, tokens, shape, ranks)
         if ranks == 1:
-            versions[PLAIN] = keras_works(keras_llama(shape), tokens, shape, ranks)
+            versions[PLAIN] = keras_works(keras_llama(shape, "bfloat16"), tokens, shape, ranks)
         by_hand = Llama(shape, ranks).to(device, torch.bfloat16)
         versions[HANDWRITTEN] = torch_works(by_hand, by_hand, tokens, shape, ranks)
         versions[COMPILED] = torch_works(by_hand, torch.compile(by_hand), tokens, shape, ranks)
@@ -121,24 +121,9 @@ def one_rank_of(ranks: int, device: str) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def keras_llama(shape: Shape) -> keras.Model:
-    """Return KerasHub's Llama 3 of ``shape`` with its head."""
-    keras.utils.clear_session()
-    backbone = keras_hub.models.Llama3Backbone(
-        vocabulary_size=shape.vocabulary,
-        num_layers=shape.layers,
-        num_query_heads=shape.heads,
-        num_key_value_heads=shape.key_value_heads,
-        hidden_dim=shape.width,
-        intermediate_dim=shape.hidden,
-        dtype="bfloat16",
-    )
-    return keras_hub.models.Llama3CausalLM(backbone=backbone, preprocessor=None, dtype="bfloat16", name="llama")
-
-
 def planned_llama(shape: Shape, ranks: int, tokens: torch.Tensor) -> tuple[keras.Model, Plan]:
     """Return KerasHub's Llama 3, parallelized by the preset, and its plan, without an optimizer."""
-    model = keras_llama(shape)
+    model = keras_llama(shape, "bfloat16")
     layout = read_layout_file(find_layout_file("llama")).on(Mesh((("model", ranks),)))
     plan = make_plan(model, layout, inputs_of(tokens.cpu()), None)
     return tp_planner.parallelize(model, plan), plan

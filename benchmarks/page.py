@@ -15,12 +15,11 @@ from typing import Any
 
 import bench
 import communication
-import generation
 import memory
 import pictures
 import plan_time
 import vs_keras_nightly
-from report import HANDWRITTEN, KERAS_SHARD, PLANNED, REPLAYED, TARGETS, TORCH_SHARD, WORKS
+from report import HANDWRITTEN, KERAS_SHARD, PLANNED, REPLAYED, TARGETS, TORCH_SHARD, VERSION_HEAD, WORKS, version_rows
 
 Row = Mapping[str, Any]
 Results = Mapping[str, Any]  # by benchmark, what it wrote
@@ -215,25 +214,8 @@ def step_time_section(results: Sequence[Row]) -> Iterator[str]:
         yield f"\n{sizes['repetitions']} rounds, {sizes['blocks']} blocks, vocabulary {sizes['vocabulary']}, float32."
         for work, meaning in WORKS.items():
             yield f"\n{_capital(meaning)}:\n"
-            head = ("version", "median ms", "quartiles", "ratio to (c)", "quartiles", "CPU ratio", "collectives")
-            yield from markdown(head, _step_rows(of_work(sizes, work)))
+            yield from markdown(VERSION_HEAD, version_rows(list(of_work(sizes, work).values())))
         yield ""
-
-
-def _step_rows(rows: Mapping[str, Row]) -> Iterator[Sequence[str]]:
-    for version, row in rows.items():
-        low, median, high = statistics.quantiles(row["times_ms"], n=4, method="inclusive")
-        least, ratio, most = ratios(rows, version)
-        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(row["collectives"].items()))
-        yield (
-            version,
-            f"{median:.1f}",
-            f"{low:.1f} to {high:.1f}",
-            f"{ratio:.2f}",
-            f"{least:.2f} to {most:.2f}",
-            f"{_cpu_ratio(rows, version):.2f}",
-            counts or "-",
-        )
 
 
 # Communication
@@ -338,7 +320,7 @@ def generation_section(data: Row) -> Iterator[str]:
     yield from ("", "## Generation", "", "One more token of a Llama with a cache of all positions before it:")
     for sizes in data["sizes"]:
         yield f"\n### {', '.join(f'{name} {value}' for name, value in sizes['size'].items())}\n"
-        yield from markdown(generation.HEAD, generation.table_rows(sizes["rows"]))
+        yield from markdown(VERSION_HEAD, version_rows(sizes["rows"]))
 
 
 # Keras nightly's ModelParallel

@@ -24,6 +24,8 @@ WORKS: dict[str, str] = {
 # The most that a version's median of paired ratios should be, by work and size.
 TARGETS: dict[tuple[str, str], float] = {("step", "tiny"): 1.5, ("step", "medium"): 1.1, ("step", "large"): 1.1}
 
+VERSION_HEAD = ("version", "median ms", "quartiles", "ratio to (c)", "quartiles", "CPU ratio", "collectives")
+
 FOOTNOTE = """\
 Times are of the slower rank. A ratio is to (c) in the same round: the median of all rounds, and their quartiles.
 CPU is processor time of the busier rank, with that of gloo's threads; its ratio is the median over the rounds too.
@@ -78,3 +80,21 @@ def _collectives(counts: Mapping[str, int]) -> str:
     others = sorted((kind, count) for kind, count in counts.items() if not kind.startswith("allreduce"))
     reduces = sum(counts.values()) - sum(count for _, count in others)
     return f"{reduces:13}" + "".join(f" + {count} {kind}" for kind, count in others)
+
+
+def version_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """Yield the cells under ``VERSION_HEAD`` for each version of one work."""
+    reference = next(row for row in rows if row["version"] == HANDWRITTEN)
+    for row in rows:
+        low, median, high = _quartiles(row["times_ms"])
+        least, ratio, most = _quartiles(_ratios(row, reference, "times_ms"))
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(row["collectives"].items()))
+        yield (
+            row["version"],
+            f"{median:.1f}",
+            f"{low:.1f} to {high:.1f}",
+            f"{ratio:.2f}",
+            f"{least:.2f} to {most:.2f}",
+            f"{statistics.median(_ratios(row, reference, 'cpu_ms')):.2f}",
+            counts or "-",
+        )

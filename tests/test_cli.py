@@ -91,7 +91,7 @@ collectives of one training step: 1 (1 all_reduce)
   times  phase    collective  layer  where   bytes each  sent each
   1      forward  all_reduce  down   output  32          32
 
-memory of rank 0 in one training step, no optimizer named, no loss named: 392 B at the peak, backward
+memory of rank 0 in one training step, no optimizer named, no loss of Keras named: 392 B at the peak, backward
   at the peak: parameters 160 B, gradients 160 B, optimizer 0 B, activations 36 B, temporaries 36 B
   each at its own largest: parameters 160 B, gradients 160 B, optimizer 0 B, activations 68 B, temporaries 96 B
 

@@ -191,7 +191,7 @@ def test_what_is_unknown_is_said() -> None:
     memory = section(page_of(replace(plan, step=replace(KNOWN, optimizer="", loss=""))), "memory")
     assert memory.text.endswith(
         "No optimizer is named, so its state and its update are not in these figures."
-        "No loss is named: the sum of the outputs stands for it, and takes less memory."
+        "No loss of Keras is named: the sum of the outputs stands for it, and takes less memory."
     )
 
 

@@ -219,7 +219,9 @@ def _memory_table(plan: Plan) -> Markup:
     if not plan.step.optimizer:
         table = join(table, _quiet("No optimizer is named, so its state and its update are not in these figures."))
     if not plan.step.loss:
-        table = join(table, _quiet("No loss is named: the sum of the outputs stands for it, and takes less memory."))
+        table = join(
+            table, _quiet("No loss of Keras is named: the sum of the outputs stands for it, and takes less memory.")
+        )
     return table
 
 

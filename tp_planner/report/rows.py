@@ -112,7 +112,7 @@ def summary(plan: Plan) -> list[str]:
 def memory_lines(plan: Plan) -> list[str]:
     """Return what rank 0 holds in one training step, one sentence a line."""
     memory, optimizer = plan.step.memory, plan.step.optimizer or "no optimizer named"
-    loss = f"loss {plan.step.loss}" if plan.step.loss else "no loss named"
+    loss = f"loss {plan.step.loss}" if plan.step.loss else "no loss of Keras named"
     kinds = ("parameters", "gradients", "optimizer", "activations", "temporaries")
     peak = ", ".join(f"{kind} {bytes_text(getattr(memory.peak, kind))}" for kind in kinds)
     largest = ", ".join(f"{kind} {bytes_text(getattr(memory.largest, kind))}" for kind in kinds)
