@@ -6,8 +6,9 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 NIGHTLY := .venv-nightly/bin/python
 
-NIGHTLY_TESTS := $(addprefix tests/test_,parity.py collectives.py contract.py keras_distribution.py model_parallel.py \
-	distributed_fit.py persistence.py)
+NIGHTLY_TESTS := tests/test_parity.py tests/regions/test_collectives.py tests/training/test_contract.py \
+	tests/keras_distribution/test_keras_distribution.py tests/keras_distribution/test_model_parallel.py \
+	tests/keras_distribution/test_distributed_fit.py tests/storage/test_persistence.py
 
 export KERAS_BACKEND := torch
 

@@ -43,9 +43,9 @@ from tp_planner.frontend.layout_file import find_layout_file, read_layout_file
 from tp_planner.ir.hardware import Hardware
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.plan import Plan
+from tp_planner.job import process_group
 from tp_planner.passes.estimate_time import estimate_time
 from tp_planner.planner import make_plan
-from tp_planner.runtime import process_group
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # The shape of Llama-3-8B with 4 of its 32 layers, so that a whole model and its gradients fit several times.

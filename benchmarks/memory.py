@@ -26,8 +26,8 @@ import machine
 import numpy as np
 
 import tp_planner
+from tests.dryrun.test_simulation import metered_step, metered_training, size_of
 from tests.models import CASES, gpt, llama
-from tests.test_simulation import metered_step, metered_training, size_of
 from tests.workers import WorkerPool, layout_map
 from tp_planner.ir.step import Memory, MemoryUse
 

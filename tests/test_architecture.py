@@ -18,25 +18,37 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "passes": ({"ir", "passes"}, {"networkx"}),
     "report": ({"ir", "passes", "report"}, {"rich"}),
     "frontend": ({"ir", "frontend"}, {"keras", "torch"}),
-    "runtime": ({"ir", "frontend", "passes", "runtime"}, {"keras", "networkx", "numpy", "torch"}),
-    "planner": ({"ir", "passes", "frontend", "runtime", "progress"}, {"keras"}),
+    "job": ({"ir", "job"}, {"keras", "numpy", "torch"}),
+    "regions": ({"frontend", "ir", "job", "regions"}, {"keras", "torch"}),
+    "storage": ({"frontend", "ir", "job", "regions", "storage"}, {"keras", "numpy", "torch"}),
+    "layers": ({"frontend", "ir", "job", "layers", "regions", "storage"}, {"keras", "numpy", "torch"}),
+    "replay": ({"frontend", "ir", "regions", "replay", "storage"}, {"keras", "numpy", "torch"}),
+    "training": ({"frontend", "ir", "job", "layers", "regions", "replay", "storage", "training"}, {"keras", "torch"}),
+    "dryrun": (
+        {"frontend", "ir", "dryrun", "job", "layers", "passes", "regions", "storage", "training"},
+        {"keras", "torch"},
+    ),
+    "planner": ({"dryrun", "frontend", "ir", "job", "layers", "passes", "progress"}, {"keras"}),
     "explain": ({"ir", "passes", "frontend", "planner"}, {"keras"}),
     "linter": ({"ir", "passes", "frontend", "planner"}, {"keras"}),
     "sweep": ({"ir", "passes", "frontend", "planner"}, {"keras"}),
-    "api": ({"ir", "frontend", "runtime", "planner"}, {"keras", "numpy", "torch"}),
-    "keras_distribution": ({"api", "frontend", "ir", "keras_distribution", "runtime"}, {"keras", "numpy", "torch"}),
+    "api": ({"frontend", "ir", "job", "layers", "planner", "storage", "training"}, {"keras", "torch"}),
+    "keras_distribution": (
+        {"api", "frontend", "ir", "job", "keras_distribution", "regions", "storage", "training"},
+        {"keras", "numpy", "torch"},
+    ),
     "progress": (set(), set()),
-    "__init__": ({"api", "ir", "keras_distribution", "linter", "runtime"}, set()),
+    "__init__": ({"api", "ir", "keras_distribution", "linter", "training"}, set()),
     "cli": (
         {"__init__", "cli", "explain", "ir", "frontend", "linter", "passes", "planner", "progress", "report", "sweep"},
         {"keras", "rich", "torch", "typer"},
     ),
     "gpt": (set(), {"keras"}),
     "demo": ({"__init__", "gpt"}, {"keras", "numpy", "torch"}),
-    "selftest": ({"__init__", "gpt", "keras_distribution", "runtime"}, {"keras", "numpy", "torch"}),
+    "selftest": ({"__init__", "gpt", "job", "keras_distribution", "storage"}, {"keras", "numpy", "torch"}),
 }
 EXCEPTIONS = {("ir/plan.py", "tp_planner.report.text")}  # print(plan) shows the report; imported when it is called
-PRINTERS = {"cli/answer.py", "cli/app.py", "cli/plan.py", "demo.py", "runtime/verify.py", "selftest.py"}
+PRINTERS = {"cli/answer.py", "cli/app.py", "cli/plan.py", "demo.py", "training/verify.py", "selftest.py"}
 
 
 def part(module: str) -> str:
@@ -86,10 +98,10 @@ def test_imports_run_one_way(module: str) -> None:
 
 WRONG = {
     "ir/mesh.py": "import torch.distributed",
-    "passes/choose_styles.py": "from tp_planner.runtime.apply import apply_layers",
+    "passes/choose_styles.py": "from tp_planner.layers.apply import apply_layers",
     "report/text.py": "def f():\n    import keras",
     "frontend/trace.py": "from tp_planner import plan",
-    "runtime/apply.py": "from . import styles",
+    "layers/apply.py": "from . import styles",
 }
 
 

@@ -23,8 +23,8 @@ from tests.models import CASES, Batch, Case
 from tests.workers import Pools, WorkerPool, layout_map
 from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.ir.plan import LayerPlan, Plan
-from tp_planner.runtime.optimizer import ParallelOptimizer
-from tp_planner.runtime.variables import ParallelVariable
+from tp_planner.storage.variables import ParallelVariable
+from tp_planner.training.optimizer import ParallelOptimizer
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -18,8 +18,8 @@ from tests.workers import WorkerPool, layout_map
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.ir.mesh import Mesh, parse_mesh
 from tp_planner.ir.plan import Plan
-from tp_planner.runtime.model import applied_to
-from tp_planner.runtime.variables import ParallelVariable
+from tp_planner.storage.variables import ParallelVariable
+from tp_planner.training.model import applied_to
 
 COLUMN = (None, "model")
 
@@ -294,7 +294,7 @@ def failure_while_applying() -> tuple[str, bool, bool]:
     """Return the error of an apply that breaks off, and whether model and function are as before."""
     from unittest import mock
 
-    from tp_planner.runtime import styles
+    from tp_planner.layers import styles
 
     case = CASES["gpt"]
     model = case.build("float64")

@@ -37,7 +37,7 @@ def wrong_devices() -> AbstractContextManager[object]:
 
 def without_averaging() -> AbstractContextManager[object]:
     """Let every replica keep its own gradients."""
-    return mock.patch("tp_planner.runtime.averaging.add_in_place")
+    return mock.patch("tp_planner.training.averaging.add_in_place")
 
 
 def without_sums() -> AbstractContextManager[object]:

@@ -35,7 +35,7 @@ from keras.src.models.model import Trainer
 from keras_hub.src.models.gemma import rms_normalization
 from keras_hub.src.models.llama import llama_decoder, llama_layernorm
 
-from tp_planner.runtime.model import applied_to
+from tp_planner.training.model import applied_to
 
 TIMEOUT_S = 120.0  # for one run
 START_S = 180.0  # for the processes to import everything and to find each other

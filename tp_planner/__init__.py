@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tp_planner.ir.plan import Plan
     from tp_planner.keras_distribution.install import disable_keras_distribution, enable_keras_distribution
     from tp_planner.linter import lint
-    from tp_planner.runtime.verify import Verification, verify_model_parallel
+    from tp_planner.training.verify import Verification, verify_model_parallel
 
 __version__ = "0.1.0"
 
@@ -44,7 +44,7 @@ _HOMES = {
     "PlanError": "tp_planner.ir.errors",
     "Recording": "tp_planner.ir.contract",
     "TpPlannerError": "tp_planner.ir.errors",
-    "Verification": "tp_planner.runtime.verify",
+    "Verification": "tp_planner.training.verify",
     "disable_keras_distribution": "tp_planner.keras_distribution.install",
     "enable_keras_distribution": "tp_planner.keras_distribution.install",
     "lint": "tp_planner.linter",
@@ -52,7 +52,7 @@ _HOMES = {
     "plan": "tp_planner.api",
     "record": "tp_planner.api",
     "restore": "tp_planner.api",
-    "verify_model_parallel": "tp_planner.runtime.verify",
+    "verify_model_parallel": "tp_planner.training.verify",
 }
 
 

@@ -8,6 +8,10 @@ from typing import Any
 
 import keras
 
+from tp_planner.dryrun.collector import without_collector
+from tp_planner.dryrun.prove import prove
+from tp_planner.dryrun.sharding_rules import DTensorRules
+from tp_planner.dryrun.simulate import simulate
 from tp_planner.frontend.blocks import Blocks, find_blocks
 from tp_planner.frontend.fingerprint import fingerprint
 from tp_planner.frontend.kept_tensors import no_fakes_left
@@ -20,6 +24,9 @@ from tp_planner.ir.layout import Layout
 from tp_planner.ir.placement import local_shape
 from tp_planner.ir.plan import LayerPlan, Plan, VariablePlan
 from tp_planner.ir.step import NO_STEP
+from tp_planner.job.axes import Axes
+from tp_planner.job.process_group import planning_axes
+from tp_planner.layers.statistics import OF_THE_BATCH
 from tp_planner.passes.bucket_gradients import bucket_gradients
 from tp_planner.passes.choose_styles import choose_styles
 from tp_planner.passes.honor_output_rules import honor_output_rules
@@ -27,13 +34,6 @@ from tp_planner.passes.note_own_state import note_own_state
 from tp_planner.passes.place_boundaries import close, place_boundaries, write_layer_plans
 from tp_planner.passes.resolve_rules import Resolution, resolve_rules
 from tp_planner.progress import stage
-from tp_planner.runtime.boundaries import Axes
-from tp_planner.runtime.collector import without_collector
-from tp_planner.runtime.process_group import planning_axes
-from tp_planner.runtime.prove import prove
-from tp_planner.runtime.sharding_rules import DTensorRules
-from tp_planner.runtime.simulate import simulate
-from tp_planner.runtime.statistics import OF_THE_BATCH
 
 
 def make_plan(

@@ -21,10 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import tp_planner
 from tp_planner.gpt import BYTES, LENGTH, RULES, build_gpt
+from tp_planner.job.process_group import this_device
+from tp_planner.job.rendezvous import exchange
 from tp_planner.keras_distribution import backend
-from tp_planner.runtime.process_group import this_device
-from tp_planner.runtime.rendezvous import exchange
-from tp_planner.runtime.variables import local_tensor
+from tp_planner.storage.variables import local_tensor
 
 ROWS, BATCH, EPOCHS = 7, 4, 2  # the last batch of an epoch is smaller
 LEARNING_RATE = 0.1

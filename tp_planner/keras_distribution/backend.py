@@ -17,15 +17,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from tp_planner.frontend.calling import in_layer_call
 from tp_planner.frontend.keras_internals import convert_to_tensor
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.placement import chunk_sizes
-from tp_planner.keras_distribution.calling import in_layer_call
-from tp_planner.runtime.process_group import device_type as group_device_type
-from tp_planner.runtime.process_group import require_process_group, this_device
-from tp_planner.runtime.random_state import share_random_state
-from tp_planner.runtime.rendezvous import meet
-from tp_planner.runtime.variables import BackendVariable
+from tp_planner.job.process_group import device_type as group_device_type
+from tp_planner.job.process_group import require_process_group, this_device
+from tp_planner.job.random_state import share_random_state
+from tp_planner.job.rendezvous import meet
+from tp_planner.storage.variables import BackendVariable
 
 DEVICE_TYPES = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
 

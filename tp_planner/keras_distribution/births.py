@@ -16,11 +16,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
+from tp_planner.frontend.calling import in_layer_call, leaves_no_trace
 from tp_planner.frontend.keras_internals import convert_to_numpy, to_torch_dtype
+from tp_planner.job.rendezvous import meet
 from tp_planner.keras_distribution.backend import BackendLayout, own_part, scatter_from_rank_zero, whole_of
-from tp_planner.keras_distribution.calling import in_layer_call, is_symbolic
-from tp_planner.runtime.rendezvous import meet
-from tp_planner.runtime.variables import BackendVariable
+from tp_planner.storage.variables import BackendVariable
 
 
 class UnplannedVariable(BackendVariable):
@@ -36,7 +36,7 @@ class UnplannedVariable(BackendVariable):
         value = self._value
         if not isinstance(value, DTensor):
             return super().value
-        if is_symbolic():
+        if leaves_no_trace():
             return self._maybe_autocast(torch.empty(self._shape, dtype=to_torch_dtype(self._dtype), device="meta"))
         return self._maybe_autocast(value.full_tensor()) if in_layer_call() else value
 
@@ -152,7 +152,7 @@ def _layout_of(variable: Any, shape: tuple[int, ...], dtype: str) -> BackendLayo
     A variable whose layout does not fit is born whole: the planner lists these problems, all at once.
     """
     distribution = keras.distribution.distribution()
-    if _Births.paused or is_symbolic():
+    if _Births.paused or leaves_no_trace():
         return None
     if variable._layout is None and distribution is not None:
         variable._shape = shape

@@ -24,9 +24,9 @@ from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 from tp_planner.ir.errors import ParallelRuntimeError
 from tp_planner.ir.placement import chunk_sizes
-from tp_planner.runtime.process_group import this_device
-from tp_planner.runtime.random_state import share_random_state
-from tp_planner.runtime.rendezvous import exchange, meet
+from tp_planner.job.process_group import this_device
+from tp_planner.job.random_state import share_random_state
+from tp_planner.job.rendezvous import exchange, meet
 
 BATCH_ARGUMENTS = ("x", "y", "sample_weight")
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from keras.src.callbacks.progbar_logger import ProgbarLogger
 from keras.src.utils.python_utils import pythonify_logs
 
-from tp_planner.runtime.rendezvous import exchange, meet
+from tp_planner.job.rendezvous import exchange, meet
 
 # They write, and do nothing else. ModelCheckpoint and BackupAndRestore are not among them: every rank takes part in
 # saving a model. Rank 0 writes the file; what else these two do with files is in WRITES.

@@ -17,14 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from tp_planner.api import parallelize
+from tp_planner.frontend.calling import in_layer_call, leaves_no_trace
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.frontend.layout_map import read_device_mesh
 from tp_planner.frontend.trace import CallArguments
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import Layout
 from tp_planner.keras_distribution.births import UnplannedVariable, is_unplanned, not_sharding
-from tp_planner.keras_distribution.calling import in_layer_call, is_symbolic
-from tp_planner.runtime.model import applied_to, let_go
+from tp_planner.training.model import applied_to, let_go
 
 # What Keras has made for the loop that the first call may be in; none is compiled, or planning would have refused.
 STEP_FUNCTIONS = ("train_function", "test_function", "predict_function")
@@ -60,7 +60,7 @@ def planned_when_built(plain: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(plain)
     def _maybe_build(self: keras.Model, call_spec: Any) -> None:
         plain(self, call_spec)
-        if not (in_layer_call() or is_symbolic()) and needs_plan(self) and _is_data(call_spec.first_arg):
+        if not (in_layer_call() or leaves_no_trace()) and needs_plan(self) and _is_data(call_spec.first_arg):
             plan_and_apply(self, _arguments_of(self, call_spec))
 
     return _maybe_build

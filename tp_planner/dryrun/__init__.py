@@ -1,0 +1,1 @@
+"""Proof and simulation of a plan on fake shards."""

@@ -1,0 +1,151 @@
+"""Metering: what a training step allocates, computes and communicates on one rank, on real or on fake tensors.
+
+Memory is counted by storages, from the op that makes one until its last tensor is gone. What kernels allocate
+inside themselves is not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from tp_planner.frontend.dispatch import tensors_in
+from tp_planner.ir.step import Collective, Phase
+from tp_planner.ir.step_log import Began, Freed, Kernel, StepLog, StorageKind
+from tp_planner.job.axes import Axes
+from tp_planner.regions.recording import LOCAL_OPS, CollectiveRecorder
+
+
+class StepMeter(CollectiveRecorder):
+    """Writes the log of a step while it is entered.
+
+    ``stands_for`` says of how many equal variables a storage is one; 1 where it has no entry.
+    """
+
+    def __init__(self, axes: Axes) -> None:
+        super().__init__(axes)
+        self.log = StepLog()
+        self.stands_for: dict[int, int] = {}
+        self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}
+        self._began: Phase = "forward"
+        self._counting = True
+
+    # --- storages --------------------------------------------------------------------------------------
+
+    def storage(self, tensor: torch.Tensor, times: int = 1) -> int:
+        """Return the number of a tensor's storage, a new one where it was not met before."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._alive.get(key)
+        if known is not None:
+            return known[0]
+        number = self.log.allocate(storage.nbytes() * times)
+        self._alive[key] = number, weakref.ref(storage, functools.partial(self._gone, key, number))
+        return number
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's storage was met before."""
+        return tensor.untyped_storage()._cdata in self._alive
+
+    def _gone(self, key: int, number: int, _: Any) -> None:
+        if self._alive.pop(key, None) is not None:
+            self.log.events.append(Freed(number))
+
+    def hold(self, tensors: Iterable[Any], kind: StorageKind) -> None:
+        """Say what the storages of these tensors are for."""
+        for tensor in tensors:
+            self.log.kinds[self.storage(tensor._local_tensor if isinstance(tensor, DTensor) else tensor)] = kind
+
+    def end_forward(self) -> None:
+        """Note that what is there now, and is for nothing else, was left for the backward pass."""
+        for number, _ in self._alive.values():
+            self.log.kinds.setdefault(number, "activations")
+
+    @contextlib.contextmanager
+    def not_counting(self) -> Iterator[None]:
+        """Inside, storages are noted, but nothing is computed."""
+        before, self._counting = self._counting, False
+        try:
+            yield
+        finally:
+            self._counting = before
+
+    def forget(self) -> None:
+        """Watch no longer; storages that go from now on are not noted."""
+        self._alive.clear()
+
+    # --- ops -------------------------------------------------------------------------------------------
+
+    def note(self, collective: Collective) -> None:
+        """Log a collective that is about to run."""
+        self._begin(collective.phase)
+        self.log.events.append(collective)
+
+    def _begin(self, phase: Phase) -> None:
+        if phase != self._began:
+            self._began = phase
+            self.log.events.append(Began(phase))
+
+    def watch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if func.namespace == "_c10d_functional" and func.__name__.partition(".")[0] in LOCAL_OPS:
+            # Neither makes a tensor on real devices; a fake one would be a new one.
+            return args[0] if isinstance(args[0], FakeTensor) else func(*args, **kwargs)
+        result = super().watch(func, types, args, kwargs)
+        if result is NotImplemented or any(issubclass(kind, DTensor) for kind in types):
+            return result
+        inputs = _tensors((args, kwargs))
+        if self.asked and not any(map(self.knows, inputs)):
+            return result  # the first time DTensor works out the shape of a result, on fake tensors of its own
+        self._begin(self.phase)
+        made = [leaf for leaf in _tensors(result) if not self.knows(leaf)]
+        if made or func._schema.is_mutable:
+            self._count(func, args, kwargs, result, inputs)
+        return result
+
+    def _count(self, func: Any, args: Any, kwargs: Any, result: Any, inputs: Sequence[torch.Tensor]) -> None:
+        """Log the storages that an op has made, and what it computed.
+
+        An op on lists works on all variables at once, so that a variable that stands for several counts so often;
+        any other op is run for each of them, one after the other.
+        """
+        lists = isinstance(args[0] if args else None, list | tuple)
+        weights = [self.stands_for.get(self.storage(leaf), 1) for leaf in inputs]
+        times = 1 if lists else max(weights, default=1)
+        moved = 0
+        for leaf, weight in zip(inputs, weights, strict=True):
+            moved += leaf.numel() * leaf.element_size() * (weight if lists else 1)
+        for position, leaf in enumerate(_tensors(result)):
+            if not self.knows(leaf):
+                weight = weights[position] if lists and isinstance(result, list | tuple) else 1
+                number = self.storage(leaf, weight)
+                if max(weight, times) > 1:
+                    self.stands_for[number] = max(weight, times)
+                moved += leaf.numel() * leaf.element_size() * weight
+        if self._counting:
+            flops = _flops(func, args, kwargs, result)
+            dtype = str(inputs[0].dtype).removeprefix("torch.") if flops else ""
+            self.log.events.append(Kernel(self.phase, dtype, flops, moved, times))
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf.elem if isinstance(leaf, AsyncCollectiveTensor) else leaf for leaf in tensors_in(tree)]
+
+
+def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    """Return the multiplications and additions of a matrix product, an attention or a convolution; 0 for the rest."""
+    packet = func.overloadpacket
+    if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        return int(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape))
+    if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return int(sdpa_backward_flop_count(args[0].shape, args[1].shape, args[2].shape, args[3].shape))
+    formula = flop_registry.get(packet)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))

@@ -1,0 +1,218 @@
+"""Blocks that do not run in a simulated step, because an equal one does.
+
+A block that others repeat is watched: where its forward and backward passes begin and end in the log, and what it
+saves for the backward pass. A block that repeats it is one autograd function, which writes down that both happen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from tp_planner.dryrun.metering import StepMeter
+from tp_planner.frontend.recorder import MadeTensor
+from tp_planner.ir.graph import ModelGraph, Repeat
+from tp_planner.ir.step import Phase
+from tp_planner.ir.step_log import Again, Edge
+from tp_planner.regions.calls import looking_at_what_is_kept, running
+from tp_planner.regions.recomputation import NotKept
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """Which of a block's input and output tensors its backward pass needs, and which outputs have one, by position."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    with_gradient: tuple[int, ...]
+
+
+class BlockRepeats:
+    """The blocks of one simulated step.
+
+    Args:
+        layers: the model's layers by name.
+        graph: the trace of the step's call.
+        repeats: the calls that are not run.
+        meter: writes the log.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, keras.Layer], graph: ModelGraph, repeats: Mapping[int, Repeat], meter: StepMeter
+    ) -> None:
+        self._layers, self._graph, self._repeats, self._meter = layers, graph, repeats, meter
+        self._twins = {repeat.twin for repeat in repeats.values()}
+        self._saved: dict[int, _Saved] = {}
+        self._anchor: torch.Tensor | None = None  # lets blocks go backward of which no input has a gradient
+        blocks = {graph.calls[call].layer for call in (*repeats, *self._twins)}
+        self._calls = {
+            block: iter([call.id for call in graph.calls.values() if call.layer == block]) for block in sorted(blocks)
+        }
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, blocks run or are repeated; what they leave in reference cycles is collected when they end."""
+        self._anchor = torch.empty((), device="cpu", requires_grad=True)
+        with contextlib.ExitStack() as stack:
+            for name, layer in list(self._layers.items())[1:]:
+                if not layer._layers:
+                    continue
+                layer.__dict__["forward"] = functools.partial(self._forward, name, layer.forward)
+                stack.callback(layer.__dict__.pop, "forward")
+            yield
+
+    def _forward(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = next(self._calls[name]) if name in self._calls else -1
+        if call in self._repeats:
+            return self._again(self._repeats[call], args, kwargs)
+        if call in self._twins:
+            return self._watch(call, forward, args, kwargs)
+        result = forward(*args, **kwargs)
+        gc.collect(0)
+        return result
+
+    def _end(self, call: int, phase: Phase, made: Mapping[int, torch.Tensor | None]) -> None:
+        """Note that a pass of a block ends, and what it hands on."""
+        storages = [(place, self._meter.storage(tensor)) for place, tensor in made.items() if tensor is not None]
+        self._meter.log.events.append(Edge(call, phase, False, made=tuple(storages)))
+
+    def _watch(self, call: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        inputs = _once(_tensors((args, kwargs)))
+        first_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        self._meter.log.events.append(Edge(call, "forward", True))
+        views = {id(each): self._view(call, place, each) for place, each in enumerate(inputs) if each.requires_grad}
+        args, kwargs = tree_map(lambda leaf: views.get(id(leaf), leaf), (args, kwargs))
+        result = forward(*args, **kwargs)
+        gc.collect(0)
+        outputs = _tensors(result)
+        self._end(call, "forward", dict(enumerate(outputs)))
+        with looking_at_what_is_kept():
+            saved = {self._meter.storage(tensor) for tensor in _saved_tensors(outputs, first_node)}
+        with_gradient = tuple(position for position, output in enumerate(outputs) if output.requires_grad)
+        self._saved[call] = _Saved(self._positions(inputs, saved), self._positions(outputs, saved), with_gradient)
+        for position, output in enumerate(outputs):
+            if output.requires_grad:
+                output.register_hook(functools.partial(self._arrive, call, position))
+        return result
+
+    def _arrive(self, call: int, output: int, gradient: torch.Tensor) -> None:
+        own = ((output, self._meter.storage(gradient)),) if _fills_its_storage(gradient) else ()
+        self._meter.log.events.append(Edge(call, "backward", True, own))
+
+    def _view(self, call: int, place: int, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the input at this place as the block's own: gradients are added inside, complete when the block ends.
+
+        What the tensor becomes across a boundary is shared with other blocks all the same.
+        """
+        view = tensor.view_as(tensor)
+        assert view.grad_fn is not None
+        view.grad_fn.register_hook(lambda made, _: self._end(call, "backward", {place: made[0]}))
+        running.entered[view] = running.entered.setdefault(tensor, {})
+        return view
+
+    def _positions(self, tensors: list[torch.Tensor], saved: set[int]) -> tuple[int, ...]:
+        return tuple(position for position, tensor in enumerate(tensors) if self._meter.storage(tensor) in saved)
+
+    def _again(self, repeat: Repeat, args: Any, kwargs: Any) -> Any:
+        structure, leaves = repeat.outputs
+        made = [leaf for leaf in leaves if isinstance(leaf, MadeTensor)]
+        stand_in = functools.partial(
+            _StandIn.apply, self._meter, repeat.call, made, self._saved[repeat.twin], self._anchor
+        )
+        tensors = iter(stand_in(*_once(_tensors((args, kwargs)))))
+        return tree_unflatten([next(tensors) if isinstance(leaf, MadeTensor) else leaf for leaf in leaves], structure)
+
+
+class _StandIn(torch.autograd.Function):
+    """Returns empty outputs, and on the way back empty gradients; keeps alive what the block would."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, meter: StepMeter, call: int, made: Any, saved: _Saved, anchor: Any, *inputs: torch.Tensor
+    ) -> Any:
+        events = meter.log.events
+        begin = len(events)
+        with meter.not_counting():
+            outputs = [torch.empty_strided(each.shape, each.stride, dtype=each.dtype, device="cpu") for each in made]
+        events.insert(begin, Again(call, "forward", made=tuple(enumerate(map(meter.storage, outputs)))))
+        kept = [inputs[position] for position in saved.inputs] + [outputs[position] for position in saved.outputs]
+        ctx.save_for_backward(*kept)
+        ctx.mark_non_differentiable(
+            *(output for position, output in enumerate(outputs) if position not in saved.with_gradient)
+        )
+        ctx.meter, ctx.call, ctx.inputs = meter, call, [(each.shape, each.dtype) for each in inputs]
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        arrived = [(output, gradient) for output, gradient in enumerate(gradients) if gradient is not None]
+        own = [(output, ctx.meter.storage(gradient)) for output, gradient in arrived if _fills_its_storage(gradient)]
+        events = ctx.meter.log.events
+        begin = len(events)
+        with ctx.meter.not_counting():
+            given = [
+                torch.empty(shape, dtype=dtype, device="cpu") if needed else None
+                for (shape, dtype), needed in zip(ctx.inputs, ctx.needs_input_grad[5:], strict=True)
+            ]
+        made = [(place, ctx.meter.storage(each)) for place, each in enumerate(given) if each is not None]
+        events.insert(begin, Again(ctx.call, "backward", tuple(own), tuple(made)))
+        return None, None, None, None, None, *given
+
+
+def _saved_tensors(outputs: list[torch.Tensor], first: int) -> Iterator[torch.Tensor]:
+    """Yield the tensors that the autograd nodes of ``outputs`` keep, those from number ``first`` on."""
+    waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen or node._sequence_nr() < first:
+            continue
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions if following is not None]
+        names = [name for name in dir(node) if name.startswith("_saved_") or name == "saved_tensors"]
+        kept = [_kept(node, name) for name in names]
+        yield from (tensor for tensor in _tensors(kept) if not isinstance(tensor, DTensor))
+
+
+def _kept(node: Any, name: str) -> Any:
+    """Return what a node keeps under this name, or what is kept in order to compute that again."""
+    try:
+        return getattr(node, name)
+    except NotKept as found:
+        return found.inputs
+
+
+def multiplicities(repeats: Mapping[int, Repeat]) -> Counter[str]:
+    """Return for each variable of a block that runs how many equal variables of blocks that do not it stands for."""
+    twins = {key: twin for repeat in repeats.values() for twin, key in repeat.variables if key != twin}
+    found: Counter[str] = Counter()
+    for key in twins:
+        runs = key
+        while runs in twins:
+            runs = twins[runs]
+        found[runs] += 1
+    return found
+
+
+def _fills_its_storage(tensor: torch.Tensor) -> bool:
+    """Whether no other tensor can lie in the same storage beside this one."""
+    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+
+
+def _once(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return each tensor once: its gradients are added inside the block."""
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, torch.Tensor)]

@@ -1,0 +1,287 @@
+"""Simulate: one training step of the applied model on fake shards, with everything that happens written down.
+
+The same code runs as on real devices, minus the arithmetic: hooks, boundaries, autograd, the optimizer. A block
+that is planned like another does not run; the log says that it does again what the other did.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import torch
+from torch.utils._pytree import tree_flatten
+
+from tp_planner.dryrun.collector import only_new_garbage, without_collector
+from tp_planner.dryrun.metering import StepMeter
+from tp_planner.dryrun.repeats import BlockRepeats, multiplicities
+from tp_planner.frontend.layer_tree import named_layers, named_variables
+from tp_planner.frontend.trace import CallArguments, conditions_need_values, fake_inputs, fake_tensors
+from tp_planner.frontend.training_loss import TrainingLoss
+from tp_planner.ir.errors import PlanError, in_one_line
+from tp_planner.ir.graph import ModelGraph
+from tp_planner.ir.plan import Plan
+from tp_planner.ir.step import Collective, Step
+from tp_planner.ir.step_log import (
+    Began,
+    Freed,
+    Kernel,
+    StepLog,
+    Twin,
+    collectives_of,
+    memory_of,
+    unfold,
+    work_of,
+)
+from tp_planner.job.axes import Axes
+from tp_planner.layers.apply import applied_for_simulation
+from tp_planner.passes.place_boundaries import tensor_names_again
+from tp_planner.regions.recording import REASONS
+from tp_planner.regions.replicas import Replicas
+from tp_planner.storage.variables import local_tensor
+from tp_planner.training.optimizer import adopt_optimizer, updates_all_at_once
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """The collectives of a simulated step in order of execution, what else it takes, and what was left out."""
+
+    collectives: tuple[Collective, ...]
+    step: Step
+    notes: tuple[str, ...]
+
+
+def simulate(
+    model: keras.Model,
+    inputs: Any,
+    plan: Plan,
+    graph: ModelGraph,
+    axes: Axes,
+    optimizer: keras.optimizers.Optimizer | None,
+    loss: TrainingLoss | None,
+) -> Simulation:
+    """Return what one training step takes of rank 0.
+
+    Args:
+        model: the plain model; it is as before afterwards.
+        inputs: as for ``trace``.
+        plan: the plan to simulate.
+        graph: the trace of a training call that the plan was made from.
+        axes: those of a mesh of the planned size, fake or real.
+        optimizer: makes the update; it is not changed.
+        loss: as for ``TrainingStep``.
+
+    Raises:
+        PlanError: if the forward or backward pass fails on fake tensors.
+    """
+    repeats = graph.repeats if _blocks_are_independent(model, graph, optimizer) else {}
+    left_out = graph.repeated_layers if repeats else frozenset()
+    settings = None if optimizer is None else optimizer.get_config()  # reads values, so before tensors are fake
+    meter = StepMeter(axes)
+    blocks = BlockRepeats(named_layers(model), graph, repeats, meter)
+    with fake_tensors(), without_collector(), only_new_garbage():
+        arguments = fake_inputs(model, inputs)
+        with applied_for_simulation(model, plan, axes, left_out) as applied, blocks.watched():
+            updating = None if optimizer is None else _adopted(type(optimizer).from_config, settings, axes)
+            variables = {key for layer in left_out for key in graph.layers[layer].variables}
+            step = TrainingStep(model, meter, updating, loss, variables, applied.replicas)
+            _hold_left_out_variables(meter, plan, variables)
+            try:
+                step.run(arguments, multiplicities(repeats))
+            except PlanError:
+                raise
+            except Exception as error:  # the user's own code may raise anything
+                raise PlanError(
+                    f"a training step of model {model.name!r} cannot be simulated: {in_one_line(error)[:300]}"
+                ) from error
+            finally:
+                meter.forget()
+    twins = {
+        call: Twin(each.twin, dict(each.layers) | tensor_names_again(each, graph)) for call, each in repeats.items()
+    }
+    log = unfold(meter.log, twins)
+    _average_gradients(log, plan)
+    name = "" if optimizer is None else type(optimizer).__name__
+    taken = Step(name, step.loss_name, memory_of(log), work_of(log), step.whole_update)
+    return Simulation(collectives_of(log), taken, tuple(step.notes))
+
+
+class TrainingStep:
+    """One training step of a parallel model under a meter.
+
+    Args:
+        model: the model.
+        meter: writes the log.
+        optimizer: makes the update; None for no update.
+        loss: the loss, in a step as Keras trains: it has the outputs until its metrics have seen them. None for the
+            sum of the outputs, which are let go.
+        left_out: variables that take no part, by key.
+        replicas: the replicas, which meet when the backward pass begins; None for one. They do not average gradients.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        meter: StepMeter,
+        optimizer: keras.optimizers.Optimizer | None,
+        loss: TrainingLoss | None,
+        left_out: Set[str] = frozenset(),
+        replicas: Replicas | None = None,
+    ) -> None:
+        self.model, self.meter, self.optimizer, self.left_out = model, meter, optimizer, left_out
+        self._loss, self._replicas = loss, replicas
+        self.loss_name = "" if loss is None else loss.name
+        self.whole_update = True
+        self.notes: list[str] = []
+        self._slots: list[tuple[Any, Any]] = []
+
+    def run(self, arguments: CallArguments, others: Mapping[str, int]) -> None:
+        """Run the step.
+
+        Args:
+            arguments: what the model is called with.
+            others: how many variables besides itself a variable stands for, by key.
+        """
+        meter, model = self.meter, self.model
+        keys = {id(variable): key for key, variable in named_variables(model).items()}
+        here = [variable for key, variable in named_variables(model).items() if key not in self.left_out]
+        ids = {id(variable) for variable in here}
+        trainable = [variable for variable in model.trainable_variables if id(variable) in ids]
+        meter.hold((variable._value for variable in here), "parameters")
+        meter.hold(arguments.tensors, "activations")
+        self._build_optimizer(trainable, {id(each): others.get(keys[id(each)], 0) for each in trainable})
+        with meter:
+            outputs = arguments.call(model, training=True)
+            loss = self._loss_of(outputs)
+            if not self.loss_name:
+                del outputs
+            gc.collect(0)
+            meter.end_forward()
+            if loss is None or not loss.requires_grad:
+                return
+            if self._replicas is not None:
+                loss.register_hook(self._meet)
+            loss.backward()
+            del loss
+            gc.collect(0)
+            trained = [variable for variable in trainable if variable._value.grad is not None]
+            meter.hold((variable._value.grad for variable in trained), "gradients")
+            for variable in trained:
+                self._stand_for(variable, 1 + others.get(keys[id(variable)], 0))
+            if self.optimizer is not None and trained:
+                self._update(self.optimizer, trained)
+
+    def _meet(self, gradient: torch.Tensor) -> None:
+        assert self._replicas is not None
+        self._replicas.meet(gradient.device)
+
+    def _update(self, optimizer: keras.optimizers.Optimizer, trained: list[Any]) -> None:
+        try:
+            with torch.no_grad(), conditions_need_values():
+                optimizer.apply([variable._value.grad for variable in trained], trained)
+        except Exception as error:  # an optimizer may look at values, which fake tensors do not have
+            self.whole_update = False
+            self.notes.append(
+                f"the update by {type(optimizer).__name__} depends on values ({in_one_line(error)[:160]}): what it "
+                f"communicates and needs for a moment is counted up to there only"
+            )
+
+    def _loss_of(self, outputs: Any) -> torch.Tensor | None:
+        """Return the loss with the losses that layers add; None if there are no numbers to train with."""
+        terms = [*self.model.losses]
+        try:
+            terms += [] if self._loss is None else [self._loss(outputs)]
+        except Exception as error:  # a loss may take targets of other shapes than those made for it, or be anyone's
+            self.notes.append(
+                f"loss {self.loss_name} cannot be simulated ({in_one_line(error)[:160]}): the sum of the outputs "
+                f"stands for it"
+            )
+            self.loss_name = ""
+        if not self.loss_name:
+            terms += tree_flatten(outputs)[0]
+        self.model._clear_losses()
+        sums = [each.sum() for each in terms if isinstance(each, torch.Tensor) and each.is_floating_point()]
+        return functools.reduce(torch.add, sums) if sums else None
+
+    def _build_optimizer(self, trainable: list[Any], others: Mapping[int, int]) -> None:
+        """Make the slots, as they are there from the second step on."""
+        if self.optimizer is None or not trainable:
+            return
+        add = self.optimizer.add_variable_from_reference
+
+        @functools.wraps(add)
+        def adding(reference_variable: Any, *args: Any, **kwargs: Any) -> Any:
+            slot = add(reference_variable, *args, **kwargs)
+            self._slots.append((reference_variable, slot))
+            return slot
+
+        self.optimizer.__dict__["add_variable_from_reference"] = adding
+        self.optimizer.build(trainable)
+        self.meter.hold((slot._value for slot in self.optimizer.variables), "optimizer")
+        for variable, slot in self._slots:
+            if others[id(variable)]:
+                self.meter.log.allocate(
+                    local_tensor(slot).untyped_storage().nbytes() * others[id(variable)], "optimizer"
+                )
+
+    def _stand_for(self, variable: Any, number: int) -> None:
+        """Let a variable, its gradient and its slots count for ``number`` equal ones in the update."""
+        gradient = variable._value.grad
+        tensors = [local_tensor(variable), getattr(gradient, "_local_tensor", gradient)]
+        tensors += [local_tensor(slot) for owner, slot in self._slots if owner is variable]
+        self.meter.stands_for.update({self.meter.storage(tensor): number for tensor in tensors})
+
+
+def _blocks_are_independent(
+    model: keras.Model, graph: ModelGraph, optimizer: keras.optimizers.Optimizer | None
+) -> bool:
+    """Whether it is enough to run one of several equal blocks: nothing but the model's call depends on the others."""
+    if optimizer is not None and not updates_all_at_once(optimizer):
+        return False
+    if any(variable.penalty != "none" for variable in graph.variables.values()):
+        return False
+    return all(variable.constraint is None for variable in model.trainable_variables)
+
+
+def _hold_left_out_variables(meter: StepMeter, plan: Plan, left_out: Set[str]) -> None:
+    """Count the variables of layers that do not run."""
+    for variable in plan.variables:
+        if variable.key in left_out:
+            meter.log.allocate(math.prod(variable.local_shape) * variable.itemsize, "parameters")
+
+
+def _average_gradients(log: StepLog, plan: Plan) -> None:
+    """Note at the end of the backward pass that replicas average their gradients, bucket by bucket.
+
+    In the simulated step they do not, because of equal blocks only one has gradients.
+    """
+    positions = {event.phase: position for position, event in enumerate(log.events) if isinstance(event, Began)}
+    if "backward" not in positions or plan.mesh.batch_axis is None:
+        return
+    rest = log.events[positions.get("update", len(log.events)) :]
+    del log.events[len(log.events) - len(rest) :]
+    variables = {variable.key: variable for variable in plan.variables}
+    for number, keys in enumerate(plan.buckets):
+        itemsize = variables[keys[0]].itemsize
+        elements = sum(math.prod(variables[key].local_shape) for key in keys)
+        marks = len(keys) if len(keys) > 1 else 0
+        size = (elements + marks) * itemsize
+        joined = log.allocate(size if marks else 0)
+        log.events += [Kernel("backward", "", 0, 2 * size)] * (2 if marks else 1)
+        place, reason = f"gradients {number}", REASONS["all_reduce"]
+        axis, replicas = plan.mesh.batch_axis, plan.replicas
+        log.events.append(Collective("all_reduce", axis, replicas, size, "", place, "backward", reason))
+        log.events.append(Freed(joined))  # in the end, the gradients are in it, and no longer where they were
+    log.events += rest
+
+
+def _adopted(make: Callable[[Any], keras.optimizers.Optimizer], settings: Any, axes: Axes) -> Any:
+    """Return a new optimizer with these settings and no slots, adopted for sharded variables."""
+    copied = make(settings)
+    adopt_optimizer(copied, axes)
+    return copied

@@ -1,0 +1,23 @@
+"""Whether Keras is calling a layer, and whether it only infers shapes."""
+
+from __future__ import annotations
+
+from keras.src.backend.common import global_state
+from keras.src.backend.common.stateless_scope import in_stateless_scope
+
+from tp_planner.frontend.keras_internals import get_device
+
+
+def in_layer_call() -> bool:
+    """Whether a layer call is running in this thread."""
+    return global_state.get_global_attribute("current_call_ctx") is not None
+
+
+def is_symbolic() -> bool:
+    """Whether Keras is only inferring shapes, on meta tensors."""
+    return str(get_device()) == "meta"
+
+
+def leaves_no_trace() -> bool:
+    """Whether Keras infers shapes, or calls without state: what is made then is nobody's afterwards."""
+    return is_symbolic() or in_stateless_scope()

@@ -1,0 +1,169 @@
+"""Process groups and device meshes: torchrun's for running, torch's fake one for planning."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from tp_planner.ir.errors import PlanError
+from tp_planner.ir.mesh import Mesh
+from tp_planner.job.axes import Axes, Axis
+from tp_planner.job.pulse import let_pulse_beat
+from tp_planner.job.rendezvous import meet
+
+
+def require_process_group(size: int) -> None:
+    """Make sure that a process group of ``size`` ranks runs, starting it from torchrun's environment.
+
+    NCCL on CUDA, gloo on CPU; on CUDA the process takes the device of LOCAL_RANK.
+
+    Raises:
+        PlanError: if the world has another size, or there is no group and no environment to start one from.
+    """
+    if not dist.is_initialized():
+        world = os.environ.get("WORLD_SIZE")
+        if world is None and size == 1:
+            _start_alone()
+        elif world is None or "RANK" not in os.environ:
+            raise PlanError(
+                f"the mesh has {size} devices but this is one process without a process group; "
+                f"start it with torchrun --nproc-per-node={size} your_script.py"
+            )
+        else:
+            if int(world) != size:
+                raise PlanError(_wrong_world(size, int(world)))
+            _start_from_environment()
+    if dist.get_world_size() != size:
+        raise PlanError(_wrong_world(size, dist.get_world_size()))
+
+
+def _wrong_world(size: int, world: int) -> str:
+    return (
+        f"the mesh has {size} devices, the job has {world} processes; "
+        f"start torchrun with --nproc-per-node={size} or make a mesh of {world} devices"
+    )
+
+
+def _start_from_environment() -> None:
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise PlanError(
+                f"LOCAL_RANK is {local_rank} but this machine has {torch.cuda.device_count()} CUDA devices; "
+                f"start one process for each device"
+            )
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    let_pulse_beat(dist.distributed_c10d._get_default_store(), dist.get_rank())
+
+
+def _start_alone() -> None:
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    from torch._C._distributed_c10d import HashStore
+
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+
+
+def device_type() -> str:
+    """Return "cuda" where the process group runs on CUDA devices, else "cpu"."""
+    return "cuda" if "nccl" in dist.get_backend() else "cpu"
+
+
+def this_device() -> torch.device:
+    """Return the device of this process."""
+    if device_type() == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def job_axes(mesh: Mesh) -> Axes:
+    """Return the axes of this job, which has as many ranks as the mesh.
+
+    Where there are several replicas, process groups are made for each axis the first time: all ranks have to ask for
+    the same mesh together.
+    """
+    device_mesh = _device_mesh(mesh)
+    if mesh.batch_axis is None or mesh.replicas == 1:
+        return Axes(device_mesh, Axis.of(device_mesh))
+    return Axes(device_mesh, Axis.of(device_mesh[mesh.model_axis]), Axis.of(device_mesh[mesh.batch_axis]))
+
+
+_made: dict[Mesh, DeviceMesh] = {}
+_made_for: list[object] = []  # the process group that they belong to
+
+
+def _device_mesh(mesh: Mesh) -> DeviceMesh:
+    if mesh.batch_axis is None or mesh.replicas == 1:
+        return init_device_mesh(device_type(), (dist.get_world_size(),), mesh_dim_names=(mesh.model_axis,))
+    if _made_for != [dist.group.WORLD]:
+        _made.clear()
+        _made_for[:] = [dist.group.WORLD]
+    if mesh not in _made:
+        _made[mesh] = DeviceMesh(device_type(), _ranks(mesh), mesh_dim_names=(mesh.model_axis, mesh.batch_axis))
+    return _made[mesh]
+
+
+def _ranks(mesh: Mesh) -> torch.Tensor:
+    """Return the rank at each place: (model axis, batch axis)."""
+    assert mesh.batch_axis is not None
+    ranks = torch.empty(mesh.axis_size(mesh.model_axis), mesh.replicas, dtype=torch.int)
+    for rank in range(mesh.size):
+        ranks[mesh.coordinate(rank, mesh.model_axis), mesh.coordinate(rank, mesh.batch_axis)] = rank
+    return ranks
+
+
+@contextlib.contextmanager
+def planning_axes(mesh: Mesh) -> Iterator[Axes]:
+    """Yield the axes of a job on ``mesh`` as rank 0 sees them, for fake tensors, without any device.
+
+    Outside a job torch's fake process group stands in and is gone afterwards; inside one the job's own groups
+    are used, on which collectives of fake tensors return at once. Device meshes have axis names of their own, because
+    DTensor remembers results, rank 0's coordinates among them, for all meshes that compare equal.
+
+    Raises:
+        PlanError: inside a job of another size.
+    """
+    if dist.is_initialized():
+        if dist.get_world_size() != mesh.size:
+            raise PlanError(
+                f"this process belongs to a job of {dist.get_world_size()} ranks and cannot plan for {mesh.size}; "
+                f"plan in a process without a process group"
+            )
+        if mesh.replicas > 1 and (mesh not in _made or _made_for != [dist.group.WORLD]):
+            meet(f"tp_planner.plan on mesh ({mesh})")
+        yield _as_rank_zero(mesh, _renamed(_device_mesh(mesh)))
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=mesh.size)
+    try:
+        yield _as_rank_zero(mesh, _renamed(_device_mesh(mesh)))
+    finally:
+        _made.clear()
+        dist.destroy_process_group()
+
+
+def _renamed(device_mesh: DeviceMesh) -> DeviceMesh:
+    """Return a mesh over the same process groups with axis names of its own."""
+    assert device_mesh.mesh_dim_names is not None
+    names = tuple(f"planned {name}" for name in device_mesh.mesh_dim_names)
+    if device_mesh.ndim == 1:
+        return init_device_mesh(device_mesh.device_type, (device_mesh.size(),), mesh_dim_names=names)
+    groups = device_mesh.get_all_groups()
+    return DeviceMesh.from_group(groups, device_mesh.device_type, device_mesh.mesh, mesh_dim_names=names)
+
+
+def _as_rank_zero(mesh: Mesh, device_mesh: DeviceMesh) -> Axes:
+    assert device_mesh.mesh_dim_names is not None
+    if device_mesh.ndim == 1:
+        return Axes(device_mesh, Axis(device_mesh, mesh.model_axis, device_mesh.size(), 0))
+    model, batch = (device_mesh[name] for name in device_mesh.mesh_dim_names)
+    assert mesh.batch_axis is not None
+    return Axes(
+        device_mesh, Axis(model, mesh.model_axis, model.size(), 0), Axis(batch, mesh.batch_axis, batch.size(), 0)
+    )

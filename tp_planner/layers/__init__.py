@@ -1,0 +1,1 @@
+"""A plan put on layers."""

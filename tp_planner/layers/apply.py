@@ -1,0 +1,365 @@
+"""Apply: change a Keras model as its plan says, variable by variable, so that everything can be undone."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as TorchShard
+from torch.distributed.tensor.parallel import parallelize_module
+
+from tp_planner.frontend.layer_tree import named_layers, named_variables, own_variables
+from tp_planner.frontend.torch_modules import parameter_holders
+from tp_planner.ir.mesh import Mesh
+from tp_planner.ir.placement import Replicate, Shard
+from tp_planner.ir.plan import LayerPlan, Plan, VariablePlan
+from tp_planner.job.axes import Axes, Axis
+from tp_planner.layers.generation import follow_caches
+from tp_planner.layers.statistics import OF_THE_BATCH, share_statistics
+from tp_planner.layers.styles import STYLES, LayerCalls, Undo, open_scope, refuse_input_gradients
+from tp_planner.regions.calls import Reader, Site
+from tp_planner.regions.recomputation import follow_recomputation
+from tp_planner.regions.replicas import Replicas
+from tp_planner.storage.parts import let_go_after_calls
+from tp_planner.storage.regularization import parallel_constraint, parallel_regularizer
+from tp_planner.storage.torch_modules import follow_variables
+from tp_planner.storage.variables import (
+    Sharding,
+    make_parallel,
+    make_plain,
+    read_as,
+    read_whole,
+    sharded_parameter,
+    whole_tensor,
+)
+
+# Returns this rank's stored tensor of a variable: (variable, sharding) -> local tensor
+Scatter = Callable[[Any, Sharding], torch.Tensor]
+
+
+@dataclass
+class PlacedVariable:
+    """What undoing the placement of one variable needs.
+
+    ``old`` is the parameter it had, ``data`` the values of a parameter that it kept; both are let go once the
+    whole model is placed.
+    """
+
+    variable: Any
+    device: torch.device
+    parallel: bool
+    regularizer: Any
+    constraint: Any
+    old: torch.nn.Parameter | None
+    data: torch.Tensor | None
+
+
+@dataclass
+class Applied:
+    """A plan applied to a model: what was done, and how to undo it."""
+
+    plan: Plan
+    axes: Axes
+    replicas: Replicas | None = None
+    placed: dict[str, PlacedVariable] = field(default_factory=dict)
+    undo: list[Undo] = field(default_factory=list)
+
+    @property
+    def axis(self) -> Axis:
+        """The model axis."""
+        return self.axes.model
+
+    def commit(self) -> None:
+        """Let go of the whole values; from now on they are spread over the ranks."""
+        for placed in self.placed.values():
+            placed.old = placed.data = None
+
+    def revert(self, model: keras.Model, values: Callable[[str, PlacedVariable], torch.nn.Parameter]) -> None:
+        """Undo everything, last change first; ``values`` gives each variable its parameter."""
+        while self.undo:
+            self.undo.pop()()
+        rebind = Rebinding(model)
+        for key in reversed(list(self.placed)):
+            placed = self.placed[key]
+            value, variable = values(key, placed), placed.variable
+            rebind(variable._value, value)
+            if placed.parallel:
+                make_plain(variable, value)
+            variable._value = value
+            variable._regularizer, variable._constraint = placed.regularizer, placed.constraint
+            del self.placed[key]
+
+
+def old_value(key: str, placed: PlacedVariable) -> torch.nn.Parameter:
+    """Return the parameter that the variable had before; only before ``commit``."""
+    assert placed.old is not None
+    if placed.data is not None:
+        placed.old.data = placed.data
+    return placed.old
+
+
+def gathered_value(key: str, placed: PlacedVariable) -> torch.nn.Parameter:
+    """Return the variable's whole value, gathered from the ranks, on the device it was on before."""
+    parameter: torch.nn.Parameter = placed.variable._value
+    value = whole_tensor(placed.variable).to(placed.device)
+    if isinstance(parameter, DTensor):
+        return torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
+    parameter.data = value
+    return parameter
+
+
+def apply_layers(
+    model: keras.Model, plan: Plan, axes: Axes, scatter: Scatter, left_out: frozenset[str] = frozenset()
+) -> Applied:
+    """Place the model's variables and hook its layers as ``plan`` says.
+
+    Args:
+        model: a plain model for which the plan was made.
+        plan: the plan.
+        axes: the axes of the plan's mesh.
+        scatter: makes this rank's stored tensor of a variable.
+        left_out: layers that stay as they are, by name.
+
+    If anything fails, the model is as before.
+    """
+    follow_recomputation()
+    applied = Applied(plan, axes, None if axes.batch is None else Replicas(axes.batch))
+    layers = {name: layer for name, layer in named_layers(model).items() if name not in left_out}
+    by_layer: dict[str, dict[str, LayerPlan]] = {}
+    for layer_plan in plan.layers:
+        by_layer.setdefault(layer_plan.layer, {})[layer_plan.mode] = layer_plan
+    try:
+        placer = _Placer(model, applied, scatter, list(layers.values()))
+        if not plan.input_gradients:
+            refuse_input_gradients(next(iter(layers.values())), applied.undo)
+        for name in sorted(_scopes(plan, layers)):
+            open_scope(layers[name], id(model), name, applied.undo)
+        # Inside the model's call there is a frame, and what a layer does is not done by watched code around it.
+        hooked = layers if any(each.functions for each in plan.layers) else {next(iter(layers))}
+        for name, layer in layers.items():
+            modes = by_layer.get(name, {})
+            calls = LayerCalls(modes, placer.readers(layer, modes), axes.model, id(model))
+            style = STYLES[next(iter(modes.values())).style if modes else "replicated"]
+            changed = None if calls.change_nothing and name not in hooked else calls
+            parallelize_module(layer, axes.model.mesh, style(changed, placer.place, applied.undo))
+            if isinstance(layer, keras.layers.TorchModuleWrapper):
+                applied.undo.append(follow_variables(layer))
+            if (forget := follow_caches(layer, name, plan, axes.model)) is not None:
+                applied.undo.append(forget)
+        if applied.replicas is not None:
+            _join_replicas(model, applied, applied.replicas, placer)
+    except BaseException:
+        applied.revert(model, old_value)
+        raise
+    return applied
+
+
+def _join_replicas(model: keras.Model, applied: Applied, replicas: Replicas, placer: _Placer) -> None:
+    """Let replicas count their samples, put their parts of variables together for use, and share statistics."""
+    hook = model.register_forward_pre_hook(replicas.see, with_kwargs=True)
+    applied.undo.append(hook.remove)
+    for layer in placer.layers_with_parts():
+        applied.undo += [handle.remove for handle in let_go_after_calls(layer)]
+    for layer in placer.layers:
+        name = placer.names[id(layer)]
+        if isinstance(layer, OF_THE_BATCH):
+            share_statistics(layer, replicas, Site(name, "statistics"))
+            applied.undo.append(functools.partial(layer.__dict__.pop, "_moments"))
+
+
+def _scopes(plan: Plan, layers: Mapping[str, Any]) -> set[str]:
+    """Return the layers inside whose calls regions lie, and the model."""
+    return {layer.scope for layer in plan.layers if layer.scope in layers} | {next(iter(layers))}
+
+
+class Rebinding:
+    """Replaces a parameter wherever it is held beside its variable: in the dict of every layer around, in a module."""
+
+    def __init__(self, model: keras.Model) -> None:
+        self._holders: dict[int, list[tuple[Any, str]]] = {}
+        for layer in named_layers(model).values():
+            if not hasattr(layer, "_torch_params"):
+                layer._track_variables()
+            parameters = layer._torch_params
+            for holder, key in (*((parameters, key) for key in parameters), *parameter_holders(layer)):
+                self._holders.setdefault(id(holder[key]), []).append((holder, key))
+
+    def __call__(self, old: torch.nn.Parameter, new: torch.nn.Parameter) -> None:
+        holders = self._holders.pop(id(old), [])
+        for parameters, key in holders:
+            parameters[key] = new
+        self._holders[id(new)] = holders
+
+
+class _Placer:
+    """Places the variables of one layer after the other, each once."""
+
+    def __init__(self, model: keras.Model, applied: Applied, scatter: Scatter, layers: list[keras.Layer]) -> None:
+        self.applied, self.rebind, self.scatter = applied, Rebinding(model), scatter
+        self.plans = {variable.key: variable for variable in applied.plan.variables}
+        self.layers = layers
+        self.names = {id(layer): name for name, layer in named_layers(model).items()}
+        self.variables = named_variables(model)
+        self.keys = {id(variable): key for key, variable in self.variables.items()}
+        self.converted = {
+            use.variable
+            for layer in applied.plan.layers
+            for use in layer.uses
+            if not use.boundary.is_identity or use.boundary.forward.source != Replicate()
+        }
+
+    def readers(self, layer: keras.Layer, modes: dict[str, LayerPlan]) -> dict[str, dict[int, Reader]]:
+        """Return, by mode, how each parallel variable is read in the layer's calls."""
+        variables, axis = self.variables, self.applied.axis
+        keys = {id(variable): self.keys[id(variable)] for variable in own_variables(layer)}
+        in_parts = [(each, key) for each, key in keys.items() if self._in_parts(key)]
+        return {
+            mode: {each: functools.partial(read_whole, site=Site(plan.layer, key)) for each, key in in_parts}
+            | {
+                id(variables[use.variable]): read_as(use.boundary, axis, Site(plan.layer, use.variable))
+                for use in plan.uses
+                if self._is_parallel(use.variable)
+            }
+            for mode, plan in modes.items()
+        }
+
+    def _in_parts(self, key: str) -> bool:
+        """Whether replicas store a variable in parts."""
+        return isinstance(self.plans[key].batch_placement, Shard)
+
+    def _is_parallel(self, key: str) -> bool:
+        """Whether a variable is cut, or changes where it is used."""
+        return self.plans[key].is_sharded or key in self.converted
+
+    def layers_with_parts(self) -> list[keras.Layer]:
+        """Return the layers that read variables which replicas store in parts."""
+        used = {plan.layer for plan in self.applied.plan.layers for use in plan.uses if self._in_parts(use.variable)}
+        return [
+            layer
+            for layer in self.layers
+            if self.names[id(layer)] in used or any(self._in_parts(self.keys[id(v)]) for v in own_variables(layer))
+        ]
+
+    def place(self, layer: keras.Layer) -> None:
+        """Give each of the layer's own variables the value that this rank stores."""
+        for variable in own_variables(layer):
+            key = self.keys[id(variable)]
+            if key not in self.applied.placed:
+                self._place(key, variable, self.names[id(layer)])
+
+    def _place(self, key: str, variable: Any, layer: str) -> None:
+        plan, axes, old = self.plans[key], self.applied.axes, variable._value
+        sharding = Sharding(axes, plan.placement, plan.batch_placement)
+        local = self.scatter(variable, sharding)
+        trainable = old.requires_grad and old.is_floating_point()
+        if sharding.cuts:
+            kept = isinstance(old, DTensor) and old.device_mesh == axes.mesh and old._local_tensor is local
+            new = old if kept else sharded_parameter(local, plan.shape, sharding, trainable)
+        elif isinstance(local, FakeTensor) or isinstance(old, DTensor):
+            new = torch.nn.Parameter(local, requires_grad=trainable)
+        else:
+            new = old  # the same object: a torch module inside the model may hold it too
+        replaced = new is not old or isinstance(old, DTensor)
+        parallel = self._is_parallel(key)
+        regularizer, constraint = variable._regularizer, variable._constraint
+        self.applied.placed[key] = PlacedVariable(
+            variable, old.device, parallel, regularizer, constraint, old, None if replaced else old.data
+        )
+        if not replaced:
+            old.data = local
+        if parallel:
+            make_parallel(variable, new, sharding, self.applied.replicas)
+        else:
+            variable._value = new
+        self.rebind(old, new)
+        self._restrict(variable, plan, layer)
+
+    def _restrict(self, variable: Any, plan: VariablePlan, layer: str) -> None:
+        """Let regularizer and constraint of a sharded variable be functions of its whole value."""
+        if plan.is_sharded:
+            penalty, limit = Site(layer, f"penalty of {plan.key}"), Site(layer, f"constraint of {plan.key}")
+            regularizer, constraint = variable._regularizer, variable._constraint
+            variable._regularizer = regularizer and parallel_regularizer(
+                regularizer, plan.placement, self.applied.axis, penalty
+            )
+            variable._constraint = constraint and parallel_constraint(constraint, limit)
+
+
+def scatter_from_rank_zero(device: torch.device, mesh: Mesh) -> Scatter:
+    """Return a scatter that makes rank 0's values the truth, one variable at a time.
+
+    Only rank 0's value is read. Sharded values are cut on the device they are on, and only the shards move. A value
+    that is in shards already stays so.
+    """
+
+    def scatter(variable: Any, sharding: Sharding) -> torch.Tensor:
+        if isinstance(variable._value, DTensor):
+            return _part_of_shards(variable._value, sharding)
+        value = variable._value.detach()
+        shape = sharding.local_shape(tuple(variable.shape))
+        local = torch.empty(shape, dtype=variable._value.dtype, device=device)
+        with torch.no_grad():
+            if not sharding.cuts:
+                if dist.get_rank() == 0:
+                    local.copy_(value)
+                dist.broadcast(local, 0)
+                return local
+            return _scatter_shards(value, sharding, mesh, local)
+
+    return scatter
+
+
+def _part_of_shards(value: DTensor, sharding: Sharding) -> torch.Tensor:
+    """Return this rank's part of a value that is stored in shards; nothing moves where these are the wanted ones."""
+    wanted = {axis.name: placement.dim for placement, axis in sharding.cuts}
+    names = value.device_mesh.mesh_dim_names or ()
+    stored = {
+        name: placement.dim
+        for name, size, placement in zip(names, value.device_mesh.shape, value.placements, strict=True)
+        if size > 1 and isinstance(placement, TorchShard)
+    }
+    # Of a dim that both axes cut, the order of the cuts may be another.
+    if wanted and stored == wanted and len(set(wanted.values())) == len(wanted):
+        return value._local_tensor
+    with torch.no_grad():
+        part: torch.Tensor = sharding.own(value.full_tensor())
+        return part.clone()
+
+
+def _scatter_shards(value: torch.Tensor, sharding: Sharding, mesh: Mesh, local: torch.Tensor) -> torch.Tensor:
+    """Send each rank its chunk from rank 0, one rank after the other, so that rank 0 holds one chunk more at most."""
+    if dist.get_rank() == 0:
+        local.copy_(sharding.own(value))
+        for rank in range(1, dist.get_world_size()):
+            places = [mesh.coordinate(rank, axis.name) for axis in sharding.axes.all]
+            chunk = sharding.at(places).own(value)
+            if chunk.numel():
+                dist.send(chunk.to(local.device).contiguous(), rank)
+    elif local.numel():
+        dist.recv(local, 0)
+    return local
+
+
+@contextlib.contextmanager
+def applied_for_simulation(
+    model: keras.Model, plan: Plan, axes: Axes, left_out: frozenset[str] = frozenset()
+) -> Iterator[Applied]:
+    """Apply the plan with fake shards, on the same code path as for real, and undo it afterwards."""
+
+    def empty(variable: Any, sharding: Sharding) -> torch.Tensor:
+        shape = sharding.local_shape(tuple(variable.shape))
+        return torch.empty(shape, dtype=variable._value.dtype, device="cpu")
+
+    applied = apply_layers(model, plan, axes, empty, left_out)
+    try:
+        yield applied
+    finally:
+        applied.revert(model, old_value)

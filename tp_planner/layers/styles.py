@@ -1,0 +1,306 @@
+"""Parallel styles for Keras layers: torch's ParallelStyle interface, driven by the plan.
+
+``parallelize_module(layer, mesh, style)`` places the layer's variables and hooks its calls. Inside a region
+layers compute on plain local shards; the hooks convert tensors at the boundaries the plan names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import keras
+import torch
+from keras.src.backend.common.masking import set_keras_mask
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+from torch.distributed.tensor.parallel.style import ParallelStyle
+
+from tp_planner.frontend.calling import is_symbolic
+from tp_planner.frontend.contractions import call_mode
+from tp_planner.ir.errors import ParallelRuntimeError
+from tp_planner.ir.placement import Shard
+from tp_planner.ir.plan import Boundary, LayerPlan
+from tp_planner.job.axes import Axis
+from tp_planner.regions.boundaries import cross
+from tp_planner.regions.calls import Frame, Reader, Site, running
+from tp_planner.regions.functions import FunctionCalls, planned_functions
+from tp_planner.storage.variables import own_shard
+
+Place = Callable[[keras.Layer], None]
+Undo = Callable[[], None]
+
+
+class _PlannedStyle(ParallelStyle):
+    """Places the variables of a Keras layer and hooks its calls as its LayerPlans say, if they say anything."""
+
+    def __init__(self, layer_calls: LayerCalls | None, place: Place, undo: list[Undo]) -> None:
+        super().__init__()
+        self.layer_calls, self.place, self.undo = layer_calls, place, undo
+
+    def _apply(self, module: keras.Layer, device_mesh: DeviceMesh) -> keras.Layer:
+        self.place(module)
+        if self.layer_calls is not None:
+            self.layer_calls.hook(module, self.undo)
+        return module
+
+
+class KerasColwiseParallel(_PlannedStyle, ColwiseParallel):
+    """Column-parallel Keras layer of any kernel rank: an output dim of its weight is sharded."""
+
+
+class KerasRowwiseParallel(_PlannedStyle, RowwiseParallel):
+    """Row-parallel Keras layer of any kernel rank: a contracted dim of its weight is sharded."""
+
+
+class KerasVocabularyParallel(KerasRowwiseParallel):
+    """Embedding with sharded rows: every rank looks up the ids it holds, the others contribute zeros."""
+
+
+class KerasShardedParallel(_PlannedStyle):
+    """Any other Keras layer: its variables are gathered at use, or its ops act on each shard alone."""
+
+
+STYLES: Mapping[str, type[_PlannedStyle]] = {
+    "column": KerasColwiseParallel,
+    "row": KerasRowwiseParallel,
+    "vocabulary": KerasVocabularyParallel,
+    "batched": KerasShardedParallel,
+    "elementwise": KerasShardedParallel,
+    "gathered": KerasShardedParallel,
+    "replicated": KerasShardedParallel,
+}
+
+
+class LayerCalls:
+    """The hooks of one layer: what happens before and after each of its calls.
+
+    Args:
+        plans: the layer's plans by mode.
+        readers: by mode, the reader of each parallel variable (by ``id``) that the layer uses.
+        axis: the model axis.
+        model: identifies the parallelized model, for its open scopes.
+    """
+
+    def __init__(
+        self, plans: Mapping[str, LayerPlan], readers: Mapping[str, dict[int, Reader]], axis: Axis, model: int
+    ) -> None:
+        self.plans, self.readers, self.axis, self.model = plans, readers, axis, model
+        self.modal = set(plans) != {""}
+        self.entries = {
+            mode: [(position, boundary, _site(plan, "input", boundary)) for position, boundary in plan.inputs]
+            for mode, plan in plans.items()
+        }
+        self.functions = {mode: planned_functions(plan) for mode, plan in plans.items()}
+        self.exits = {mode: _site(plan, "output", plan.output) for mode, plan in plans.items() if plan.output}
+
+    @property
+    def change_nothing(self) -> bool:
+        """Whether the layer's calls are what they would be without the plan."""
+        return not any(map(_changes_calls, self.plans.values())) and not any(self.readers.values())
+
+    def hook(self, layer: keras.Layer, undo: list[Undo]) -> None:
+        """Hook the layer; ``undo`` takes what removes the hooks again."""
+        before = layer.register_forward_pre_hook(self.before, with_kwargs=True)
+        after = layer.register_forward_hook(self.after, with_kwargs=True, always_call=True)
+        undo += [before.remove, after.remove]
+        if any(plan.sharded_inputs for plan in self.plans.values()):
+            relax_input_spec(layer, undo)
+
+    def _plan(self, layer: keras.Layer, args: Any, kwargs: Any) -> LayerPlan | None:
+        return self.plans.get(call_mode(layer, args, kwargs) if self.modal else "")
+
+    def before(self, layer: keras.Layer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if is_symbolic():
+            return None
+        plan = self._plan(layer, args, kwargs)
+        if plan is None:
+            if running.watching:  # what it does is not done by the code around it
+                running.frames.append(Frame(self, {}))
+            return None
+        if plan.scope and not running.scopes[self.model, plan.scope]:
+            raise _called_outside(layer, plan.scope)
+        frame = Frame(self, self.readers[plan.mode])
+        running.frames.append(frame)
+        for position, boundary, site in self.entries[plan.mode]:
+            args, kwargs = self._convert(args, kwargs, position, boundary, site)
+        if plan.style == "vocabulary":
+            args, frame.kept = self._own_rows(layer, args)
+        elif plan.dropout_order:
+            args, frame.kept = self._whole_mask(plan, args, kwargs)
+        elif plan.epilogue_after_output:
+            frame.kept = withhold(layer, plan.epilogue_after_output)
+            frame.changed = functools.partial(withheld, layer, plan.epilogue_after_output)
+        if plan.functions:
+            frame.functions = FunctionCalls(plan.layer, self.functions[plan.mode], frame, self.axis, self._shared)
+            frame.functions.__enter__()
+            running.watching += 1
+        return args, kwargs
+
+    def after(self, layer: keras.Layer, args: Any, kwargs: Any, output: Any) -> Any:
+        if not running.frames or running.frames[-1].owner is not self:
+            return None
+        frame = running.frames[-1]
+        try:
+            if frame.functions is not None:
+                running.watching -= 1
+                frame.functions.__exit__(None, None, None)
+                if output is not None:
+                    frame.functions.check_all_called()
+            plan = self._plan(layer, args, kwargs)
+            return None if plan is None else self._finish(layer, plan, frame, output)
+        finally:
+            running.frames.pop()
+
+    def _finish(self, layer: keras.Layer, plan: LayerPlan, frame: Frame, output: Any) -> Any:
+        if plan.epilogue_after_output:
+            give_back(layer, frame.kept)
+        if output is None or not isinstance(output, torch.Tensor):
+            return None
+        result = output
+        if plan.style == "vocabulary":
+            result = result.masked_fill(frame.kept.unsqueeze(-1), 0)
+        elif plan.dropout_order and frame.kept is not None:
+            placement = plan.sharded_inputs[0][1]
+            result = frame.kept * own_shard(result, placement, self.axis)
+        if plan.output is not None:
+            result = cross(result, plan.output, self.axis, self.exits[plan.mode])
+        if "bias" in plan.epilogue_after_output and layer.bias is not None:
+            result = keras.ops.add(result, layer.bias)
+        if plan.epilogue_after_output and layer.activation is not None:
+            result = layer.activation(result)
+        if result is not output and hasattr(output, "_keras_mask"):
+            set_keras_mask(result, output._keras_mask)
+        return result
+
+    def _convert(self, args: Any, kwargs: Any, position: int, boundary: Boundary, site: Site) -> tuple[Any, Any]:
+        if position == 0 and args and isinstance(args[0], torch.Tensor):
+            return (self._shared(args[0], boundary, site), *args[1:]), kwargs
+        leaves = keras.tree.flatten((args, kwargs))
+        leaves[position] = self._shared(leaves[position], boundary, site)
+        converted: tuple[Any, Any] = keras.tree.pack_sequence_as((args, kwargs), leaves)
+        return converted
+
+    def _shared(self, tensor: torch.Tensor, boundary: Boundary, site: Site) -> torch.Tensor:
+        """Return the tensor across the boundary; a tensor that crosses equal boundaries crosses once."""
+        if not running.scopes:  # nothing would end the sharing
+            return cross(tensor, boundary, self.axis, site)
+        crossed = running.entered.setdefault(tensor, {})
+        version = 0 if tensor.is_inference() else tensor._version  # one that is written into is another
+        key = (boundary.forward, boundary.backward, torch.is_grad_enabled(), version)
+        if key not in crossed:
+            crossed[key] = cross(tensor, boundary, self.axis, site)
+        result: torch.Tensor = crossed[key]
+        return result
+
+    def _own_rows(self, layer: keras.Layer, args: Any) -> tuple[Any, torch.Tensor]:
+        """Return ids relative to this rank's rows, and the mask of ids that other ranks hold.
+
+        An id that no rank holds stays out of range on every rank, so that it fails as on a single device.
+        """
+        ids = args[0] if not args[0].is_floating_point() else keras.ops.cast(args[0], "int32")
+        rows = layer.input_dim // self.axis.size
+        ids = torch.where(ids < 0, ids + layer.input_dim, ids)
+        ids = torch.where(ids < 0, layer.input_dim, ids)
+        local = ids - self.axis.rank * rows
+        elsewhere = (local < 0) | ((local >= rows) & (ids < layer.input_dim))
+        return (local.masked_fill(elsewhere, 0), *args[1:]), elsewhere
+
+    def _whole_mask(self, plan: LayerPlan, args: Any, kwargs: Any) -> tuple[Any, torch.Tensor | None]:
+        """Let dropout run on ones of the whole shape and memory order: the mask is the one a single device draws."""
+        if not kwargs.get("training"):
+            return args, None
+        shard, placement = args[0], plan.sharded_inputs[0][1]
+        assert isinstance(placement, Shard)
+        shape = list(shard.shape)
+        shape[placement.dim] *= self.axis.size
+        order = plan.dropout_order
+        ones = torch.ones([shape[dim] for dim in order], dtype=shard.dtype, device=shard.device)
+        return (ones.permute([order.index(dim) for dim in range(len(order))]), *args[1:]), shard
+
+
+def _called_outside(layer: keras.Layer, scope: str) -> ParallelRuntimeError:
+    if torch._C._current_graph_task_id() != -1:  # autograd runs
+        return ParallelRuntimeError(
+            f"layer {layer.name!r} runs again in the backward pass, outside {scope!r}, where its tensors are sharded; "
+            f"call torch's checkpoint by its full name, torch.utils.checkpoint.checkpoint, and not by one that was "
+            f"imported from there before the model was planned"
+        )
+    return ParallelRuntimeError(
+        f"layer {layer.name!r} is called outside {scope!r}, where its tensors are sharded; "
+        f"call the whole model, or tp_planner.restore(model) first"
+    )
+
+
+def _changes_calls(plan: LayerPlan) -> bool:
+    at_boundaries = plan.inputs or plan.output or plan.functions or plan.sharded_inputs or plan.scope
+    return bool(at_boundaries or plan.epilogue_after_output or plan.dropout_order) or plan.style == "vocabulary"
+
+
+def _site(plan: LayerPlan, place: str, boundary: Boundary) -> Site:
+    return Site(plan.layer, f"{place} ({boundary.tensor})")
+
+
+def withhold(layer: keras.Layer, epilogue: str) -> dict[str, Any]:
+    """Take bias and activation away from a layer for the length of one call."""
+    names = ["activation", "bias"] if "bias" in epilogue else ["activation"]
+    kept = {name: layer.__dict__[name] for name in names if name in layer.__dict__}
+    layer.__dict__.update(dict.fromkeys(kept))
+    return kept
+
+
+def give_back(layer: keras.Layer, kept: dict[str, Any]) -> None:
+    """Undo ``withhold``."""
+    layer.__dict__.update(kept)
+
+
+@contextlib.contextmanager
+def withheld(layer: keras.Layer, epilogue: str) -> Iterator[None]:
+    """Inside, a layer has no bias or activation."""
+    kept = withhold(layer, epilogue)
+    try:
+        yield
+    finally:
+        give_back(layer, kept)
+
+
+def relax_input_spec(layer: keras.Layer, undo: list[Undo]) -> None:
+    """Let a layer take shards: Keras checks input dims against the whole shape before any hook runs."""
+    spec = layer.input_spec
+    if isinstance(spec, keras.InputSpec) and spec.axes:
+        relaxed = keras.InputSpec(dtype=spec.dtype, ndim=spec.ndim, max_ndim=spec.max_ndim, min_ndim=spec.min_ndim)
+        layer.input_spec = relaxed
+        undo.append(lambda: setattr(layer, "input_spec", spec))
+
+
+def open_scope(layer: keras.Layer, model: int, name: str, undo: list[Undo]) -> None:
+    """Mark the calls of a layer inside which regions lie; conversions are shared until the outermost ends."""
+
+    def before(layer: keras.Layer, args: Any) -> None:
+        running.scopes[model, name] += 1
+
+    def after(layer: keras.Layer, args: Any, output: Any) -> None:
+        running.scopes[model, name] -= 1
+        if running.scopes[model, name] <= 0:
+            del running.scopes[model, name]
+        if not running.scopes:
+            running.entered.clear()
+
+    undo.append(layer.register_forward_pre_hook(before, prepend=True).remove)
+    undo.append(layer.register_forward_hook(after, always_call=True).remove)
+
+
+def refuse_input_gradients(model: keras.Model, undo: list[Undo]) -> None:
+    """Raise where a gradient with respect to the model's input is asked for that the plan cannot give."""
+
+    def before(layer: keras.Layer, args: Any, kwargs: Any) -> None:
+        tensors = [leaf for leaf in keras.tree.flatten((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise ParallelRuntimeError(
+                f"gradients with respect to the inputs of {layer.name!r} would be wrong: an input meets sharded "
+                f"tensors inside a layer; call tp_planner.restore(model) first, or shard less of that layer"
+            )
+
+    undo.append(model.register_forward_pre_hook(before, with_kwargs=True).remove)

@@ -1,0 +1,1 @@
+"""What runs, and where a placement changes."""

@@ -1,0 +1,135 @@
+"""Boundaries at run time: change a local tensor's placement forward, and its gradient's backward.
+
+The four classic conversions of tensor parallelism (Megatron-LM's f and g, gather and scatter) are one autograd
+function with two transitions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from tp_planner.ir.placement import Partial, Replicate, Shard, chunk_sizes
+from tp_planner.ir.plan import Boundary, Transition
+from tp_planner.job.axes import Axis
+from tp_planner.regions.calls import Site, running, standing_at
+
+_OPS = torch.ops._c10d_functional
+
+
+def change(tensor: torch.Tensor, transition: Transition, axis: Axis, site: Site) -> torch.Tensor:
+    """Return this rank's tensor after the transition; no gradient flows through it.
+
+    Args:
+        tensor: what this rank holds before. Sharded dims divide evenly.
+        transition: placements before and after.
+        axis: the model axis.
+        site: where the transition stands in the plan.
+    """
+    if transition.source == transition.target:
+        return tensor
+    with standing_at(site):
+        return _change(tensor, transition, axis)
+
+
+def _change(tensor: torch.Tensor, transition: Transition, axis: Axis) -> torch.Tensor:
+    match transition.source, transition.target:
+        case Partial(), Replicate():
+            return _all_reduce(tensor.contiguous(), axis)
+        case Shard(dim), Replicate():
+            return _all_gather(tensor.contiguous(), dim, axis)
+        case Partial(), Shard(dim):
+            return _reduce_scatter(tensor.contiguous(), dim, axis)
+        case Replicate(), Shard(dim):
+            length = tensor.shape[dim] // axis.size
+            # A copy: a slice would keep the whole tensor's storage.
+            shard = tensor.narrow(dim, axis.rank * length, length)
+            return shard.clone(memory_format=torch.contiguous_format)
+        case Replicate(), Partial():
+            return tensor if axis.rank == 0 else torch.zeros_like(tensor)
+    raise AssertionError(f"no boundary changes {transition}")
+
+
+def gather(shard: torch.Tensor, dim: int, length: int, axis: Axis) -> torch.Tensor:
+    """Return the whole tensor, ``length`` long in ``dim``, of which ``shard`` is this rank's chunk.
+
+    Chunks may be unequal: short ones travel padded, so that one all-gather does.
+    """
+    full = chunk_sizes(length, axis.size)[0]
+    whole = _all_gather(_padded(shard, dim, full), dim, axis)
+    return whole if whole.shape[dim] == length else whole.narrow(dim, 0, length).contiguous()
+
+
+def reduce_to_shard(summand: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
+    """Return this rank's chunk of the sum of all ranks' whole tensors; chunks may be unequal."""
+    sizes = chunk_sizes(summand.shape[dim], axis.size)
+    padded = _padded(summand, dim, sizes[0] * axis.size)
+    chunk = _reduce_scatter(padded, dim, axis)
+    own = sizes[axis.rank]
+    return chunk if chunk.shape[dim] == own else chunk.narrow(dim, 0, own).clone(memory_format=torch.contiguous_format)
+
+
+def _padded(tensor: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+    missing = length - tensor.shape[dim]
+    if not missing:
+        return tensor.contiguous()
+    return torch.nn.functional.pad(tensor, [0, 0] * (tensor.ndim - 1 - dim) + [0, missing])
+
+
+# torch's functional collectives have wrappers, and kernels for autograd, in Python. They take 63 of the 68 us of an
+# all-reduce of 16 KiB; here the ops are called themselves, below autograd, for no gradient flows through them.
+
+
+def _all_reduce(summand: torch.Tensor, axis: Axis) -> torch.Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        result: torch.Tensor = _OPS.wait_tensor(_OPS.all_reduce(summand, "sum", axis.group))
+    return result
+
+
+def _all_gather(shard: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        stacked: torch.Tensor = _OPS.wait_tensor(_OPS.all_gather_into_tensor(shard, axis.size, axis.group))
+    return stacked if dim == 0 else torch.cat(stacked.chunk(axis.size), dim)
+
+
+def _reduce_scatter(summand: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
+    stacked = summand if dim == 0 else torch.cat(summand.chunk(axis.size, dim))
+    with torch._C._AutoDispatchBelowAutograd():
+        chunk: torch.Tensor = _OPS.wait_tensor(_OPS.reduce_scatter_tensor(stacked, "sum", axis.size, axis.group))
+    return chunk
+
+
+class _Boundary(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        tensor: torch.Tensor,
+        forward: Transition,
+        backward: Transition,
+        axis: Axis,
+        site: Site,
+    ) -> torch.Tensor:
+        ctx.backward_transition, ctx.axis, ctx.site = backward, axis, site  # type: ignore[attr-defined]
+        changed = change(tensor, forward, axis, site)
+        return tensor.view_as(tensor) if changed is tensor else changed
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, None, None]:
+        changed = change(gradient, ctx.backward_transition, ctx.axis, ctx.site)  # type: ignore[attr-defined]
+        return changed, None, None, None, None
+
+
+def cross(tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site) -> torch.Tensor:
+    """Return this rank's tensor on the other side of the boundary, gradients flowing back as it says."""
+    return running.run(_cross, tensor, boundary, axis, site)
+
+
+def _cross(tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site) -> torch.Tensor:
+    with running.converting():
+        if not (tensor.requires_grad and torch.is_grad_enabled()):
+            return change(tensor, boundary.forward, axis, site)
+        result: torch.Tensor = _Boundary.apply(tensor, boundary.forward, boundary.backward, axis, site)
+        return result

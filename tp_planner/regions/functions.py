@@ -1,0 +1,129 @@
+"""Functions at run time: change what single calls of torch functions inside a layer take and return.
+
+While a layer runs in whose code the plan has boundaries, a torch-function mode counts the calls that this code makes,
+layers inside not counted, and changes those that the plan names.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from tp_planner.frontend.functions import function_name
+from tp_planner.ir.errors import ParallelRuntimeError
+from tp_planner.ir.placement import Shard
+from tp_planner.ir.plan import Boundary, FunctionPlan, LayerPlan
+from tp_planner.job.axes import Axis
+from tp_planner.regions.boundaries import cross
+from tp_planner.regions.calls import Frame, Site, running
+
+# Takes a tensor across a boundary, once for equal boundaries of one tensor.
+Crossing = Callable[[torch.Tensor, Boundary, Site], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class PlannedFunction:
+    """A function that the plan names, and where its boundaries stand."""
+
+    plan: FunctionPlan
+    inputs: tuple[tuple[int, Boundary, Site], ...]
+    output: tuple[Boundary, Site] | None
+
+    @classmethod
+    def of(cls, plan: FunctionPlan, layer: str) -> PlannedFunction:
+        def site(end: str, boundary: Boundary) -> Site:
+            return Site(layer, f"{plan} {end} ({boundary.tensor})")
+
+        inputs = tuple((position, each, site("input", each)) for position, each in plan.inputs)
+        return cls(plan, inputs, None if plan.output is None else (plan.output, site("output", plan.output)))
+
+
+def planned_functions(plan: LayerPlan) -> dict[tuple[str, int], PlannedFunction]:
+    """Return the functions of a layer that the plan names, by name and number."""
+    return {(each.name, each.number): PlannedFunction.of(each, plan.layer) for each in plan.functions}
+
+
+class FunctionCalls(TorchFunctionMode):
+    """Changes the planned functions in one call of a layer; entered and left with it.
+
+    Args:
+        layer: the layer's name, for errors.
+        planned: what the plan names.
+        frame: the layer's running call.
+        axis: the model axis.
+        enter: takes an input across its boundary.
+    """
+
+    def __init__(
+        self,
+        layer: str,
+        planned: Mapping[tuple[str, int], PlannedFunction],
+        frame: Frame,
+        axis: Axis,
+        enter: Crossing,
+    ) -> None:
+        super().__init__()
+        self.layer, self.planned, self.frame, self.axis, self.enter = layer, planned, frame, axis, enter
+        self.names = {name for name, _ in planned}
+        self.counts: Counter[str] = Counter()
+
+    def again(self, frame: Frame, counts: Counter[str]) -> FunctionCalls:
+        """Return what changes the same functions in ``frame``, where the layer's code goes on after these calls."""
+        resumed = FunctionCalls(self.layer, self.planned, frame, self.axis, self.enter)
+        resumed.counts = counts.copy()
+        return resumed
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, function_name(func)
+        if name not in self.names or running.frames[-1] is not self.frame:
+            return func(*args, **kwargs)
+        self.counts[name] += 1
+        function = self.planned.get((name, self.counts[name]))
+        if function is None:
+            return func(*args, **kwargs)
+        return self._call(function, func, args, kwargs)
+
+    def _call(self, function: PlannedFunction, func: Any, args: Any, kwargs: Any) -> Any:
+        leaves, structure = tree_flatten((args, kwargs))
+        for position, boundary, site in function.inputs:
+            leaves[position] = self.enter(self._expected(leaves, position, boundary, function), boundary, site)
+        for position, whole, local in function.plan.sizes:
+            if position >= len(leaves) or leaves[position] not in (whole, local):
+                raise self._other_path(function)
+            leaves[position] = local
+        args, kwargs = tree_unflatten(leaves, structure)
+        result = func(*args, **kwargs)
+        if function.output is None:
+            return result
+        boundary, site = function.output
+        return cross(result, boundary, self.axis, site)
+
+    def _expected(
+        self, leaves: list[Any], position: int, boundary: Boundary, function: PlannedFunction
+    ) -> torch.Tensor:
+        """Return the tensor at ``position`` if it can cross the boundary."""
+        tensor = leaves[position] if position < len(leaves) else None
+        if not isinstance(tensor, torch.Tensor) or tensor.ndim != len(boundary.shape):
+            raise self._other_path(function)
+        cut = boundary.forward.target
+        if isinstance(cut, Shard) and tensor.shape[cut.dim] != boundary.shape[cut.dim]:
+            raise self._other_path(function)
+        return tensor
+
+    def check_all_called(self) -> None:
+        """Raise ParallelRuntimeError if the layer did not call a function that the plan names."""
+        for (name, number), function in self.planned.items():
+            if self.counts[name] < number:
+                raise self._other_path(function)
+
+    def _other_path(self, function: PlannedFunction) -> ParallelRuntimeError:
+        return ParallelRuntimeError(
+            f"layer {self.layer!r} runs other code than was planned: its call {function.plan.number} of torch's "
+            f"{function.plan.name} is another one; call it as in the traced call, or tp_planner.restore(model) first"
+        )

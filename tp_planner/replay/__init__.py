@@ -1,0 +1,1 @@
+"""Calls that run again without the layers' code."""

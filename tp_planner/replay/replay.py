@@ -1,0 +1,128 @@
+"""Replay: calls of a model from their tape instead of its layers' code; ``jit_compile=True`` asks for it.
+
+Of each sort of call (shapes, dtypes, training or not) the first runs as ever, so that layers make what they keep; the
+second is taped; the others run the tape's program. It makes the same torch functions, boundaries and collectives.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+from keras.src.backend.common import global_state
+from keras.src.backend.common.variables import get_autocast_scope
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from tp_planner.frontend.calling import leaves_no_trace
+from tp_planner.frontend.kept_tensors import kept_tensors
+from tp_planner.regions.calls import run_at_once, running
+from tp_planner.replay.program import Program
+from tp_planner.replay.tape import Tape
+from tp_planner.storage.log import logger
+
+MOST_PROGRAMS = 64  # of one model; further sorts of calls run as ever
+PLAIN_ARGUMENTS = (bool, int, float, str, type(None))
+
+
+# The methods whose calls may be replayed, of those that a model has; of KerasHub's tasks those that generate a token.
+REPLAYED = ("call", "call_with_cache", "call_decoder_with_cache")
+
+
+def replaying(model: keras.Model, method: str, layers: Mapping[str, keras.Layer]) -> Callable[..., Any]:
+    """Return what replaces a method of a model, one of ``REPLAYED``.
+
+    Args:
+        model: a parallel model.
+        method: the method's name.
+        layers: the model's layers by name.
+    """
+    plain = getattr(model, method)
+    what = f"model {model.name!r}" if method == "call" else f"{method} of model {model.name!r}"
+    programs: dict[Hashable, Program | None] = {}  # None: called once
+    refused: set[Hashable] = set()
+
+    @functools.wraps(plain)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        leaves, structure = tree_flatten((args, kwargs))
+        leaves = [keras.ops.convert_to_tensor(leaf) if _is_numbers(leaf) else leaf for leaf in leaves]
+        tensors = list({id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}.values())
+        key = None if _is_special() else _sort_of_call(leaves, tensors, structure)
+        if key is None or key in refused or (key not in programs and len(programs) == MOST_PROGRAMS):
+            return plain(*args, **kwargs)
+        program = programs.get(key)
+        if program is not None:
+            gradients = torch.is_grad_enabled()
+            try:
+                return program(*tensors)
+            except BaseException:
+                torch._C._set_grad_enabled(gradients)  # the program may have switched them off
+                raise
+        if key not in programs:
+            programs[key] = None
+            return plain(*args, **kwargs)
+        args, kwargs = tree_unflatten(leaves, structure)
+        with Tape(tensors) as tape:
+            output = plain(*args, **kwargs)
+        _look_for_what_stays(tape, layers, output)
+        programs[key] = tape.program(output)
+        if tape.problem:
+            refused.add(key)
+            logger.warning("[ModelParallel] jit_compile=True does nothing for %s: %s", what, tape.problem)
+        return output
+
+    return call
+
+
+def _is_special() -> bool:
+    """Whether a call is made for something else than its values here and now: for shapes, a tape, a recomputation."""
+    in_backward = torch._C._current_graph_task_id() != -1
+    return leaves_no_trace() or in_backward or running.run is not run_at_once
+
+
+def _is_numbers(leaf: Any) -> bool:
+    return isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf"
+
+
+def _sort_of_call(leaves: Sequence[Any], tensors: Sequence[torch.Tensor], structure: Any) -> Hashable | None:
+    """Return what calls with the same program have in common; None for arguments of which nothing is known.
+
+    Args:
+        leaves: the arguments, flattened.
+        tensors: those of them that are tensors, each once.
+        structure: how the leaves are nested.
+    """
+    places = {id(tensor): place for place, tensor in enumerate(tensors)}
+    parts: list[Hashable] = []
+    for leaf in leaves:
+        if type(leaf) is torch.Tensor and not hasattr(leaf, "_keras_mask"):
+            form = leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+            parts.append((places[id(leaf)], form))
+        elif type(leaf) in PLAIN_ARGUMENTS:
+            parts.append((type(leaf), leaf))
+        else:
+            return None
+    scope = get_autocast_scope()
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch._C._is_any_autocast_enabled()
+    return structure, tuple(parts), None if scope is None else scope.dtype, modes, _call_context()
+
+
+def _call_context() -> Hashable:
+    """Return what layers are told by the calls around them, such as whether these are calls in training."""
+    context = global_state.get_global_attribute("current_call_ctx")
+    told = {} if context is None else {name: each for name, each in vars(context).items() if name != "entry_layer"}
+    return tuple(sorted((name, repr(each)) for name, each in told.items()))
+
+
+def _look_for_what_stays(tape: Tape, layers: Mapping[str, keras.Layer], output: Any) -> None:
+    """Let the tape fail if the call has left anything but its output, which a program would not."""
+    for name, layer in layers.items():
+        if layer._losses:
+            tape.fail(f"layer {name!r} adds a loss")
+        if any(map(tape.has_made, kept_tensors(layer))):
+            tape.fail(f"layer {name!r} keeps a tensor that its call has made")
+    if any(hasattr(leaf, "_keras_mask") for leaf in tree_flatten(output)[0]):
+        tape.fail("the output has a mask")

@@ -1,0 +1,199 @@
+"""Rewrites: steps of a program in place of which others compute the same in fewer passes over memory.
+
+Keras makes one call of many torch functions where torch has one: an einsum for a matrix product, a product and a sum
+for a linear layer, copies of what attention reads as it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from tp_planner.frontend.functions import function_name
+from tp_planner.replay.program import Name, Step, names_in
+
+EQUATION = re.compile("([a-zA-Z]+),([a-zA-Z]+)->([a-zA-Z]+)")
+ATTENTION = torch.nn.functional.scaled_dot_product_attention
+TRANSPOSING = ("transpose", "permute")
+IN_ANY_ORDER = ("reshape", "flatten", "matmul", "einsum")
+SWITCH = torch._C._set_grad_enabled
+
+
+def rewritten(steps: Sequence[Step], output: Any) -> list[Step]:
+    """Return the steps of a program that returns ``output``, with fewer passes over memory."""
+    steps = [_as_product(step) for step in steps]
+    uses = Counter(names_in(output))
+    for step in steps:
+        uses.update(step.uses())
+    return _with_bias_in_products(_without_copies_for_attention(steps, uses), uses)
+
+
+# Products
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, contracted: int) -> torch.Tensor:
+    """Return the product of ``x`` and ``weight``, summed over so many last dims of the one and first of the other.
+
+    An einsum passes half a dozen ops more on its way, each way.
+    """
+    rows = x.flatten(-contracted) if contracted > 1 else x
+    result = rows @ weight.flatten(0, contracted - 1).flatten(1)
+    return result if weight.ndim == contracted + 1 else result.unflatten(-1, weight.shape[contracted:])
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, contracted: int) -> torch.Tensor:
+    """Return ``product`` and the sum with a bias of the shape of the weight's other dims."""
+    rows = x.flatten(-contracted) if contracted > 1 else x
+    result = torch.nn.functional.linear(rows, weight.flatten(0, contracted - 1).flatten(1).T, bias.flatten())
+    return result if bias.ndim == 1 else result.unflatten(-1, bias.shape)
+
+
+def contracted_dims(equation: str, x: Any, weight: Any) -> int | None:
+    """Return how many dims an einsum contracts as ``product`` does; None if it is another.
+
+    Args:
+        equation: of two operands.
+        x: the first; its shape is read.
+        weight: the second.
+    """
+    labels = EQUATION.fullmatch(equation.replace(" ", ""))
+    if labels is None:
+        return None
+    left, right, out = labels.groups()
+    dims = len(set(left) & set(right))
+    is_product = (
+        0 < dims < min(len(left), len(right))
+        and (left[-dims:], left[:-dims] + right[dims:]) == (right[:dims], out)
+        and all(len(set(labels)) == len(labels) for labels in (left, right, out))
+        and x.shape[-dims:] == weight.shape[:dims]  # einsum stretches dims of 1
+    )
+    return dims if is_product else None
+
+
+def _as_product(step: Step) -> Step:
+    """Return an einsum that is a matrix product as such, any other step as it is."""
+    if step.function is not torch.einsum:
+        return step
+    match step.args:
+        case str(equation), Name() | torch.Tensor() as x, Name() | torch.Tensor() as weight:
+            dims = contracted_dims(equation, x, weight)
+            return step if dims is None else replace(step, function=product, args=(x, weight, dims))
+    return step
+
+
+def _with_bias_in_products(steps: Sequence[Step], uses: Counter[Name]) -> list[Step]:
+    """Return the steps with each product, and the sum with a bias that alone uses it, as one.
+
+    The product is then made where the sum is; so no step in between may change a tensor, or switch gradients.
+    """
+    merged: dict[int, Step] = {}  # by the sum's place
+    dropped: set[int] = set()
+    products: dict[Name, int] = {}  # places of those since which nothing was changed
+    for place, step in enumerate(steps):
+        if step.changes or step.function is SWITCH:
+            products.clear()
+        elif _contracts(step) and uses[step.result] == 1:
+            products[step.result] = place
+        elif (found := _summand_and_bias(step)) and found[0] in products:
+            factors = steps[products[found[0]]]
+            if _fits(found[1], factors):
+                args = (*factors.args[:2], found[1], _contracts(factors))
+                merged[place] = replace(step, function=linear, args=args)
+                dropped.add(products[found[0]])
+    return [merged.get(place, step) for place, step in enumerate(steps) if place not in dropped]
+
+
+def _contracts(step: Step) -> int:
+    """Return how many dims a matrix product by a weight contracts; 0 for any other step."""
+    if step.kwargs or not isinstance(step.result, Name):
+        return 0
+    if step.function is product:
+        return int(step.args[2])
+    is_product = function_name(step.function) == "matmul" and len(step.args) == 2
+    return int(is_product and len(step.args[1].shape) == 2 and len(step.args[0].shape) >= 2)
+
+
+def _summand_and_bias(step: Step) -> tuple[Name, Any] | None:
+    """Return the two tensors that a step adds; None if it does anything else."""
+    if function_name(step.function) != "add" or step.kwargs:
+        return None
+    match step.args:
+        case Name() as summand, Name() | torch.Tensor() as bias:
+            return summand, bias
+    return None
+
+
+def _fits(bias: Any, factors: Step) -> bool:
+    """Whether a product and its sum with this bias are one linear layer of plain tensors."""
+    x, weight = factors.args[:2]
+    return (
+        tuple(bias.shape) == tuple(weight.shape[_contracts(factors) :])
+        and bias.dtype == factors.result.dtype == weight.dtype
+        and all(map(_is_plain, (x, weight, bias)))
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    return value.plain if isinstance(value, Name) else not isinstance(value, DTensor)
+
+
+# Attention
+
+
+def _without_copies_for_attention(steps: Sequence[Step], uses: Counter[Name]) -> list[Step]:
+    """Return the steps without the copies, in another order of memory, that only attention reads.
+
+    torch's kernels take queries, keys and values in any order of memory in which a head's numbers are side by side.
+    The backward pass reads them too; so no later step may change a tensor. Where a copy was made without gradients,
+    attention reads it without. And what attention returns lies in memory as its queries do, so that all that reads it
+    has to take any order.
+    """
+    last_change = max((place for place, step in enumerate(steps) if step.changes), default=-1)
+    switches = list(itertools.accumulate(int(step.function is SWITCH) for step in steps))
+    read = {
+        name: switches[place]
+        for place, step in enumerate(steps)
+        if step.function is ATTENTION and _is_read_in_any_order(step.result, steps, uses)
+        for name in names_in(step.args[:3])
+    }
+    copied = {
+        step.result: step.args[0]
+        for place, step in enumerate(steps)
+        if place > last_change
+        and _is_copy(step)
+        and uses[step.result] == 1
+        and read.get(step.result) == switches[place]
+    }
+    kept = [step for step in steps if not isinstance(step.result, Name) or step.result not in copied]
+    return [
+        replace(step, args=tuple(copied.get(each, each) if isinstance(each, Name) else each for each in step.args))
+        if step.function is ATTENTION
+        else step
+        for step in kept
+    ]
+
+
+def _is_read_in_any_order(name: Name, steps: Sequence[Step], uses: Counter[Name]) -> bool:
+    """Whether all steps that read a tensor give the same whatever its order in memory, and nothing else reads it."""
+    readers = [step for step in steps if name in step.uses()]
+    return len(readers) == uses[name] and all(
+        step.function in (product, linear)
+        or function_name(step.function) in IN_ANY_ORDER
+        or (function_name(step.function) in TRANSPOSING and _is_read_in_any_order(step.result, steps, uses))
+        for step in readers
+    )
+
+
+def _is_copy(step: Step) -> bool:
+    """Whether a step copies a plain tensor into the usual order of memory, from one with its last dim side by side."""
+    if function_name(step.function) != "contiguous" or step.kwargs or len(step.args) != 1:
+        return False
+    given = step.args[0]
+    return isinstance(given, Name) and given.plain and given.stride[-1:] == (1,)

@@ -1,0 +1,362 @@
+"""Keras variables whose value is sharded.
+
+A parallel variable is the user's own Variable object with another class and a DTensor inside. Its shape is the
+whole shape everywhere. It is cut over the model axis, and what a rank holds of it there may be cut once more over the
+batch axis: then the parts are put together before each use, and let go after it. Its ``value`` is
+
+- during a planned layer call, what the plan says the layer reads: a plain local tensor, gradients flowing back;
+- during an optimizer update, this rank's plain shard;
+- while ranks save it together, the whole value;
+- anywhere else the DTensor parameter itself, the leaf that holds ``.grad``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
+from keras.src.backend.common.variables import get_autocast_scope
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Replicate as TorchReplicate
+from torch.distributed.tensor import Shard as TorchShard
+
+from tp_planner.frontend.keras_internals import convert_to_numpy, get_device, to_torch_dtype
+from tp_planner.ir.placement import WHOLE, Partial, Placement, Replicate, Shape, Shard, chunk_sizes, local_shape
+from tp_planner.ir.plan import Boundary, Transition
+from tp_planner.job.axes import Axes, Axis
+from tp_planner.job.rendezvous import meet
+from tp_planner.regions.boundaries import cross, gather, reduce_to_shard
+from tp_planner.regions.calls import Reader, Site, running, standing_at
+from tp_planner.regions.replicas import Replicas
+from tp_planner.storage.parts import Parts, put_together
+
+BackendVariable = type(keras.Variable(0.0, name="probe"))
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a variable is cut: over the model axis, then each piece over the batch axis."""
+
+    axes: Axes
+    placement: Placement
+    batch_placement: Placement = WHOLE
+
+    @property
+    def cuts(self) -> tuple[tuple[Shard, Axis], ...]:
+        """The cuts that are made, in order."""
+        placed = zip((self.placement, self.batch_placement), self.axes.all, strict=False)
+        return tuple((placement, axis) for placement, axis in placed if isinstance(placement, Shard))
+
+    def local_shape(self, shape: Shape) -> Shape:
+        """Return the shape of what this rank stores of a tensor of ``shape``."""
+        for placement, axis in self.cuts:
+            shape = local_shape(shape, placement, axis.size, axis.rank)
+        return shape
+
+    def own(self, value: Any) -> Any:
+        """Return what this rank stores of a whole tensor or array."""
+        for placement, axis in self.cuts:
+            value = own_shard(value, placement, axis)
+        return value
+
+    def whole(self, part: torch.Tensor, shape: Shape) -> torch.Tensor:
+        """Return the whole tensor of ``shape``, gathered from all ranks; no gradient flows through it."""
+        lengths = []
+        for placement, axis in self.cuts:
+            lengths.append((placement.dim, shape[placement.dim], axis))
+            shape = local_shape(shape, placement, axis.size, axis.rank)
+        for dim, length, axis in reversed(lengths):
+            part = gather(part, dim, length, axis)
+        return part
+
+    def at(self, places: Sequence[int]) -> Sharding:
+        """Return the sharding as the rank at these places on the axes has it."""
+        moved = [replace(axis, rank=rank) for axis, rank in zip(self.axes.all, places, strict=True)]
+        return replace(self, axes=Axes(self.axes.mesh, *moved))
+
+
+@dataclass
+class Stored:
+    """How a parallel variable is stored, and what restoring it needs."""
+
+    sharding: Sharding
+    plain_class: type
+    replicas: Replicas | None = None  # of a variable whose gradients the batch axis averages
+    gathering: Callable[[Any], torch.Tensor] | None = None  # set while ranks save together
+    whole: torch.Tensor | None = None  # set while a non-elementwise update works on the whole value
+
+    @property
+    def placement(self) -> Placement:
+        return self.sharding.placement
+
+
+class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
+    """A Keras variable stored as the plan says; see the module's text. Made by ``make_parallel`` only."""
+
+    _stored: Stored
+
+    @property
+    def value(self) -> Any:
+        """The tensor that a variable of this kind stands for at this moment; see the module's text."""
+        if in_stateless_scope():
+            scoped = get_stateless_scope().get_current_value(self)
+            if scoped is not None:
+                return self._maybe_autocast(scoped)
+        if str(get_device()) == "meta":
+            return self._maybe_autocast(torch.empty(self._shape, dtype=to_torch_dtype(self._dtype), device="meta"))
+        if self._stored.whole is not None:
+            return self._stored.whole
+        if self._stored.gathering is not None:  # Keras 3.16 saves values; Keras 3.15 asks for arrays
+            return self._stored.gathering(self)
+        if running.values == "local":
+            return local_tensor(self)
+        for frame in reversed(running.frames):
+            reader = frame.readers.get(id(self))
+            if reader is not None:
+                return self._read_once(frame.cache, reader)
+        if running.frames:
+            return running.run(read_whole, self, None)
+        return self._value
+
+    def _read_once(self, cache: dict[tuple[Any, ...], torch.Tensor], reader: Reader) -> torch.Tensor:
+        scope = get_autocast_scope()
+        key = (id(self), None if scope is None else scope.dtype, torch.is_grad_enabled())
+        if key not in cache:
+            cache[key] = running.run(reader, self)
+        return cache[key]
+
+    def assign(self, value: Any) -> Any:
+        """Set the value: from a whole array or tensor, a shard in an update, or an equally placed DTensor."""
+        if in_stateless_scope():
+            return super().assign(value)
+        if isinstance(value, BackendVariable):
+            value = value.value
+        if not isinstance(value, DTensor):
+            value = value if isinstance(value, torch.Tensor) else np.asarray(value)
+        self._assign_checked(value)
+        return value
+
+    def _direct_assign(self, value: Any) -> None:
+        self._assign_checked(value)
+
+    def _assign_checked(self, value: Any) -> None:
+        with running.converting():
+            self._assign_part(value)
+
+    def _assign_part(self, value: Any) -> None:
+        target = local_tensor(self)
+        if self._stored.whole is not None and tuple(value.shape) == tuple(self.shape):
+            target = self._stored.whole
+        elif isinstance(value, DTensor):
+            value = value.redistribute(placements=self._value.placements).to_local()
+        elif tuple(value.shape) == tuple(self.shape):
+            value = self._stored.sharding.own(value)
+        elif tuple(value.shape) != tuple(target.shape) or not (running.values == "local" or running.frames):
+            raise ValueError(
+                f"the value assigned to {self.path!r} has shape {tuple(value.shape)}, "
+                f"the variable has shape {tuple(self.shape)}; assign the whole value"
+            )
+        if not isinstance(value, torch.Tensor):
+            value = torch.as_tensor(np.ascontiguousarray(_numpy_for_torch(value)))
+        with torch.no_grad():
+            target.copy_(value)
+        for frame in running.frames:  # what was read before is no longer the value
+            frame.forget(id(self))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        gathering = self._stored.gathering
+        array = convert_to_numpy(gathering(self)) if gathering is not None else whole_array(self)
+        return array.astype(dtype) if dtype else array
+
+    def __repr__(self) -> str:
+        return f"<Variable path={self.path}, shape={self.shape}, dtype={self._dtype}, stored={self._stored.placement}>"
+
+
+def make_parallel(
+    variable: Any, value: torch.nn.Parameter, sharding: Sharding, replicas: Replicas | None = None
+) -> None:
+    """Turn a Keras variable into a parallel one with ``value`` as its parameter."""
+    variable._stored = Stored(sharding, type(variable), replicas)
+    variable._value = value
+    variable.__class__ = ParallelVariable
+
+
+def make_plain(variable: Any, value: torch.nn.Parameter) -> None:
+    """Undo ``make_parallel``."""
+    variable.__class__ = variable._stored.plain_class
+    del variable._stored
+    variable._value = value
+
+
+def is_sharded(variable: Any) -> bool:
+    """Whether a Keras variable is stored in shards."""
+    return isinstance(variable, ParallelVariable) and bool(variable._stored.sharding.cuts)
+
+
+def is_sharded_over(variable: Any, axis: Axis) -> bool:
+    """Whether a Keras variable is stored in shards over this axis."""
+    return is_sharded(variable) and any(axis == cut for _, cut in variable._stored.sharding.cuts)
+
+
+def local_tensor(variable: Any) -> torch.Tensor:
+    """Return the plain tensor that this rank stores of a variable, without gradient history."""
+    value = variable._value
+    tensor: torch.Tensor = value._local_tensor if isinstance(value, DTensor) else value.detach()
+    return tensor
+
+
+def sharded_parameter(
+    local: torch.Tensor, shape: tuple[int, ...], sharding: Sharding, requires_grad: bool
+) -> torch.nn.Parameter:
+    """Return a parameter of the whole ``shape`` of which this rank stores ``local``."""
+    stride = tuple(math.prod(max(size, 1) for size in shape[dim + 1 :]) for dim in range(len(shape)))
+    placements: list[Any] = [
+        TorchShard(each.dim) if isinstance(each, Shard) else TorchReplicate()
+        for each in (sharding.placement, sharding.batch_placement)
+    ]
+    mesh = sharding.axes.mesh
+    if not isinstance(sharding.batch_placement, Shard):
+        mesh, placements = sharding.axes.model.mesh, placements[:1]
+    whole = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+    return torch.nn.Parameter(whole, requires_grad=requires_grad)
+
+
+def own_shard(value: Any, placement: Placement, axis: Axis) -> Any:
+    """Return this rank's part of a whole tensor or array."""
+    if not isinstance(placement, Shard):
+        return value
+    sizes = chunk_sizes(value.shape[placement.dim], axis.size)
+    start = sum(sizes[: axis.rank])
+    index = (slice(None),) * placement.dim + (slice(start, start + sizes[axis.rank]),)
+    return value[index]
+
+
+def read_as(boundary: Boundary, axis: Axis, site: Site) -> Reader:
+    """Return the reader of a variable that a layer uses through ``boundary``, which stands at ``site``."""
+    stored, used = boundary.forward.source, boundary.forward.target
+    partial = isinstance(boundary.backward.source, Partial)
+    if isinstance(stored, Shard) and used == stored:
+        return lambda variable: read_shard(variable, site)
+    if isinstance(stored, Shard) and used == Replicate():
+        return lambda variable: read_whole(variable, site, gradient_is_partial=partial)
+    if isinstance(stored, Shard):
+        assert isinstance(used, Shard)
+        cut = replace(
+            boundary,
+            forward=Transition(Replicate(), used),
+            backward=Transition(used, Replicate()),
+        )
+        return lambda variable: cross(read_whole(variable, site), cut, axis, site)
+    return lambda variable: cross(read_shard(variable, site), boundary, axis, site)
+
+
+class _LocalShard(torch.autograd.Function):
+    """The shard of a DTensor parameter; its gradient is a DTensor again."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: DTensor) -> torch.Tensor:
+        ctx.spec = parameter._spec
+        return parameter._local_tensor.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> DTensor:
+        # What DTensor.from_local does without its checks, which cost more than a small layer's matmul.
+        return DTensor(gradient, ctx.spec, requires_grad=False)
+
+
+def read_shard(variable: Any, site: Site | None) -> torch.Tensor:
+    """Return this rank's shard on the model axis, gradients flowing back to the parameter.
+
+    ``site`` is where the plan has what the batch axis communicates for it, None where it has nothing.
+    """
+    value = variable._value
+    if isinstance(value, DTensor):
+        with running.converting():
+            value = _LocalShard.apply(value)
+    cast: torch.Tensor = variable._maybe_autocast(value)
+    stored = variable._stored
+    if not isinstance(stored.sharding.batch_placement, Shard):
+        return cast
+    batch = stored.sharding.axes.batch
+    length = _shape_in_replica(stored.sharding, tuple(variable.shape))[stored.sharding.batch_placement.dim]
+    parts = Parts(cast.detach(), stored.sharding.batch_placement.dim, length, batch, stored.replicas, site)
+    with running.converting():
+        return put_together(cast, parts)
+
+
+def _shape_in_replica(sharding: Sharding, shape: Shape) -> Shape:
+    return local_shape(shape, sharding.placement, sharding.axes.model.size, sharding.axes.model.rank)
+
+
+class _Gathered(torch.autograd.Function):
+    """The whole of what the model axis stores in shards; each rank's gradient of it is whole, or a summand."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, shard: torch.Tensor, dim: int, length: int, axis: Axis, gradient_is_partial: bool, site: Site | None
+    ) -> torch.Tensor:
+        ctx.dim, ctx.axis, ctx.partial, ctx.site = dim, axis, gradient_is_partial, site
+        with standing_at(site):
+            return gather(shard.detach(), dim, length, axis)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
+        if ctx.partial:
+            with standing_at(ctx.site):
+                shard = reduce_to_shard(gradient, ctx.dim, ctx.axis)
+        else:
+            # A copy: a slice would keep the whole gradient's storage.
+            shard = own_shard(gradient, Shard(ctx.dim), ctx.axis).clone(memory_format=torch.contiguous_format)
+        return shard, None, None, None, None, None
+
+
+def read_whole(variable: Any, site: Site | None, gradient_is_partial: bool = False) -> torch.Tensor:
+    """Return the whole value, gathered from the ranks, gradients flowing back to each rank's shard.
+
+    ``site`` is where the plan has the gathering, None where it has none.
+    """
+    with running.converting():
+        shard = read_shard(variable, site)
+        sharding = variable._stored.sharding
+        if not isinstance(sharding.placement, Shard):
+            return shard
+        dim = sharding.placement.dim
+        whole: torch.Tensor = _Gathered.apply(
+            shard, dim, variable.shape[dim], sharding.axes.model, gradient_is_partial, site
+        )
+        return whole
+
+
+def whole_tensor(variable: Any, site: Site | None = None) -> torch.Tensor:
+    """Return the whole value without gradient history; every rank has to call it."""
+    value = variable._value
+    with torch.no_grad(), standing_at(site):
+        if not isinstance(value, DTensor):
+            plain: torch.Tensor = value.detach()
+            return plain
+        whole: torch.Tensor = variable._stored.sharding.whole(value._local_tensor.detach(), tuple(variable.shape))
+        return whole
+
+
+def whole_array(variable: Any) -> np.ndarray:
+    """Return the whole value as a NumPy array on every rank, which all have to ask for it.
+
+    Raises ParallelRuntimeError if the other ranks do not ask within ``rendezvous.PATIENCE_S`` seconds.
+    """
+    if is_sharded(variable):
+        meet(f"reading the whole value of variable {variable.path!r}")
+    array: np.ndarray = convert_to_numpy(whole_tensor(variable))
+    return array
+
+
+def _numpy_for_torch(array: np.ndarray) -> np.ndarray:
+    return array.astype("float32") if array.dtype.name == "bfloat16" else array

@@ -1,0 +1,203 @@
+"""A parallel Keras model: the calls of the user's own model object that have to know that it is sharded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+from keras.src.models.model import Trainer  # that of the backend
+
+from tp_planner.frontend.layer_tree import named_layers, named_variables
+from tp_planner.ir.placement import Shard
+from tp_planner.layers.apply import Applied
+from tp_planner.layers.generation import generating_together
+from tp_planner.regions.calls import Site
+from tp_planner.regions.replicas import Replicas
+from tp_planner.replay.replay import REPLAYED, replaying
+from tp_planner.storage.log import logger
+from tp_planner.storage.persistence import save_together
+from tp_planner.training.averaging import Averaging, Bucket
+from tp_planner.training.draws import OwnDraws, own_seeds
+from tp_planner.training.losses import loss_of_share
+from tp_planner.training.optimizer import (
+    adopt_at_first_use,
+    adopt_optimizer,
+    release_optimizer,
+    release_optimizers_of,
+)
+from tp_planner.training.totals import results_of_all
+
+ATTRIBUTE = "_tp_planner"
+_ASKS_FOR_TORCH_COMPILE = ("_should_torch_compile", "_use_torch_compile")  # of a trainer, in Keras 3.15 and 3.16
+
+
+def applied_to(model: keras.Model) -> Applied | None:
+    """Return the plan applied to the model, with what undoes it; None for a plain model."""
+    applied: Applied | None = model.__dict__.get(ATTRIBUTE)
+    return applied
+
+
+def take_over(model: keras.Model, applied: Applied) -> None:
+    """Mark the model as parallel, adopt its optimizer, and let its saving and compiling calls know."""
+    model.__dict__[ATTRIBUTE] = applied
+    applied.undo.append(lambda: model.__dict__.pop(ATTRIBUTE))
+    _forget_compiled_functions(model)
+    for name in ("save", "save_weights"):
+        _override(model, name, _saving(model, name), applied)
+    _override(model, "compile", _compiling(model, applied), applied)
+    if type(model).train_step is Trainer.train_step:
+        _override(model, "train_step", _training_step(model), applied)
+    _replay_if_asked(model, applied)
+    _keep_from_distributing(model, applied)
+    if hasattr(model, "generate_step"):
+        _override(model, "generate", generating_together(model, applied.plan, applied.axes), applied)
+    if applied.replicas is not None:
+        _take_replicas_into_account(model, applied, applied.replicas)
+    adopt_at_first_use()
+    if getattr(model, "optimizer", None) is not None:
+        adopt_optimizer(model.optimizer, applied.axes)
+
+
+def _keep_from_distributing(model: keras.Model, applied: Applied) -> None:
+    """Let Keras's trainer work as in one process; in a process group, that of Keras 3.16 distributes on its own.
+
+    It puts models into DistributedDataParallel, and adds up what the metrics of all ranks have counted. The latter is
+    in a method that users override and call, so it is wrapped for all models, once; for plain ones it does what it did.
+    """
+    if not hasattr(Trainer, "_initialize_ddp"):
+        return
+    model.__dict__["ddp_model"] = None
+    _override(model, "_initialize_ddp", lambda: None, applied)
+    if not hasattr(Trainer.get_metrics_result, "keeps_to_its_rank"):
+        Trainer.get_metrics_result = _of_its_rank(Trainer.get_metrics_result)
+
+
+def _of_its_rank(plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(plain)
+    def get_metrics_result(self: Any) -> Any:
+        return super(Trainer, self).get_metrics_result() if applied_to(self) is not None else plain(self)
+
+    get_metrics_result.keeps_to_its_rank = True  # type: ignore[attr-defined]
+    return get_metrics_result
+
+
+def _take_replicas_into_account(model: keras.Model, applied: Applied, replicas: Replicas) -> None:
+    """Average gradients, let losses and metrics be those of the whole batch, and random numbers this replica's."""
+    applied.undo += Averaging(replicas, _buckets(model, applied)).watch()
+    _override(model, "get_metrics_result", results_of_all(model, replicas), applied)
+    _override(model, "compute_loss", loss_of_share(model, replicas), applied)
+    draws = OwnDraws(replicas.axis.rank)
+    applied.undo.append(model.register_forward_pre_hook(draws.begin, prepend=True).remove)
+    applied.undo.append(model.register_forward_hook(draws.end, always_call=True).remove)
+    if replicas.axis.rank:
+        generators = [each for layer in named_layers(model).values() for each in layer._seed_generators]
+        for generator in {id(each): each for each in generators}.values():  # layers may share one
+            own_seeds(generator, replicas.axis.rank)
+            applied.undo.append(functools.partial(generator.__dict__.pop, "next"))
+
+
+def _buckets(model: keras.Model, applied: Applied) -> list[Bucket]:
+    """Return the plan's buckets, and behind them one for each other variable, which may be trained later."""
+    variables = named_variables(model)
+    planned = [
+        Bucket([variables[key] for key in keys], Site("", f"gradients {number}"), always=True)
+        for number, keys in enumerate(applied.plan.buckets)
+    ]
+    known = {key for keys in applied.plan.buckets for key in keys}
+    known |= {each.key for each in applied.plan.variables if isinstance(each.batch_placement, Shard)}
+    others = [
+        Bucket([variable], Site("", f"gradient {key}"), always=False)
+        for key, variable in variables.items()
+        if key not in known and variable._value.is_floating_point()
+    ]
+    return planned + others
+
+
+def let_go(model: keras.Model) -> None:
+    """Release the optimizers; the rest is undone with the plan."""
+    if getattr(model, "optimizer", None) is not None:
+        release_optimizer(model.optimizer)
+    release_optimizers_of(list(named_variables(model).values()))
+    _forget_compiled_functions(model)
+
+
+def _override(model: keras.Model, name: str, function: Callable[..., Any], applied: Applied) -> None:
+    model.__dict__[name] = function
+    applied.undo.append(lambda: model.__dict__.pop(name, None))
+
+
+def _saving(model: keras.Model, name: str) -> Callable[..., Any]:
+    plain = getattr(type(model), name)
+
+    @functools.wraps(plain)
+    def saving(*args: Any, **kwargs: Any) -> Any:
+        return save_together(f"model.{name}", _all_variables(model), lambda: plain(model, *args, **kwargs))
+
+    return saving
+
+
+def _training_step(model: keras.Model) -> Callable[..., Any]:
+    """Return Keras's training step, with gradients where they take least memory and are averaged.
+
+    Keras lets go of the gradients of the step before only when activations are there. And of a model that is compiled
+    with jit_compile=True Keras 3.16 asks autograd for gradients by name, of which hooks on parameters do not hear.
+    """
+    plain = type(model).train_step
+
+    @functools.wraps(plain)
+    def train_step(data: Any) -> Any:
+        model.zero_grad()
+        jit_compile, model.jit_compile = model.jit_compile, False
+        try:
+            return plain(model, data)
+        finally:
+            model.jit_compile = jit_compile
+
+    return train_step
+
+
+def _compiling(model: keras.Model, applied: Applied) -> Callable[..., Any]:
+    plain = type(model).compile
+
+    @functools.wraps(plain)
+    def compiling(*args: Any, **kwargs: Any) -> Any:
+        result = plain(model, *args, **kwargs)
+        _replay_if_asked(model, applied)
+        if model.optimizer is not None:
+            adopt_optimizer(model.optimizer, applied.axes)
+        return result
+
+    return compiling
+
+
+def _replay_if_asked(model: keras.Model, applied: Applied) -> None:
+    """Let calls be replayed if the model is compiled with jit_compile=True; torch.compile has no part in it."""
+    for name in (*REPLAYED, *_ASKS_FOR_TORCH_COMPILE):
+        if hasattr(model.__dict__.get(name), "belongs_to_jit_compile"):  # and is none that a user has put there
+            del model.__dict__[name]
+    if not (model.compiled and model.jit_compile is True):
+        return
+    for name in _ASKS_FOR_TORCH_COMPILE:
+        _override_for_jit_compile(model, name, lambda: False, applied)
+    if any(isinstance(each.batch_placement, Shard) for each in applied.plan.variables):
+        logger.warning("[ModelParallel] jit_compile=True does nothing for model %r: variables are in parts", model.name)
+        return
+    for name in (each for each in REPLAYED if hasattr(model, each)):
+        _override_for_jit_compile(model, name, replaying(model, name, named_layers(model)), applied)
+
+
+def _override_for_jit_compile(model: keras.Model, name: str, function: Callable[..., Any], applied: Applied) -> None:
+    function.belongs_to_jit_compile = True  # type: ignore[attr-defined]
+    _override(model, name, function, applied)
+
+
+def _all_variables(model: keras.Model) -> Iterator[Any]:
+    yield from named_variables(model).values()
+    if getattr(model, "optimizer", None) is not None:
+        yield from model.optimizer.variables
+
+
+def _forget_compiled_functions(model: keras.Model) -> None:
+    model.train_function = model.test_function = model.predict_function = None

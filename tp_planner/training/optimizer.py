@@ -1,0 +1,349 @@
+"""Keras optimizers on sharded variables.
+
+An adopted optimizer is the user's own object with a class that mixes in what sharding needs. Its slots are born
+with their variable's placement. Elementwise updates (all of Adam's family, SGD, ...) run on plain local shards;
+any other update runs on the whole value of one variable at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+import torch
+from keras.src.backend.common.stateless_scope import in_stateless_scope
+from torch.distributed.tensor import DTensor
+
+from tp_planner.ir.placement import Partial, Replicate
+from tp_planner.ir.plan import Transition
+from tp_planner.job.axes import Axes, Axis
+from tp_planner.regions.boundaries import change
+from tp_planner.regions.calls import Site, reading_local_values, running, standing_at
+from tp_planner.storage.variables import (
+    Sharding,
+    is_sharded,
+    is_sharded_over,
+    local_tensor,
+    make_parallel,
+    make_plain,
+    sharded_parameter,
+    whole_tensor,
+)
+from tp_planner.training.averaging import averaged
+
+SUM_OVER_RANKS = Transition(Partial(), Replicate())
+CLIPPING, LOSS_SCALE = Site("", "gradient clipping"), Site("", "loss scaling")
+ELEMENTWISE = tuple(
+    getattr(keras.optimizers, name)
+    for name in ("SGD", "RMSprop", "Adam", "AdamW", "Adadelta", "Adagrad", "Adamax", "Nadam", "Ftrl", "Lion")
+)
+
+
+_adopted: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+class ParallelOptimizer:
+    """Mixed into the class of an adopted optimizer, before the Keras class."""
+
+    _slots: list[tuple[Any, Any]]  # (variable, slot) of sharded variables
+    _updated: Sequence[Any]  # the variables of the update that is running
+    _axes: Axes
+
+    def add_variable_from_reference(
+        self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
+    ) -> Any:
+        """Add a slot; the slot of a sharded variable is created as this rank's shard only."""
+        create = functools.partial(
+            super().add_variable_from_reference,  # type: ignore[misc]
+            reference_variable,
+            name=name,
+            initializer=initializer,
+        )
+        if not is_sharded(reference_variable):
+            return create()
+        with keras.device("meta"):
+            slot = create()
+        local = _initial_shard(keras.initializers.get(initializer), slot, reference_variable._stored.sharding)
+        local = local.to(local_tensor(reference_variable).device)
+        bind_slot(self, reference_variable, slot, local)
+        return slot
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
+        """Update the variables, on local shards."""
+        with reading_local_values():
+            local = [grad._local_tensor if isinstance(grad, DTensor) else grad for grad in grads]
+            super().apply(local, trainable_variables)  # type: ignore[misc]
+
+    def _backend_apply_gradients(self, grads: Sequence[torch.Tensor], trainable_variables: Sequence[Any]) -> None:
+        self.__dict__["_updated"] = trainable_variables  # past Keras's tracking, which would make them slots
+        super()._backend_apply_gradients(grads, trainable_variables)  # type: ignore[misc]
+
+    def _backend_update_step(
+        self, grads: Sequence[torch.Tensor], trainable_variables: Sequence[Any], learning_rate: Any
+    ) -> None:
+        update = functools.partial(super()._backend_update_step, learning_rate=learning_rate)  # type: ignore[misc]
+        if type(self).__mro__[2] in _elementwise_classes():
+            update(grads, trainable_variables)
+            return
+        for grad, variable in zip(grads, trainable_variables, strict=True):
+            with self._whole_values(variable):
+                update([_whole_gradient(grad, variable)], [variable])
+
+    def _parallel_update_step(
+        self, grads: Sequence[torch.Tensor], variables: Sequence[Any], learning_rate: Any
+    ) -> None:
+        """Update all variables at once; Adam in fewer passes over memory, and with fewer copies, than in Keras."""
+        # float16 is too small for a divisor over a rate.
+        small_range = any(variable._value.dtype == torch.float16 for variable in variables)
+        if isinstance(self, keras.optimizers.Adam) and not (self.amsgrad or small_range or in_stateless_scope()):
+            _update_adam(self, grads, variables, learning_rate)
+        else:
+            super()._parallel_update_step(grads, variables, learning_rate)  # type: ignore[misc]
+
+    @contextlib.contextmanager
+    def _whole_values(self, variable: Any) -> Iterator[None]:
+        """Inside, a sharded variable and its slots are whole; afterwards every rank keeps its shards."""
+        sharded = (
+            [variable, *(slot for owner, slot in self._slots if owner is variable)] if is_sharded(variable) else []
+        )
+        for each in sharded:
+            each._stored.whole = whole_tensor(each, _update_of(variable))
+        try:
+            yield
+            for each in sharded:
+                local_tensor(each).copy_(each._stored.sharding.own(each._stored.whole))
+        finally:
+            for each in sharded:
+                each._stored.whole = None
+
+    def _clip_gradients(self, grads: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        if self.clipnorm and self.clipnorm > 0:  # type: ignore[attr-defined]
+            return self._clip_each(grads, float(self.clipnorm))  # type: ignore[attr-defined]
+        if self.global_clipnorm and self.global_clipnorm > 0:  # type: ignore[attr-defined]
+            return self._clip_together(grads, float(self.global_clipnorm))  # type: ignore[attr-defined]
+        clipped: Sequence[torch.Tensor] = super()._clip_gradients(grads)  # type: ignore[misc]
+        return clipped
+
+    def _squared_norms(self, grads: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the squared norm of each whole gradient; one all-reduce over an axis for all of them."""
+        squared = torch.stack([grad.square().sum() for grad in grads])
+        for axis in self._axes_of(self._updated):
+            sharded = [is_sharded_over(variable, axis) for variable in self._updated]
+            mask = torch.tensor(sharded, device=squared.device)
+            summed = change(torch.where(mask, squared, 0), SUM_OVER_RANKS, axis, CLIPPING)
+            squared = torch.where(mask, summed, squared)
+        return squared
+
+    def _axes_of(self, variables: Sequence[Any]) -> Iterator[Axis]:
+        """Yield the axes whose ranks have different gradients: the model axis, and the batch axis if it cuts any."""
+        yield self._axes.model
+        if self._axes.batch is not None and any(is_sharded_over(each, self._axes.batch) for each in variables):
+            yield self._axes.batch
+
+    def _clip_each(self, grads: Sequence[torch.Tensor], limit: float) -> Sequence[torch.Tensor]:
+        norms = self._squared_norms(grads).sqrt()
+        return [
+            keras.ops.multiply(grad, limit) / keras.ops.maximum(norm, limit)
+            for grad, norm in zip(grads, norms, strict=True)
+        ]
+
+    def _clip_together(self, grads: Sequence[torch.Tensor], limit: float) -> Sequence[torch.Tensor]:
+        norm = self._squared_norms(grads).sum().sqrt()
+        scale = limit * keras.ops.minimum(1.0 / norm, 1.0 / limit) + (norm - norm)  # not finite if the norm is not
+        return [grad * scale for grad in grads]
+
+    def check_finite(self, grads: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return whether all gradients are finite on all ranks, so that all ranks scale the loss alike."""
+        finite = super().check_finite(grads)  # type: ignore[misc]
+        not_finite: torch.Tensor = (~finite).to(torch.float32).reshape(1)
+        for axis in self._axes_of(self.inner_optimizer._trainable_variables):  # type: ignore[attr-defined]
+            not_finite = change(not_finite, SUM_OVER_RANKS, axis, LOSS_SCALE)
+        return not_finite.eq(0).reshape(())
+
+
+def _update_adam(
+    optimizer: Any, gradients: Sequence[torch.Tensor], variables: Sequence[Any], learning_rate: Any
+) -> None:
+    """Make Adam's update of local shards, Keras's formula: one tensor of a variable's size is made for each."""
+    places = [optimizer._get_variable_index(variable) for variable in variables]
+    values = [_changed_in_place(variable) for variable in variables]
+    momentums = [_changed_in_place(optimizer._momentums[place]) for place in places]
+    velocities = [_changed_in_place(optimizer._velocities[place]) for place in places]
+    step = keras.ops.cast(optimizer.iterations + 1, values[0].dtype)
+    rate = keras.ops.cast(learning_rate, values[0].dtype)
+    alpha = rate * torch.sqrt(1 - optimizer.beta_2**step) / (1 - optimizer.beta_1**step)
+    gradients = list(gradients)
+    torch._foreach_lerp_(momentums, gradients, 1 - optimizer.beta_1)
+    torch._foreach_mul_(velocities, optimizer.beta_2)
+    torch._foreach_addcmul_(velocities, gradients, gradients, value=1 - optimizer.beta_2)
+    divisors = torch._foreach_sqrt(velocities)
+    torch._foreach_add_(divisors, optimizer.epsilon)
+    torch._foreach_mul_(divisors, 1 / alpha)
+    torch._foreach_addcdiv_(values, momentums, divisors, value=-1)
+
+
+def _changed_in_place(variable: Any) -> torch.Tensor:
+    """Return the tensor that this rank stores; to find a variable's ``value`` takes as long as a small update."""
+    tensor: torch.Tensor = variable._value
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+@functools.cache
+def _elementwise_classes() -> frozenset[type]:
+    """Keras's own elementwise optimizers, with the torch versions that Keras puts in their place."""
+    classes: set[type] = set()
+    for base in ELEMENTWISE:
+        classes.update(
+            {base, *(sub for sub in base.__subclasses__() if sub.__module__.startswith("keras.src.backend"))}
+        )
+    return frozenset(classes)
+
+
+def updates_all_at_once(optimizer: Any) -> bool:
+    """Whether an update is a few ops on the lists of all variables, and nothing else depends on their number.
+
+    Lion has such a method, and loops in it.
+    """
+    kind = type(optimizer).__mro__[2] if isinstance(optimizer, ParallelOptimizer) else type(optimizer)
+    extras = ("clipnorm", "global_clipnorm", "clipvalue", "use_ema", "gradient_accumulation_steps")
+    return (
+        kind in _elementwise_classes()
+        and hasattr(kind, "_parallel_update_step")
+        and not issubclass(kind, keras.optimizers.Lion)
+        and not any(getattr(optimizer, extra, None) for extra in extras)
+    )
+
+
+@functools.cache
+def _parallel_class(plain: type) -> type:
+    """Return ``plain`` with ParallelOptimizer mixed in; its name stays, for what Keras writes to files."""
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    return type(plain.__name__, (ParallelOptimizer, plain), names)
+
+
+def adopt_optimizer(optimizer: Any, axes: Axes) -> None:
+    """Let an optimizer update sharded variables; slots that exist already are sharded now."""
+    if not isinstance(optimizer, keras.optimizers.Optimizer) or isinstance(optimizer, ParallelOptimizer):
+        return
+    inner = getattr(optimizer, "inner_optimizer", None)
+    if inner is not None:
+        adopt_optimizer(inner, axes)
+    optimizer.__dict__["_slots"], optimizer.__dict__["_axes"] = [], axes
+    plain: type = type(optimizer)
+    optimizer.__class__ = _parallel_class(plain)
+    _adopted.add(optimizer)
+    if optimizer.built and inner is None:
+        for variable, slot in existing_slots(optimizer):
+            local = _part_of_slot(slot._value.detach(), variable)
+            bind_slot(optimizer, variable, slot, local.to(local_tensor(variable).device))
+
+
+def _part_of_slot(value: torch.Tensor, variable: Any) -> torch.Tensor:
+    """Return this rank's part of a slot; one that was created in shards is stored as its variable is."""
+    if isinstance(value, DTensor):
+        return value._local_tensor
+    part: torch.Tensor = variable._stored.sharding.own(value)
+    return part.clone()
+
+
+def adopt_at_first_use() -> None:
+    """Let any Keras optimizer adopt itself when it is given sharded variables, as in a training loop of one's own.
+
+    Wraps ``apply`` of Keras's optimizers, once; with plain variables they do what they did.
+    """
+    for base in (keras.src.optimizers.base_optimizer.BaseOptimizer, keras.optimizers.LossScaleOptimizer):
+        if not hasattr(base.apply, "adopts"):
+            base.apply = _adopting(base.apply)
+
+
+def _adopting(plain: Any) -> Any:
+    @functools.wraps(plain)
+    def apply(self: Any, grads: Sequence[Any], trainable_variables: Any = None) -> Any:
+        variables = None if trainable_variables is None else list(trainable_variables)
+        known = variables or (self._trainable_variables if self.built else [])
+        sharded = next((variable for variable in known if is_sharded(variable)), None)
+        if sharded is not None and not isinstance(self, ParallelOptimizer):
+            adopt_optimizer(self, sharded._stored.sharding.axes)
+            return self.apply(grads, variables)
+        if running.updating:  # an optimizer around this one has seen the gradients
+            return plain(self, grads, variables)
+        running.updating = True
+        try:
+            return plain(self, averaged(grads, known), variables)
+        finally:
+            running.updating = False
+
+    apply.adopts = True  # type: ignore[attr-defined]
+    return apply
+
+
+def release_optimizers_of(variables: Sequence[Any]) -> None:
+    """Release every optimizer that has slots of one of these variables."""
+    ids = {id(variable) for variable in variables}
+    for optimizer in list(_adopted):
+        if isinstance(optimizer, ParallelOptimizer) and any(id(owner) in ids for owner, _ in optimizer._slots):
+            release_optimizer(optimizer)
+
+
+def release_optimizer(optimizer: Any) -> None:
+    """Undo ``adopt_optimizer``: slots are whole again, on their variable's device."""
+    if not isinstance(optimizer, ParallelOptimizer):
+        return
+    inner = getattr(optimizer, "inner_optimizer", None)
+    if inner is not None:
+        release_optimizer(inner)
+    for _, slot in optimizer._slots:
+        make_plain(slot, torch.nn.Parameter(whole_tensor(slot), requires_grad=False))
+    optimizer.__class__ = type(optimizer).__mro__[2]
+    del optimizer.__dict__["_slots"], optimizer.__dict__["_axes"]
+    optimizer.__dict__.pop("_updated", None)
+
+
+def bind_slot(optimizer: Any, variable: Any, slot: Any, local: torch.Tensor) -> None:
+    """Make ``slot`` a sharded variable placed like ``variable``, with ``local`` as this rank's shard."""
+    sharding = variable._stored.sharding
+    make_parallel(slot, sharded_parameter(local, tuple(slot.shape), sharding, requires_grad=False), sharding)
+    optimizer._slots.append((variable, slot))
+
+
+def existing_slots(optimizer: Any) -> list[tuple[Any, Any]]:
+    """Return (variable, slot) for the slots of sharded variables in a built optimizer.
+
+    Keras names a slot after its variable's path; the longest path that fits is the variable's.
+    """
+    sharded = [variable for variable in optimizer._trainable_variables if is_sharded(variable)]
+    by_prefix = sorted(((v.path.replace("/", "_") + "_", v) for v in sharded), key=lambda item: -len(item[0]))
+    found = []
+    for slot in optimizer._variables:
+        for prefix, variable in by_prefix:
+            if slot.name.startswith(prefix) and tuple(slot.shape) == tuple(variable.shape):
+                found.append((variable, slot))
+                break
+    return found
+
+
+def _initial_shard(initializer: Any, slot: Any, sharding: Sharding) -> torch.Tensor:
+    shape = tuple(slot.shape)
+    constant = (keras.initializers.Zeros, keras.initializers.Ones, keras.initializers.Constant)
+    with keras.device("cpu"):
+        if isinstance(initializer, constant):
+            value: torch.Tensor = initializer(sharding.local_shape(shape), dtype=slot._dtype)
+            return value
+        whole: torch.Tensor = sharding.own(initializer(shape, dtype=slot._dtype))
+        return whole.clone()
+
+
+def _whole_gradient(gradient: torch.Tensor, variable: Any) -> torch.Tensor:
+    if not is_sharded(variable):
+        return gradient
+    with standing_at(_update_of(variable)):
+        whole: torch.Tensor = variable._stored.sharding.whole(gradient, tuple(variable.shape))
+        return whole
+
+
+def _update_of(variable: Any) -> Site:
+    return Site("", f"update of {variable.path}")

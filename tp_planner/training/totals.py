@@ -1,0 +1,55 @@
+"""Totals: metrics of replicas, the mean loss among them, as those of the whole batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import torch
+
+from tp_planner.regions.calls import METRICS
+from tp_planner.regions.replicas import Replicas, add_in_place, wait
+
+
+def results_of_all(model: keras.Model, replicas: Replicas) -> Callable[[], Any]:
+    """Return Keras's ``get_metrics_result``: what the replicas' metrics have counted is added up for it.
+
+    A metric's variables are sums, unless they say otherwise; afterwards each replica goes on with its own.
+    """
+    plain = type(model).get_metrics_result
+
+    @functools.wraps(plain)
+    def get_metrics_result() -> Any:
+        variables = [
+            variable
+            for metric in model.metrics
+            for variable in metric.variables
+            if variable.aggregation in ("sum", "mean")
+        ]
+        own = [variable.value.detach().clone() for variable in variables]
+        if not own:
+            return plain(model)
+        _assign(variables, _added(own, variables, replicas))
+        try:
+            return plain(model)
+        finally:
+            _assign(variables, own)
+
+    return get_metrics_result
+
+
+def _assign(variables: list[Any], values: list[torch.Tensor]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+
+def _added(own: list[torch.Tensor], variables: list[Any], replicas: Replicas) -> list[torch.Tensor]:
+    flat = torch.cat([value.to(torch.float64).reshape(-1) for value in own])
+    add_in_place(flat, replicas.axis, METRICS)
+    added = wait(flat).split([value.numel() for value in own])
+    return [
+        (total / (replicas.axis.size if variable.aggregation == "mean" else 1)).reshape(value.shape).to(value.dtype)
+        for total, value, variable in zip(added, own, variables, strict=True)
+    ]
