@@ -13,7 +13,7 @@ import torch
 import torch.utils.checkpoint
 
 import tp_planner
-from tests.dryrun.test_simulation import measure, metered_training
+from tests.dryrun.test_simulation import Measured, measure, metered_training
 from tests.models import CASES
 from tests.test_uses import PREFIXED, Written, between, built
 from tests.workers import Pools, layout_map
@@ -77,6 +77,31 @@ def by_torch(function: Callable[..., Any], x: Any) -> Any:
     if not isinstance(x, torch.Tensor):
         return function(x)
     return torch.utils.checkpoint.checkpoint(function, x, use_reentrant=True)
+
+
+class Dropped(layers.Layer):
+    """``x + down(dropout(up(x)))``; the code does not say whether it is training, and its masks are drawn anew."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.up, self.down = layers.Dense(8, "relu", name="up"), layers.Dense(6, "tanh", name="down")
+        self.dropouts = [layers.Dropout(0.5, seed=3, name="first"), layers.Dropout(0.5, seed=4, name="second")]
+
+    def build(self, input_shape: tuple[int, ...]) -> None:
+        self.up.build(input_shape)
+        self.down.build((None, 8))
+
+    def call(self, x: Any) -> Any:
+        first, second = self.dropouts
+        return x + second(self.down(first(self.up(x))))
+
+
+def dropped() -> keras.Model:
+    inputs = keras.Input((6,))
+    x = layers.Dense(6, name="first")(inputs)
+    for index in range(3):
+        x = Dropped(name=f"block_{index}")(x)
+    return keras.Model(inputs, x, name="dropped")
 
 
 def attention() -> keras.Model:
@@ -192,6 +217,53 @@ def test_what_runs_again_to_its_end(pools: Pools) -> None:
 def test_functions_that_run_again(pools: Pools, name: str) -> None:
     """A part of a layer's code runs again, and its calls of torch's functions are counted on from where it began."""
     check(pools(2).run(both, name, ""), again=True)
+
+
+def dropped_in_scope() -> keras.Model:
+    with keras.RematScope("full"):
+        return dropped()
+
+
+def dropped_again() -> tuple[Arrays, Arrays]:
+    """Return the step of a single device that keeps everything, and that of shards that run again."""
+    single, again = built(dropped), built(dropped_in_scope)
+    plan = tp_planner.plan(again, layout_map(RULES), inputs=keras.InputSpec(shape=(3, 6), dtype="float64"))
+    tp_planner.parallelize(again, plan)
+    return step(single), step(again, plan)
+
+
+def test_what_runs_again_draws_the_same_seeds(pools: Pools) -> None:
+    """Dropout has one mask forward and backward, and knows both times that it is training."""
+    for single, sharded in pools(2).run(dropped_again):
+        assert single.keys() == sharded.keys()
+        for key, value in single.items():
+            np.testing.assert_allclose(sharded[key], value, rtol=1e-11, atol=1e-13, err_msg=key)
+
+
+def in_two_dtypes(recomputed: bool) -> tuple[Measured, Arrays]:
+    """Return the memory of a step in mixed precision, and all gradients of a batch."""
+    measured = measure("llama", "mixed_bfloat16", "AdamW", recomputed=recomputed)
+    case = CASES["llama"]
+    x, y = case.batch(np.random.default_rng(2), 4)
+    model = case.build("mixed_bfloat16", recomputed=recomputed)
+    tp_planner.parallelize(model, tp_planner.plan(model, layout_map(case.rules), inputs=x))
+    case.make_loss()(torch.as_tensor(y), model(x, training=True)).backward()
+    return measured, {key: whole_gradient(v) for key, v in named_variables(model).items() if v.value.grad is not None}
+
+
+def whole_gradient(variable: keras.Variable) -> np.ndarray:
+    gradient = variable.value.grad
+    return (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).numpy()
+
+
+def test_mixed_precision(pools: Pools) -> None:
+    """What runs again casts its weights as it did at first: the gradients are the same numbers, the memory as planned."""
+    again, kept = pools(2).run(in_two_dtypes, True), pools(2).run(in_two_dtypes, False)
+    for (measured, gradients), (_, expected) in zip(again, kept, strict=True):
+        assert measured.same.memory == measured.planned.memory
+        assert gradients.keys() == expected.keys()
+        for key, value in expected.items():
+            np.testing.assert_array_equal(gradients[key], value, err_msg=key)
 
 
 def refused_by_name() -> str:

@@ -67,6 +67,7 @@ class _Running(threading.local):
         self.recomputable = False  # whether the backward pass runs again what runs now, or is at it
         self.looking = False  # whether what is kept for the backward pass is looked at, and not used
         self.converting: Callable[[], AbstractContextManager[None]] = nullcontext  # entered around every conversion
+        self.draw: Callable[[Callable[[], torch.Tensor]], torch.Tensor] = run_at_once  # draws a seed
         self.run: Callable[..., torch.Tensor] = run_at_once  # runs what a plan adds to a call: boundaries, reads
 
 

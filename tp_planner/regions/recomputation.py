@@ -3,25 +3,32 @@
 ``keras.RematScope``, ``keras.remat`` and modules of torch all call ``torch.utils.checkpoint.checkpoint``. When autograd
 runs such a function again, maybe on a thread of its own, the layer calls around it have ended long ago. So they are
 noted when it first runs, and opened again: their layers read variables, cross boundaries and change functions as then.
+So is what Keras knows of its own calls, where the autocast scope and ``training`` come from; and seeds that the function
+drew are drawn again, or dropout would have another mask backward than forward.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 import torch
 import torch.utils.checkpoint
+from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
 from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tp_planner.regions.calls import Frame, running
+
+
+OF_KERAS = ("autocast_scope", "current_call_ctx")  # what Keras knows of the calls that are running, in this thread
 
 
 class NotKept(Exception):
@@ -36,19 +43,22 @@ class NotKept(Exception):
 class OpenCalls:
     """The layer calls of parallel models that are running, innermost last, and the layers inside whose calls they are.
 
-    ``functions`` is how often the innermost layer's code has called each of the torch functions that are counted.
+    ``functions`` is how often the innermost layer's code has called each of the torch functions that are counted, and
+    ``of_keras`` what Keras knows of the calls, by name.
     """
 
     frames: tuple[Frame, ...]
     scopes: Counter[tuple[int, str]]
     functions: Counter[str] | None
+    of_keras: Mapping[str, Any]
 
     @classmethod
     def now(cls) -> OpenCalls:
         """Return those of this thread."""
         frames = tuple(frame.copy() for frame in running.frames)
         watched = frames[-1].functions if frames else None
-        return cls(frames, running.scopes.copy(), None if watched is None else watched.counts.copy())
+        of_keras = {name: copy.copy(get_global_attribute(name)) for name in OF_KERAS}
+        return cls(frames, running.scopes.copy(), None if watched is None else watched.counts.copy(), of_keras)
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
@@ -58,7 +68,7 @@ class OpenCalls:
         running.frames, running.scopes, running.entered = frames, self.scopes.copy(), WeakTensorKeyDictionary()
         running.watching, running.recomputable = int(self.functions is not None), True
         try:
-            with contextlib.ExitStack() as stack:
+            with self._known_to_keras(), contextlib.ExitStack() as stack:
                 for frame in frames:
                     stack.enter_context(frame.changed())
                 if self.functions is not None:
@@ -68,6 +78,52 @@ class OpenCalls:
         finally:
             running.frames, running.scopes, running.entered, running.watching, running.recomputable = before
 
+    @contextlib.contextmanager
+    def _known_to_keras(self) -> Iterator[None]:
+        before = {name: get_global_attribute(name) for name in OF_KERAS}
+        try:
+            for name, value in self.of_keras.items():
+                set_global_attribute(name, copy.copy(value))
+            yield
+        finally:
+            for name, value in before.items():
+                set_global_attribute(name, value)
+
+
+class _Seeds:
+    """The seeds that a function draws when it first runs, to be drawn again when it runs again."""
+
+    def __init__(self) -> None:
+        self._drawn: list[torch.Tensor] = []
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Inside, what is drawn is noted."""
+        outer = running.draw
+
+        def draw(plain: Callable[[], torch.Tensor]) -> torch.Tensor:
+            self._drawn.append(outer(plain))
+            return self._drawn[-1]
+
+        with _drawing(draw):
+            yield
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside, the same seeds are drawn, in the same order."""
+        left = iter(self._drawn)
+        with _drawing(lambda plain: next(left)):
+            yield
+
+
+@contextlib.contextmanager
+def _drawing(draw: Callable[[Callable[[], torch.Tensor]], torch.Tensor]) -> Iterator[None]:
+    before, running.draw = running.draw, draw
+    try:
+        yield
+    finally:
+        running.draw = before
+
 
 class _RunsAgain:
     """A function that first runs in the forward pass, and from then on in the backward pass."""
@@ -75,6 +131,7 @@ class _RunsAgain:
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
         self._open: OpenCalls | None = None
+        self._seeds = _Seeds()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
@@ -82,11 +139,11 @@ class _RunsAgain:
             raise NotKept(inputs)
         if self._open is None:
             self._open = OpenCalls.now()
-            with _keeping_nothing_but(inputs):
+            with _keeping_nothing_but(inputs), self._seeds.noted():
                 return self._function(*args, **kwargs)
         # Keras leaves tensors in reference cycles. What ran again before this keeps its whole graph by one of them.
         gc.collect(1)
-        with self._open.again(), _errors_as_they_are():
+        with self._open.again(), self._seeds.again(), _errors_as_they_are():
             return self._function(*args, **kwargs)
 
 
@@ -123,10 +180,11 @@ def _errors_as_they_are() -> Iterator[None]:
 def follow_recomputation() -> None:
     """Let what runs inside a parallel model's call under torch's ``checkpoint`` run again as it ran at first.
 
-    Wraps that function, once; outside such calls it does what it did.
+    Wraps that function and the draws of Keras's seed generators, once; outside such calls they do what they did.
     """
     if not hasattr(torch.utils.checkpoint.checkpoint, "follows"):
         torch.utils.checkpoint.checkpoint = _following(torch.utils.checkpoint.checkpoint)
+        keras.random.SeedGenerator.next = _drawing_again(keras.random.SeedGenerator.next)
 
 
 def _following(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,3 +194,11 @@ def _following(plain: Callable[..., Any]) -> Callable[..., Any]:
 
     checkpoint.follows = True  # type: ignore[attr-defined]
     return checkpoint
+
+
+def _drawing_again(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(plain)
+    def next_seed(self: keras.random.SeedGenerator, ordered: bool = True) -> torch.Tensor:
+        return running.draw(functools.partial(plain, self, ordered))
+
+    return next_seed
