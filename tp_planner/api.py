@@ -105,7 +105,8 @@ def parallelize(
     layout = given if isinstance(given, Plan) else read_layout(given, batch_axis)
     if check not in (None, "first_step"):
         raise PlanError(f"check is {check!r}; it is 'first_step' or None")
-    require_process_group(layout.mesh.size)
+    devices = None if isinstance(layout, Plan) else layout.devices
+    require_process_group(layout.mesh.size, devices)
     _agree_on_mesh(layout.mesh)
     axes = job_axes(layout.mesh)
     if inputs is not None and layout.mesh.replicas > 1:
@@ -153,7 +154,7 @@ def restore(model: keras.Model) -> keras.Model:
     if applied is None:
         raise PlanError(f"model {model.name!r} is not parallelized; there is nothing to restore")
     meet("tp_planner.restore")
-    let_go(model)
+    let_go(model, applied)
     applied.revert(model, gathered_value)
     return model
 

@@ -16,7 +16,9 @@ import tp_planner
 from tests.models import CASES
 from tests.workers import WorkerPool, layout_map
 from tp_planner.frontend.layer_tree import named_variables
-from tp_planner.training.optimizer import ParallelOptimizer
+from tp_planner.ir.mesh import Mesh
+from tp_planner.job.process_group import planning_axes
+from tp_planner.training.optimizer import ParallelOptimizer, adopt_optimizer, release_optimizer
 
 STEPS = 4
 
@@ -398,3 +400,17 @@ def test_restore_releases_the_optimizer(pools: Callable[[int], WorkerPool]) -> N
     adopted, released, checks = pools(2).run(released_optimizer)[0]
     assert adopted == released == "AdamW"
     assert all(checks)
+
+
+def test_released_slots_go_where_their_variables_go() -> None:
+    """Also those of variables that every rank held whole; what is no variable's stays where it was."""
+    model = CASES["mlp"].build()
+    optimizer = keras.optimizers.AdamW()
+    optimizer.build(model.trainable_variables)
+    with planning_axes(Mesh((("model", 2),))) as axes:
+        adopt_optimizer(optimizer, axes)
+
+    release_optimizer(optimizer, {id(variable): torch.device("meta") for variable in model.trainable_variables})
+
+    on_meta = {variable.path for variable in optimizer.variables if variable._value.is_meta}
+    assert {variable.path for variable in optimizer.variables} - on_meta == {"adamw/iteration", "adamw/learning_rate"}

@@ -7,15 +7,17 @@ from typing import Any
 import keras
 
 from tp_planner.ir.errors import PlanError
-from tp_planner.ir.layout import Layout, LayoutRule
+from tp_planner.ir.layout import DeviceType, Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
+
+_DEVICE_TYPES: dict[str, DeviceType] = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}
 
 
 def read_layout_map(layout_map: Any) -> Layout:
     """Return the rules of a ``keras.distribution.LayoutMap`` and its device mesh as plain data.
 
     A ``Layout``, as ``read_layout_file(path).on(mesh)`` makes it, is that already. Raises PlanError for anything
-    else, and for a map without a device mesh.
+    else, for a map without a device mesh, and for a mesh of CPUs and CUDA devices together.
     """
     if isinstance(layout_map, Layout):
         return layout_map
@@ -30,9 +32,21 @@ def read_layout_map(layout_map: Any) -> Layout:
             "the LayoutMap has no device mesh; make it with LayoutMap(DeviceMesh(shape, axis_names, devices))"
         )
     rules = tuple(LayoutRule(pattern, tuple(layout_map._layout_map[pattern].axes)) for pattern in layout_map)
-    return Layout(read_device_mesh(mesh), rules)
+    return Layout(read_device_mesh(mesh), rules, device_type_of(mesh))
 
 
 def read_device_mesh(mesh: keras.distribution.DeviceMesh) -> Mesh:
     """Return axis names and sizes of a Keras device mesh."""
     return Mesh(tuple((str(name), int(size)) for name, size in zip(mesh.axis_names, mesh.shape, strict=True)))
+
+
+def device_type_of(mesh: keras.distribution.DeviceMesh) -> DeviceType | None:
+    """Return what the devices of a Keras mesh are, by their names ("cpu:0", "gpu:1", "cuda:1"); None for others.
+
+    Raises PlanError where some are CPUs and some are CUDA devices.
+    """
+    names = [str(device) for device in mesh.devices.flatten()]
+    kinds = {_DEVICE_TYPES.get(name.partition(":")[0].lower()) for name in names}
+    if kinds == {"cpu", "cuda"}:
+        raise PlanError(f"the mesh has CPUs and CUDA devices ({', '.join(names)}); a mesh has devices of one type")
+    return kinds.pop() if len(kinds) == 1 else None

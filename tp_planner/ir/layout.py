@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tp_planner.ir.mesh import Mesh
+
+DeviceType = Literal["cpu", "cuda"]
 
 AxisSpec = str | None | tuple[str, ...]
 
@@ -22,7 +25,11 @@ class LayoutRule:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The rules of a LayoutMap or a layout file, in order, and the mesh they name."""
+    """The rules of a LayoutMap or a layout file, in order, and the mesh they name.
+
+    ``devices`` is what the devices of the mesh are, where that is said.
+    """
 
     mesh: Mesh
     rules: tuple[LayoutRule, ...]
+    devices: DeviceType | None = None

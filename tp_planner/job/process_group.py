@@ -11,24 +11,34 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tp_planner.ir.errors import PlanError
+from tp_planner.ir.layout import DeviceType
 from tp_planner.ir.mesh import Mesh
 from tp_planner.job.axes import Axes, Axis
 from tp_planner.job.pulse import let_pulse_beat
 from tp_planner.job.rendezvous import meet
 
 
-def require_process_group(size: int) -> None:
+def require_process_group(size: int, devices: DeviceType | None = None) -> None:
     """Make sure that a process group of ``size`` ranks runs, starting it from torchrun's environment.
 
     NCCL on CUDA, gloo on CPU; on CUDA the process takes the device of LOCAL_RANK.
 
+    Args:
+        size: number of ranks.
+        devices: what the mesh's devices are. By default those of the group that runs, and if there is none CUDA
+            devices where there are any.
+
     Raises:
-        PlanError: if the world has another size, or there is no group and no environment to start one from.
+        PlanError: if the world has another size, there is no group and no environment to start one from, or the
+            machine or the group that runs has no such devices.
     """
     if not dist.is_initialized():
+        on = devices or ("cuda" if torch.cuda.is_available() else "cpu")
+        if on == "cuda" and not torch.cuda.is_available():
+            raise PlanError("the mesh has CUDA devices and this machine has none; make a mesh of cpu:0, cpu:1, ...")
         world = os.environ.get("WORLD_SIZE")
         if world is None and size == 1:
-            _start_alone()
+            _start_alone(on)
         elif world is None or "RANK" not in os.environ:
             raise PlanError(
                 f"the mesh has {size} devices but this is one process without a process group; "
@@ -37,9 +47,11 @@ def require_process_group(size: int) -> None:
         else:
             if int(world) != size:
                 raise PlanError(_wrong_world(size, int(world)))
-            _start_from_environment()
+            _start_from_environment(on)
     if dist.get_world_size() != size:
         raise PlanError(_wrong_world(size, dist.get_world_size()))
+    if devices is not None:
+        _use(devices)
 
 
 def _wrong_world(size: int, world: int) -> str:
@@ -49,8 +61,10 @@ def _wrong_world(size: int, world: int) -> str:
     )
 
 
-def _start_from_environment() -> None:
-    if torch.cuda.is_available():
+def _start_from_environment(devices: DeviceType) -> None:
+    if devices == "cpu":
+        dist.init_process_group("gloo")
+    else:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
             raise PlanError(
@@ -58,20 +72,50 @@ def _start_from_environment() -> None:
                 f"start one process for each device"
             )
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # Told its device, NCCL makes the group's communicator at once, and not another one for each pair of ranks.
+        dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
     let_pulse_beat(dist.distributed_c10d._get_default_store(), dist.get_rank())
 
 
-def _start_alone() -> None:
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+def _start_alone(devices: DeviceType) -> None:
     from torch._C._distributed_c10d import HashStore
 
+    backend = "nccl" if devices == "cuda" else "gloo"
     dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
-def device_type() -> str:
-    """Return "cuda" where the process group runs on CUDA devices, else "cpu"."""
-    return "cuda" if "nccl" in dist.get_backend() else "cpu"
+_used: list[tuple[object, DeviceType]] = []  # the process group, and which of its devices the mesh has
+
+
+def _use(devices: DeviceType) -> None:
+    """Let the job compute on these devices of the process group, which may have both."""
+    if devices not in _served():
+        raise PlanError(
+            f"the mesh has {_named(devices)}, the process group that runs ({dist.get_backend_config()}) is for "
+            f"{_named(_served()[0])}; make a mesh of these, or start the group with {_BACKENDS[devices]!r}"
+        )
+    _used[:] = [(dist.group.WORLD, devices)]
+
+
+_BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+
+
+def _named(devices: DeviceType) -> str:
+    return "CUDA devices" if devices == "cuda" else "CPUs"
+
+
+def _served() -> tuple[DeviceType, ...]:
+    """Return the devices that the process group is for; gloo could serve CUDA devices, and would be slow."""
+    backends = dict(each.split(":") for each in str(dist.get_backend_config()).split(","))
+    on_cuda: tuple[DeviceType, ...] = ("cuda",) if backends.get("cuda") == "nccl" else ()
+    return (*on_cuda, "cpu") if "cpu" in backends else on_cuda
+
+
+def device_type() -> DeviceType:
+    """Return the devices that this job computes on: those that its mesh names, else CUDA where NCCL runs."""
+    if _used and _used[0][0] is dist.group.WORLD:
+        return _used[0][1]
+    return _served()[0]
 
 
 def this_device() -> torch.device:
@@ -122,8 +166,9 @@ def planning_axes(mesh: Mesh) -> Iterator[Axes]:
     """Yield the axes of a job on ``mesh`` as rank 0 sees them, for fake tensors, without any device.
 
     Outside a job torch's fake process group stands in and is gone afterwards; inside one the job's own groups
-    are used, on which collectives of fake tensors return at once. Device meshes have axis names of their own, because
-    DTensor remembers results, rank 0's coordinates among them, for all meshes that compare equal.
+    are used, on which collectives of fake tensors return at once. Device meshes are of CPUs, as fake tensors are
+    whatever the job runs on, and have axis names of their own, because DTensor remembers results, rank 0's coordinates
+    among them, for all meshes that compare equal.
 
     Raises:
         PlanError: inside a job of another size.
@@ -149,13 +194,12 @@ def planning_axes(mesh: Mesh) -> Iterator[Axes]:
 
 
 def _renamed(device_mesh: DeviceMesh) -> DeviceMesh:
-    """Return a mesh over the same process groups with axis names of its own."""
+    """Return a mesh of CPUs over the same process groups with axis names of its own."""
     assert device_mesh.mesh_dim_names is not None
     names = tuple(f"planned {name}" for name in device_mesh.mesh_dim_names)
     if device_mesh.ndim == 1:
-        return init_device_mesh(device_mesh.device_type, (device_mesh.size(),), mesh_dim_names=names)
-    groups = device_mesh.get_all_groups()
-    return DeviceMesh.from_group(groups, device_mesh.device_type, device_mesh.mesh, mesh_dim_names=names)
+        return DeviceMesh.from_group(device_mesh.get_group(), "cpu", mesh_dim_names=names)
+    return DeviceMesh.from_group(device_mesh.get_all_groups(), "cpu", device_mesh.mesh, mesh_dim_names=names)
 
 
 def _as_rank_zero(mesh: Mesh, device_mesh: DeviceMesh) -> Axes:

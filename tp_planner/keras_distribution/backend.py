@@ -19,12 +19,14 @@ from torch.distributed.tensor.placement_types import Placement
 
 from tp_planner.frontend.calling import in_layer_call
 from tp_planner.frontend.keras_internals import convert_to_tensor
+from tp_planner.frontend.layout_map import device_type_of
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.placement import chunk_sizes
 from tp_planner.job.process_group import device_type as group_device_type
 from tp_planner.job.process_group import require_process_group, this_device
 from tp_planner.job.random_state import share_random_state
 from tp_planner.job.rendezvous import meet
+from tp_planner.job.scattering import scatter_parts
 from tp_planner.storage.variables import BackendVariable
 
 DEVICE_TYPES = {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu"}
@@ -158,11 +160,11 @@ def _to_backend_mesh(device_mesh: keras.distribution.DeviceMesh) -> DeviceMesh:
 
     Starts the process group from torchrun's environment where there is none.
 
-    Raises PlanError if the job has another number of processes.
+    Raises PlanError if the job has another number of processes, or other devices.
     """
     devices = tuple(str(device) for device in device_mesh.devices.flatten())
     shape, names = tuple(int(size) for size in device_mesh.shape), tuple(device_mesh.axis_names)
-    require_process_group(len(devices))
+    require_process_group(len(devices), device_type_of(device_mesh))
     group, mesh = _meshes.get((shape, names, devices), (None, None))
     if mesh is None or group is not dist.group.WORLD:
         mesh = DeviceMesh(group_device_type(), torch.arange(len(devices)).reshape(shape), mesh_dim_names=names)
@@ -236,14 +238,7 @@ def scatter_from_rank_zero(whole: torch.Tensor, layout: BackendLayout) -> DTenso
     """Return the DTensor of rank 0's ``whole``, of which each process is sent its part; all have to call it."""
     own = own_part(whole, layout)
     local = torch.empty(own.shape, dtype=whole.dtype, device=this_device())
-    if dist.get_rank() == 0:
-        local.copy_(own)
-        for rank in range(1, dist.get_world_size()):
-            part = part_of(rank, whole, layout)
-            if part.numel():
-                dist.send(part.to(local.device).contiguous(), rank)
-    elif local.numel():
-        dist.recv(local, 0)
+    scatter_parts(local, lambda rank: part_of(rank, whole, layout))
     return _dtensor(local, whole, layout)
 
 

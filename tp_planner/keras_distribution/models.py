@@ -168,7 +168,7 @@ def _take_back(model: keras.Model) -> None:
     """Undo the plan of a model; its variables stay in shards."""
     applied = applied_to(model)
     assert applied is not None
-    let_go(model)
+    let_go(model, applied)
     placed = list(applied.placed.values())
     applied.revert(model, lambda key, each: each.variable._value)
     for each in placed:

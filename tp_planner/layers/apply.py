@@ -22,6 +22,7 @@ from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.placement import Replicate, Shard
 from tp_planner.ir.plan import LayerPlan, Plan, VariablePlan
 from tp_planner.job.axes import Axes, Axis
+from tp_planner.job.scattering import scatter_parts
 from tp_planner.layers.generation import follow_caches
 from tp_planner.layers.statistics import OF_THE_BATCH, share_statistics
 from tp_planner.layers.styles import STYLES, LayerCalls, Undo, open_scope, refuse_input_gradients
@@ -312,7 +313,13 @@ def scatter_from_rank_zero(device: torch.device, mesh: Mesh) -> Scatter:
                     local.copy_(value)
                 dist.broadcast(local, 0)
                 return local
-            return _scatter_shards(value, sharding, mesh, local)
+
+        def part_of(rank: int) -> torch.Tensor:
+            places = [mesh.coordinate(rank, axis.name) for axis in sharding.axes.all]
+            part: torch.Tensor = sharding.at(places).own(value)
+            return part
+
+        return scatter_parts(local, part_of)
 
     return scatter
 
@@ -332,20 +339,6 @@ def _part_of_shards(value: DTensor, sharding: Sharding) -> torch.Tensor:
     with torch.no_grad():
         part: torch.Tensor = sharding.own(value.full_tensor())
         return part.clone()
-
-
-def _scatter_shards(value: torch.Tensor, sharding: Sharding, mesh: Mesh, local: torch.Tensor) -> torch.Tensor:
-    """Send each rank its chunk from rank 0, one rank after the other, so that rank 0 holds one chunk more at most."""
-    if dist.get_rank() == 0:
-        local.copy_(sharding.own(value))
-        for rank in range(1, dist.get_world_size()):
-            places = [mesh.coordinate(rank, axis.name) for axis in sharding.axes.all]
-            chunk = sharding.at(places).own(value)
-            if chunk.numel():
-                dist.send(chunk.to(local.device).contiguous(), rank)
-    elif local.numel():
-        dist.recv(local, 0)
-    return local
 
 
 @contextlib.contextmanager

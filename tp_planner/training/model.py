@@ -115,11 +115,12 @@ def _buckets(model: keras.Model, applied: Applied) -> list[Bucket]:
     return planned + others
 
 
-def let_go(model: keras.Model) -> None:
+def let_go(model: keras.Model, applied: Applied) -> None:
     """Release the optimizers; the rest is undone with the plan."""
+    homes = {id(placed.variable): placed.device for placed in applied.placed.values()}
     if getattr(model, "optimizer", None) is not None:
-        release_optimizer(model.optimizer)
-    release_optimizers_of(list(named_variables(model).values()))
+        release_optimizer(model.optimizer, homes)
+    release_optimizers_of(homes)
     _forget_compiled_functions(model)
 
 

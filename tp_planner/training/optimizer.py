@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -237,7 +237,7 @@ def adopt_optimizer(optimizer: Any, axes: Axes) -> None:
     optimizer.__class__ = _parallel_class(plain)
     _adopted.add(optimizer)
     if optimizer.built and inner is None:
-        for variable, slot in existing_slots(optimizer):
+        for variable, slot in slots_of(optimizer, list(filter(is_sharded, optimizer._trainable_variables))):
             local = _part_of_slot(slot._value.detach(), variable)
             bind_slot(optimizer, variable, slot, local.to(local_tensor(variable).device))
 
@@ -281,26 +281,37 @@ def _adopting(plain: Any) -> Any:
     return apply
 
 
-def release_optimizers_of(variables: Sequence[Any]) -> None:
-    """Release every optimizer that has slots of one of these variables."""
-    ids = {id(variable) for variable in variables}
+def release_optimizers_of(homes: Mapping[int, torch.device]) -> None:
+    """Release every optimizer that has slots of one of these variables; ``homes`` as for ``release_optimizer``."""
     for optimizer in list(_adopted):
-        if isinstance(optimizer, ParallelOptimizer) and any(id(owner) in ids for owner, _ in optimizer._slots):
-            release_optimizer(optimizer)
+        if isinstance(optimizer, ParallelOptimizer) and any(id(owner) in homes for owner, _ in optimizer._slots):
+            release_optimizer(optimizer, homes)
 
 
-def release_optimizer(optimizer: Any) -> None:
-    """Undo ``adopt_optimizer``: slots are whole again, on their variable's device."""
+def release_optimizer(optimizer: Any, homes: Mapping[int, torch.device]) -> None:
+    """Undo ``adopt_optimizer``: slots are whole again, on the device that their variable goes back to.
+
+    ``homes`` has these devices by the variables' ``id``.
+    """
     if not isinstance(optimizer, ParallelOptimizer):
         return
     inner = getattr(optimizer, "inner_optimizer", None)
     if inner is not None:
-        release_optimizer(inner)
+        release_optimizer(inner, homes)
     for _, slot in optimizer._slots:
         make_plain(slot, torch.nn.Parameter(whole_tensor(slot), requires_grad=False))
     optimizer.__class__ = type(optimizer).__mro__[2]
     del optimizer.__dict__["_slots"], optimizer.__dict__["_axes"]
     optimizer.__dict__.pop("_updated", None)
+    if inner is None:
+        _move_slots(optimizer, homes)
+
+
+def _move_slots(optimizer: Any, homes: Mapping[int, torch.device]) -> None:
+    """Move all slots to the device that their variable goes back to, also of variables that every rank held whole."""
+    going_back = [variable for variable in optimizer._trainable_variables if id(variable) in homes]
+    for variable, slot in slots_of(optimizer, going_back):
+        slot._value.data = slot._value.data.to(homes[id(variable)])
 
 
 def bind_slot(optimizer: Any, variable: Any, slot: Any, local: torch.Tensor) -> None:
@@ -310,13 +321,12 @@ def bind_slot(optimizer: Any, variable: Any, slot: Any, local: torch.Tensor) -> 
     optimizer._slots.append((variable, slot))
 
 
-def existing_slots(optimizer: Any) -> list[tuple[Any, Any]]:
-    """Return (variable, slot) for the slots of sharded variables in a built optimizer.
+def slots_of(optimizer: Any, variables: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Return (variable, slot) for the slots of these variables in a built optimizer.
 
     Keras names a slot after its variable's path; the longest path that fits is the variable's.
     """
-    sharded = [variable for variable in optimizer._trainable_variables if is_sharded(variable)]
-    by_prefix = sorted(((v.path.replace("/", "_") + "_", v) for v in sharded), key=lambda item: -len(item[0]))
+    by_prefix = sorted(((v.path.replace("/", "_") + "_", v) for v in variables), key=lambda item: -len(item[0]))
     found = []
     for slot in optimizer._variables:
         for prefix, variable in by_prefix:
