@@ -257,7 +257,7 @@ def whole_gradient(variable: keras.Variable) -> np.ndarray:
 
 
 def test_mixed_precision(pools: Pools) -> None:
-    """What runs again casts its weights as it did at first: the gradients are the same numbers, the memory as planned."""
+    """What runs again casts its weights as at first: the gradients are the same numbers, the memory as planned."""
     again, kept = pools(2).run(in_two_dtypes, True), pools(2).run(in_two_dtypes, False)
     for (measured, gradients), (_, expected) in zip(again, kept, strict=True):
         assert measured.same.memory == measured.planned.memory

@@ -3,8 +3,8 @@
 ``keras.RematScope``, ``keras.remat`` and modules of torch all call ``torch.utils.checkpoint.checkpoint``. When autograd
 runs such a function again, maybe on a thread of its own, the layer calls around it have ended long ago. So they are
 noted when it first runs, and opened again: their layers read variables, cross boundaries and change functions as then.
-So is what Keras knows of its own calls, where the autocast scope and ``training`` come from; and seeds that the function
-drew are drawn again, or dropout would have another mask backward than forward.
+So is what Keras knows of its own calls, where the autocast scope and ``training`` come from; and seeds that the
+function drew are drawn again, or dropout would have another mask backward than forward.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tp_planner.regions.calls import Frame, running
-
 
 OF_KERAS = ("autocast_scope", "current_call_ctx")  # what Keras knows of the calls that are running, in this thread
 

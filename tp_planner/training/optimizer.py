@@ -311,7 +311,7 @@ def _move_slots(optimizer: Any, homes: Mapping[int, torch.device]) -> None:
     """Move all slots to the device that their variable goes back to, also of variables that every rank held whole."""
     going_back = [variable for variable in optimizer._trainable_variables if id(variable) in homes]
     for variable, slot in slots_of(optimizer, going_back):
-        slot._value.data = slot._value.data.to(homes[id(variable)])
+        slot._value = torch.nn.Parameter(slot._value.detach().to(homes[id(variable)]), requires_grad=False)
 
 
 def bind_slot(optimizer: Any, variable: Any, slot: Any, local: torch.Tensor) -> None:
