@@ -405,7 +405,7 @@ def test_restore_releases_the_optimizer(pools: Callable[[int], WorkerPool]) -> N
 def test_released_slots_go_where_their_variables_go() -> None:
     """Also those of variables that every rank held whole; what is no variable's stays where it was."""
     model = CASES["mlp"].build()
-    optimizer = keras.optimizers.AdamW()
+    optimizer = keras.optimizers.AdamW(name="adamw")
     optimizer.build(model.trainable_variables)
     with planning_axes(Mesh((("model", 2),))) as axes:
         adopt_optimizer(optimizer, axes)
