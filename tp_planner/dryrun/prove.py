@@ -27,7 +27,7 @@ from tp_planner.ir.placement import Placement, Replicate, Shape, local_shape
 from tp_planner.ir.plan import Plan
 from tp_planner.job.axes import Axes
 from tp_planner.layers.apply import applied_for_simulation
-from tp_planner.passes.follow_placements import Conflict, Origin, Walk
+from tp_planner.passes.walk.facts import Conflict, Origins, Walk
 from tp_planner.regions.calls import running
 
 # Ops that change no value. What a chain of them does is determined by the shapes at its ends, which are compared.
@@ -209,7 +209,7 @@ def _stuck(graph: ModelGraph, recorder: Recorder) -> list[int]:
     return [next(call.id for call in graph.calls.values() if call.layer == recorder.running_layer)]
 
 
-def _writing_sizes(graph: ModelGraph, walk: Walk, starts: Sequence[int]) -> frozenset[Origin]:
+def _writing_sizes(graph: ModelGraph, walk: Walk, starts: Sequence[int]) -> Origins:
     """Return the innermost layer around one of the calls whose code writes sizes of whole tensors."""
     for start in starts:
         for call in graph.enclosing(start):
@@ -218,7 +218,7 @@ def _writing_sizes(graph: ModelGraph, walk: Walk, starts: Sequence[int]) -> froz
     return frozenset()
 
 
-def _culprits(graph: ModelGraph, walk: Walk, op: Op) -> frozenset[Origin]:
+def _culprits(graph: ModelGraph, walk: Walk, op: Op) -> Origins:
     """Return the origins of the shards that ``op`` reads; where it reads none, of all in its enclosing calls."""
     found = frozenset().union(*(walk.origins.get(tensor, frozenset()) for tensor in op.inputs))
     if found:
@@ -226,7 +226,7 @@ def _culprits(graph: ModelGraph, walk: Walk, op: Op) -> frozenset[Origin]:
     return _sharded_inside(graph, walk, op.call)
 
 
-def _sharded_inside(graph: ModelGraph, walk: Walk, start: int) -> frozenset[Origin]:
+def _sharded_inside(graph: ModelGraph, walk: Walk, start: int) -> Origins:
     """Return the origins of all shards in the innermost call around ``start`` that has any."""
     for call in graph.enclosing(start):
         inside = graph.ops[call.ops[0] : call.ops[1]]

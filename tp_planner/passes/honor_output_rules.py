@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from tp_planner.ir.layout import LayoutRule
 from tp_planner.passes.choose_styles import StyleChoice
-from tp_planner.passes.follow_placements import Closings, LayerMode
 from tp_planner.passes.resolve_rules import sharded_dim
+from tp_planner.passes.walk.facts import Closings, LayerMode
 
 
 def honor_output_rules(

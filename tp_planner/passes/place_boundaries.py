@@ -20,16 +20,16 @@ from tp_planner.ir.placement import Placement, Replicate
 from tp_planner.ir.plan import Boundary, FunctionPlan, LayerPlan, Style, VariableUse
 from tp_planner.passes.choose_styles import StyleChoice
 from tp_planner.passes.follow_ops import ShardingRules
-from tp_planner.passes.follow_placements import (
+from tp_planner.passes.follow_placements import follow_placements
+from tp_planner.passes.walk.facts import (
     CallRecord,
     Closings,
     Conflict,
     LayerMode,
-    Origin,
+    Origins,
     Placed,
     Walk,
-    follow_placements,
-    functions_done,
+    changes_of,
 )
 
 _QUOTED = re.compile(r"'([^']*)'")
@@ -75,13 +75,13 @@ def place_boundaries(
 
 def _disagreements(graphs: Sequence[ModelGraph], walks: Sequence[Walk]) -> list[Conflict]:
     """Return conflicts for layers of whose code other functions change in training than in inference."""
-    first: dict[LayerMode, tuple[list[Any], frozenset[Origin]]] = {}
+    first: dict[LayerMode, tuple[list[Any], Origins]] = {}
     conflicts = []
     for graph, walk in zip(graphs, walks, strict=True):
         for call in graph.calls.values():
             if graph.functions is None or call.id in graph.repeats:
                 continue
-            done = functions_done(walk, call.id), walk.function_origins.get(call.id, frozenset())
+            done = changes_of(walk.functions.get(call.id, ())), walk.function_origins.get(call.id, frozenset())
             known, origins = first.setdefault((call.layer, call.mode), done)
             if known != done[0]:
                 reason = f"the code of layer {call.layer!r} runs other functions in training than in inference"

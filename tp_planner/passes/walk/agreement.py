@@ -1,0 +1,62 @@
+"""Agreement: what must hold of all calls together, once each is followed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tp_planner.ir.graph import Call
+from tp_planner.ir.placement import WHOLE
+from tp_planner.passes.walk.facts import LayerMode, Origins, changes_of
+from tp_planner.passes.walk.known import Known
+from tp_planner.passes.walk.notes import Notes
+
+
+def require_whole_outputs(known: Known, notes: Notes) -> None:
+    """Every rank holds the outputs of the model whole."""
+    for tensor in known.graph.outputs:
+        if known.placements.get(tensor, WHOLE) != WHOLE:
+            notes.conflict(known.origins[tensor], "it is an output of the model, which every rank holds whole")
+
+
+def require_one_plan_a_layer(known: Known, notes: Notes) -> None:
+    """A layer has one plan; where its calls would need different ones, it computes on whole tensors."""
+    boundaries: dict[int, list[Any]] = {}
+    for p in notes.boundaries:
+        boundaries.setdefault(p.call, []).append(
+            (p.place, p.position, p.variable, p.boundary.forward, p.boundary.backward)
+        )
+    functions = notes.functions
+    first: dict[LayerMode, tuple[Call, Any]] = {}
+    for call in known.graph.calls.values():
+        record = notes.records.get(call.id)
+        done = (
+            record and (record.sharded_inputs, record.output_placement, record.epilogue),
+            boundaries.get(call.id, []),
+            changes_of(functions.get(call.id, ())),
+        )
+        other, before = first.setdefault((call.layer, call.mode), (call, done))
+        if before != done:
+            reason = f"layer {call.layer!r} is called in ways that need different boundaries"
+            notes.conflict(_origins_at(other, call, known, notes), reason)
+
+
+def _origins_at(one: Call, other: Call, known: Known, notes: Notes) -> Origins:
+    """Return where all shards come from that two calls of one layer meet; the layer itself, if it is a sharded one."""
+    calls, key = (one, other), (one.layer, one.mode)
+    ids = {call.id for call in calls}
+    given = (known.origins_of([tensor for _, tensor in call.inputs], call.id) for call in calls)
+    met = (meeting.origins for (call, _), meeting in notes.meetings.items() if call in ids)
+    in_functions = (origins for call, origins in notes.function_origins.items() if call in ids)
+    choice, itself = known.styles.get(key), Origins()
+    if choice is not None and key not in known.closings.whole:
+        itself = Origins({("whole", key)})
+    return itself.union(*given, *met, *in_functions)
+
+
+def note_regions_that_leave_blocks(known: Known, notes: Notes) -> None:
+    """A block can stand for others only where whole tensors go in and come out."""
+    for twin in {repeat.twin for repeat in known.graph.repeats.values()}:
+        call = known.graph.calls[twin]
+        ends = (*(tensor for _, tensor in call.inputs), *call.outputs)
+        if any(known.placement(tensor, twin) != WHOLE for tensor in ends):
+            notes.regions_leave_blocks = True

@@ -1,0 +1,112 @@
+"""Entering: whole tensors and variables that are read together with shards need a boundary, for their gradients.
+
+Every rank has a summand of such a gradient. The sum is taken where the tensor enters: at an argument of the call, at
+the torch functions that read it, or at the use of the variable.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tp_planner.ir.graph import ModelGraph
+from tp_planner.ir.placement import WHOLE, Partial
+from tp_planner.passes.walk.crossings import entering
+from tp_planner.passes.walk.facts import Origins
+from tp_planner.passes.walk.known import SAME_VALUES, Known
+from tp_planner.passes.walk.notes import Meeting, Notes
+
+
+def enter_tensors_read_with_shards(known: Known, notes: Notes) -> None:
+    """Place the boundaries of all that sharded ops read, and of variables that only other ops read."""
+    sources = _Sources(known.graph)
+    for (call, tensor), meeting in notes.meetings.items():
+        info = known.graph.tensors[tensor]
+        if info.variable is not None:
+            _use_with_shards(call, tensor, info.variable, meeting.origins, known, notes)
+        elif "float" in info.dtype:
+            _enter(call, tensor, meeting, sources, known, notes)
+    for call, tensor in notes.read_whole:
+        variable = known.graph.tensors[tensor].variable
+        if variable is not None and (call, tensor) not in notes.meetings:
+            notes.use(call, variable, WHOLE, WHOLE)
+    _use_shards(known, notes)
+
+
+def _use_with_shards(call: int, tensor: int, variable: str, origins: Origins, known: Known, notes: Notes) -> None:
+    """A variable is read whole together with shards; one that is also read without has no one gradient."""
+    if (call, tensor) in notes.read_whole or variable in known.passed_on:
+        layer = known.graph.calls[call].layer
+        reason = f"{layer!r} reads {variable!r} both with sharded and with whole tensors"
+        notes.conflict(origins, reason, in_code=True)
+    else:
+        notes.use(call, variable, WHOLE, Partial())
+
+
+def _use_shards(known: Known, notes: Notes) -> None:
+    """Write down the variables that ops read as shards."""
+    for op in known.graph.ops:
+        if op.id in notes.followed:
+            for tensor in op.inputs:
+                variable = known.graph.tensors[tensor].variable
+                if variable is not None and (placement := known.placement(tensor, op.call)) != WHOLE:
+                    notes.reads[known.read_of(op.call, variable)] = placement
+                    notes.use(op.call, variable, placement, placement)
+
+
+def _enter(call: int, tensor: int, meeting: Meeting, sources: _Sources, known: Known, notes: Notes) -> None:
+    """Let a whole tensor enter at the arguments of the call that reads it with shards, if it can."""
+    info, source = known.graph.tensors[tensor], sources.made_from(call, tensor)
+    positions = [] if call in known.parents else _positions_among_arguments(known.graph, call, source)
+    read_whole = (call, tensor) in notes.read_whole
+    if positions and not read_whole and not {tensor, source} & set(known.graph.calls[call].outputs):
+        if "float" in known.graph.tensors[source].dtype:
+            for position in positions:
+                notes.cross(call, "input", position, source, entering(known.outside(source)))
+    elif not info.requires_grad and tensor not in sources.from_inputs:
+        return
+    elif None not in meeting.at:
+        _enter_functions(tensor, meeting, known, notes)
+    elif info.requires_grad:
+        layer = known.graph.calls[call].layer
+        reason = f"a whole tensor meets a sharded one inside {layer!r}, where no boundary can stand"
+        notes.conflict(meeting.origins, reason, in_code=True)
+    else:
+        notes.input_gradients = False
+
+
+def _positions_among_arguments(graph: ModelGraph, call: int, tensor: int) -> list[int]:
+    return [position for position, given in graph.calls[call].inputs if given == tensor]
+
+
+def _enter_functions(tensor: int, meeting: Meeting, known: Known, notes: Notes) -> None:
+    for function in meeting.at:
+        assert function is not None
+        for position, given in function.inputs:
+            if given == tensor:
+                notes.cross_into(function, position, tensor, entering(known.outside(tensor)))
+
+
+class _Sources:
+    """What tensors are made from."""
+
+    def __init__(self, graph: ModelGraph) -> None:
+        self.from_inputs = _float_tensors_from_inputs(graph)
+        self._makers = {tensor: op for op in graph.ops for tensor in op.outputs}
+        self._readers = Counter((op.call, tensor) for op in graph.ops for tensor in op.inputs)
+
+    def made_from(self, call: int, tensor: int) -> int:
+        """Return the tensor of which ``tensor`` is but another layout, made for it alone in the call's own code."""
+        while (op := self._makers.get(tensor)) is not None and op.call == call and op.name in SAME_VALUES:
+            if len(op.inputs) != 1 or self._readers[call, op.inputs[0]] != 1:
+                break
+            tensor = op.inputs[0]
+        return tensor
+
+
+def _float_tensors_from_inputs(graph: ModelGraph) -> set[int]:
+    """Return the floating-point tensors that depend on the model's inputs through such tensors."""
+    found = {tensor for tensor in graph.inputs if "float" in graph.tensors[tensor].dtype}
+    for op in graph.ops:
+        if any(tensor in found for tensor in op.inputs):
+            found.update(tensor for tensor in op.outputs if "float" in graph.tensors[tensor].dtype)
+    return found

@@ -1,0 +1,116 @@
+"""Facts of a walk: what it is given to close, and what it hands on when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from tp_planner.ir.placement import Placement
+from tp_planner.ir.plan import Boundary, FunctionPlan
+from tp_planner.passes.follow_ops import Followed
+
+LayerMode = tuple[str, str]  # layer name, mode
+VariableRead = tuple[str, str]  # name of the layer in whose call it is read, variable key
+# What a conflict can change: sharding ends where it comes from, at a layer's output or a variable's use, or in all of
+# a layer ("whole"); or a layer whose code writes sizes of whole tensors is given those of shards ("sizes").
+Origin = tuple[Literal["layer", "whole", "sizes"], LayerMode] | tuple[Literal["read"], VariableRead]
+Origins = frozenset[Origin]
+
+
+@dataclass(frozen=True, slots=True)
+class Closings:
+    """Where sharding has to end at its origin: layers whose output is gathered, variables gathered for use.
+
+    ``whole`` are layers that compute on whole tensors only, ``sizes`` those that are given the sizes of shards where
+    their code writes sizes of whole tensors. All with the reason.
+    """
+
+    layers: Mapping[LayerMode, str] = field(default_factory=dict)
+    reads: Mapping[VariableRead, str] = field(default_factory=dict)
+    whole: Mapping[LayerMode, str] = field(default_factory=dict)
+    sizes: Mapping[LayerMode, str] = field(default_factory=dict)
+
+    def closing(self, origin: Origin, reason: str) -> Closings:
+        match origin:
+            case "layer", key:
+                return replace(self, layers={key: reason, **self.layers})
+            case "whole", key:
+                return replace(self, whole={key: reason, **self.whole})
+            case "sizes", key:
+                return replace(self, sizes={key: reason, **self.sizes})
+            case _, key:
+                return replace(self, reads={key: reason, **self.reads})
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """A place where tensors from ``origins`` cannot stay sharded.
+
+    ``in_code``: it is in the code of a layer, where a boundary at a torch function may help.
+    """
+
+    origins: Origins
+    reason: str
+    in_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """One boundary of one call: where it stands, and the variable whose use it is, if it is one's."""
+
+    call: int
+    place: Literal["input", "variable", "output"]
+    position: int
+    variable: str | None
+    boundary: Boundary
+
+
+@dataclass(frozen=True, slots=True)
+class CallRecord:
+    """How one call of one layer is computed."""
+
+    call: int
+    sharded_inputs: tuple[tuple[int, Placement], ...] = ()
+    output_placement: Placement | None = None
+    epilogue: Literal["", "activation", "bias+activation"] = ""
+    reason: str = ""
+    dropout_order: tuple[int, ...] = ()  # dims of a dropout's whole input, outermost in memory first
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """What one walk over the graph found.
+
+    ``placements`` has the tensors that were made of shards, and ``origins`` where those shards come from. All others
+    are whole, but for variables (``reads``).
+    """
+
+    placements: Mapping[int, Placement]
+    origins: Mapping[int, Origins]
+    conflicts: tuple[Conflict, ...]
+    boundaries: tuple[Placed, ...]
+    records: Mapping[int, CallRecord]  # by call
+    functions: Mapping[int, tuple[FunctionPlan, ...]]  # by call, in order
+    function_origins: Mapping[int, Origins]  # of the shards they meet, by call
+    followed: Mapping[int, Followed]  # by op
+    cut_for: Mapping[tuple[int, int], Placement]  # (op, whole tensor): read as this
+    reads: Mapping[VariableRead, Placement]  # of variables that ops read sharded
+    writes_sizes: frozenset[LayerMode]  # layers that could be given the sizes of shards
+    skipped_ops: frozenset[int]  # of calls that are one step
+    regions_leave_blocks: bool  # a region reaches out of a block that others repeat
+    input_gradients: bool  # whether gradients with respect to the model's inputs are right
+
+
+def changes_of(functions: Sequence[FunctionPlan]) -> list[Any]:
+    """Return what changes at functions, without names and shapes of tensors."""
+    return [
+        (
+            function.name,
+            function.number,
+            [(position, boundary.forward, boundary.backward) for position, boundary in function.inputs],
+            function.output and (function.output.forward, function.output.backward),
+            function.sizes,
+        )
+        for function in functions
+    ]
