@@ -17,7 +17,7 @@ from tests.models import CASES
 from tests.workers import WorkerPool, layout_map
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.ir.mesh import Mesh, parse_mesh
-from tp_planner.ir.plan import Plan
+from tp_planner.readable_plan import Plan
 from tp_planner.storage.variables import ParallelVariable
 from tp_planner.training.model import applied_to
 

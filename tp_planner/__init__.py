@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from tp_planner.ir.contract import Recording
     from tp_planner.ir.errors import ContractError, ParallelRuntimeError, PlanError, TpPlannerError
     from tp_planner.ir.finding import Finding
-    from tp_planner.ir.plan import Plan
     from tp_planner.keras_distribution.install import disable_keras_distribution, enable_keras_distribution
     from tp_planner.linter import lint
+    from tp_planner.readable_plan import Plan
     from tp_planner.training.verify import Verification, verify_model_parallel
 
 __version__ = "0.1.0"
@@ -40,7 +40,7 @@ _HOMES = {
     "ContractError": "tp_planner.ir.errors",
     "Finding": "tp_planner.ir.finding",
     "ParallelRuntimeError": "tp_planner.ir.errors",
-    "Plan": "tp_planner.ir.plan",
+    "Plan": "tp_planner.readable_plan",
     "PlanError": "tp_planner.ir.errors",
     "Recording": "tp_planner.ir.contract",
     "TpPlannerError": "tp_planner.ir.errors",

@@ -19,12 +19,12 @@ from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import Layout
 from tp_planner.ir.mesh import Mesh
-from tp_planner.ir.plan import Plan
 from tp_planner.job.process_group import job_axes, require_process_group, this_device
 from tp_planner.job.random_state import share_random_state
 from tp_planner.job.rendezvous import exchange, meet
 from tp_planner.layers.apply import apply_layers, gathered_value, scatter_from_rank_zero
 from tp_planner.planner import make_plan
+from tp_planner.readable_plan import Plan
 from tp_planner.storage.log import log_sharding, logger
 from tp_planner.training.checking import Recorder, check_first_step, recording
 from tp_planner.training.model import applied_to, let_go, take_over

@@ -22,7 +22,7 @@ from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.graph import LayerInfo, ModelGraph, VariableInfo
 from tp_planner.ir.layout import Layout
 from tp_planner.ir.placement import local_shape
-from tp_planner.ir.plan import LayerPlan, Plan, VariablePlan
+from tp_planner.ir.plan import LayerPlan, VariablePlan
 from tp_planner.ir.step import NO_STEP
 from tp_planner.job.axes import Axes
 from tp_planner.job.process_group import planning_axes
@@ -34,6 +34,7 @@ from tp_planner.passes.note_own_state import note_own_state
 from tp_planner.passes.place_boundaries import close, place_boundaries, write_layer_plans
 from tp_planner.passes.resolve_rules import Resolution, resolve_rules
 from tp_planner.progress import stage
+from tp_planner.readable_plan import Plan
 
 
 def make_plan(

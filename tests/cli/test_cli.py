@@ -21,8 +21,8 @@ from tp_planner.cli import app
 from tp_planner.frontend.layout_file import find_layout_file, read_layout_file
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh, parse_mesh
-from tp_planner.ir.plan import Plan
 from tp_planner.planner import make_plan
+from tp_planner.readable_plan import Plan
 from tp_planner.report.names import fold_names, without_numbers_of
 from tp_planner.report.rows import layer_rows
 from tp_planner.report.terminal import plan_to_renderable

@@ -16,8 +16,8 @@ from tests.models import building, randomize
 from tests.workers import Pools, layout_map
 from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.errors import PlanError
-from tp_planner.ir.plan import Plan
 from tp_planner.ir.step import Memory, Step
+from tp_planner.readable_plan import Plan
 
 layers, losses = keras.layers, keras.losses
 CLASSES = 512

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -14,8 +15,8 @@ import tp_planner
 from tests.models import CASES
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
-from tp_planner.ir.plan import Plan
 from tp_planner.planner import make_plan
+from tp_planner.readable_plan import Plan
 
 
 def plan_case(name: str, parts: int = 2) -> Plan:
@@ -47,6 +48,14 @@ def test_json_there_and_back(name: str, parts: int) -> None:
     plan = plan_case(name, parts)
     assert Plan.from_json(plan.to_json()) == plan
     assert Plan.from_json(plan.to_json()).hash == plan.hash
+
+
+def test_a_plan_that_is_read_or_changed_can_be_written() -> None:
+    """It is a plan as users hold it, like that which was made; two of one content are equal."""
+    plan = plan_case("gpt")
+    for other in (Plan.from_json(plan.to_json()), replace(plan)):
+        assert (type(other), other) == (tp_planner.Plan, plan)
+        assert (other.to_json(), str(other)) == (plan.to_json(), str(plan))
 
 
 def test_every_process_writes_the_same_bytes() -> None:

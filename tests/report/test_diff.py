@@ -18,10 +18,10 @@ from tests import models
 from tp_planner.cli import app
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import parse_mesh
-from tp_planner.ir.plan import Plan
 from tp_planner.ir.step import Memory, MemoryUse, Step, Work
 from tp_planner.passes.compare_plans import compare_plans
 from tp_planner.planner import make_plan
+from tp_planner.readable_plan import Plan
 from tp_planner.report.amounts import bytes_text, count_text
 from tp_planner.report.diff import difference_sections
 from tp_planner.report.sections import sections_to_renderable, sections_to_text

@@ -21,9 +21,9 @@ from tests.models import CASES
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.placement import Placement, Replicate, Shard
-from tp_planner.ir.plan import Plan
 from tp_planner.ir.step import NO_STEP, Collective, Memory, MemoryUse, Step
 from tp_planner.planner import make_plan
+from tp_planner.readable_plan import Plan
 from tp_planner.report.drawing import draw_tensor
 from tp_planner.report.html import plan_to_html
 from tp_planner.report.markup import element
@@ -383,7 +383,7 @@ def test_equal_plans_give_equal_pages(tmp_path: Path) -> None:
     plan = replace(plan_case("llama", 4), step=KNOWN)
     (tmp_path / "plan.json").write_text(plan.to_json(), encoding="utf-8")
     script = (
-        "import sys; from tp_planner.ir.plan import Plan; from tp_planner.report.html import plan_to_html\n"
+        "import sys; from tp_planner import Plan; from tp_planner.report.html import plan_to_html\n"
         "sys.stdout.buffer.write(plan_to_html(Plan.from_json(open('plan.json').read())).encode())"
     )
     root = str(Path(__file__).resolve().parents[2])

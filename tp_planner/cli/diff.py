@@ -12,7 +12,7 @@ from tp_planner.cli.app import BatchOption, InputOption, LossOption, OptimizerOp
 from tp_planner.cli.load import load_layout, load_loss, load_model_and_inputs, load_optimizer
 
 if TYPE_CHECKING:
-    from tp_planner.ir.plan import Plan
+    from tp_planner.readable_plan import Plan
 
 
 @app.command("diff")
@@ -73,7 +73,7 @@ def _plan(
 
 def _read(path: Path) -> Plan:
     from tp_planner.ir.errors import PlanError
-    from tp_planner.ir.plan import Plan
+    from tp_planner.readable_plan import Plan
 
     try:
         return Plan.from_json(path.read_text(encoding="utf-8"))

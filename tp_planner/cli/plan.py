@@ -23,7 +23,7 @@ from tp_planner.cli.load import load_layout, load_loss, load_model_and_inputs, l
 
 if TYPE_CHECKING:
     from tp_planner.ir.hardware import Hardware
-    from tp_planner.ir.plan import Plan
+    from tp_planner.readable_plan import Plan
 
 
 @app.command("plan")

@@ -1,9 +1,7 @@
-"""The plan: every decision about a model as plain, frozen data with a stable JSON form."""
+"""The plan: every decision about a model as plain, frozen data."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -170,7 +168,7 @@ class RuleReport:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All decisions for one model, layout and mesh.
+    """All decisions for one model, layout and mesh. What users hold of it prints and writes itself: ``readable_plan``.
 
     ``fingerprint`` identifies the model the plan was made for: its variables (path, shape, dtype) and
     layers, in order. ``inputs`` are the shapes and dtypes that one replica of the model was traced with.
@@ -203,11 +201,6 @@ class Plan:
         """Number of copies of the model, each of which sees its own share of the batch."""
         return self.mesh.replicas
 
-    @property
-    def hash(self) -> str:
-        """SHA-256 of the JSON form; equal on all ranks that made the same decisions."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
-
     def check(self, recorded: Recording) -> None:
         """Compare the plan's collectives with those of a training step that ran.
 
@@ -230,24 +223,3 @@ class Plan:
             ran = tuple(each for each in ran if each.phase != "update")
         unequal = {each.key for each in self.variables if not divides(each.shape, each.placement, self.axis_size)}
         check_contract(self.inputs, planned, Recording(recorded.inputs, ran), unequal)
-
-    def to_json(self) -> str:
-        """Return the plan as JSON text: sorted keys, versioned, byte-identical for equal plans."""
-        from tp_planner.ir.plan_json import encode_plan
-
-        return json.dumps(encode_plan(self), indent=1, sort_keys=True) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """Return the plan that ``to_json`` wrote.
-
-        Raises PlanError for text that is not a plan, or a plan of another format version.
-        """
-        from tp_planner.ir.plan_json import decode_plan
-
-        return decode_plan(text)
-
-    def __str__(self) -> str:
-        from tp_planner.report.text import plan_to_text
-
-        return plan_to_text(self)

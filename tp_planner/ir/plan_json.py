@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -25,8 +26,21 @@ from tp_planner.ir.step import Collective, decode_step, encode_step
 FORMAT_VERSION = 4
 
 
-def decode_plan(text: str) -> Plan:
-    """Return the plan in a JSON text; see ``Plan.from_json``."""
+def plan_to_json(plan: Plan) -> str:
+    """Return the plan as JSON text: sorted keys, versioned, byte-identical for equal plans."""
+    return json.dumps(_encode_plan(plan), indent=1, sort_keys=True) + "\n"
+
+
+def plan_hash(plan: Plan) -> str:
+    """Return the SHA-256 of the JSON text; equal on all ranks that made the same decisions."""
+    return hashlib.sha256(plan_to_json(plan).encode()).hexdigest()
+
+
+def plan_from_json(text: str) -> Plan:
+    """Return the plan that ``plan_to_json`` wrote.
+
+    Raises PlanError for text that is not a plan, or a plan of another format version.
+    """
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
@@ -183,8 +197,7 @@ def _decode_layer(data: Mapping[str, Any]) -> LayerPlan:
 _COLLECTIVE_FIELDS = ("kind", "axis", "group_size", "bytes", "layer", "place", "phase", "reason", "cause")
 
 
-def encode_plan(plan: Plan) -> dict[str, Any]:
-    """Return the plan as JSON data; see ``Plan.to_json``."""
+def _encode_plan(plan: Plan) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "model": plan.model,

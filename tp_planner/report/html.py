@@ -17,6 +17,7 @@ from itertools import groupby
 from tp_planner.ir.figures import figures_of, local_bytes, whole_bytes
 from tp_planner.ir.placement import Placement, Shape, local_shape
 from tp_planner.ir.plan import Plan, RuleReport
+from tp_planner.ir.plan_json import plan_hash
 from tp_planner.ir.step import Collective, MemoryUse
 from tp_planner.report.amounts import bytes_text
 from tp_planner.report.html_tree import kind_text, model_tree, searched_text, shape_text
@@ -73,7 +74,7 @@ def _header(plan: Plan) -> Markup:
         "traced with": ", ".join(f"{shape_text(shape)} {dtype}" for shape, dtype in plan.inputs) or "no inputs",
         "optimizer": plan.step.optimizer or "none named",
         "loss": plan.step.loss or "none named",
-        "plan": plan.hash[:12],
+        "plan": plan_hash(plan)[:12],
     }
     listed = [element("div", element("dt", name), element("dd", value)) for name, value in facts.items()]
     return element("header", element("p", "tensor-parallel plan"), element("h1", plan.model), element("dl", *listed))
