@@ -43,6 +43,9 @@ GRACE_S = 5.0  # for the other ranks, once one has failed
 STOP_S = 10.0  # for a process to end by itself
 
 
+Start = Callable[[dist.Store, int, int], None]
+
+
 class RankTraceback(Exception):
     """What happened on the ranks, as text; the cause of an error that ``WorkerPool.run`` raises."""
 
@@ -86,10 +89,11 @@ class WorkerPool:
     Args:
         size: number of ranks.
         timeout_s: how long one run may take before it is cut off.
+        start: makes the process group of a worker, from the store, its rank and the number of ranks.
     """
 
-    def __init__(self, size: int, timeout_s: float = TIMEOUT_S) -> None:
-        self.size, self.timeout_s = size, timeout_s
+    def __init__(self, size: int, timeout_s: float = TIMEOUT_S, start: Start | None = None) -> None:
+        self.size, self.timeout_s, self.start = size, timeout_s, start or start_gloo
         self._ranks: list[Rank] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._store: dist.TCPStore | None = None
@@ -131,7 +135,8 @@ class WorkerPool:
             here, there = spawn.Pipe()
             dump = Path(self._folder.name) / f"rank_{number}.txt"
             dump.touch()
-            process = spawn.Process(target=_work, args=(number, self.size, self._store.port, there, dump), daemon=True)
+            args = (number, self.size, self._store.port, there, dump, self.start)
+            process = spawn.Process(target=_work, args=args, daemon=True)
             with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):  # gloo ranks compute on the CPU
                 process.start()
             there.close()
@@ -199,11 +204,15 @@ Pools = Callable[[int], WorkerPool]  # the pool of a number of processes
 # In the worker process
 
 
-def _work(rank: int, size: int, port: int, pipe: Connection, dump: Path) -> None:
+def start_gloo(store: dist.Store, rank: int, size: int) -> None:
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+
+
+def _work(rank: int, size: int, port: int, pipe: Connection, dump: Path, start: Start) -> None:
     with dump.open("w") as stacks:
         faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+        start(store, rank, size)
         _let_plain_models_train_alone()
         patched = _what_tests_patch()
         _spare_the_collector()
