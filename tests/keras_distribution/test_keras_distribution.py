@@ -69,6 +69,20 @@ def test_importing_changes_nothing_and_disabling_undoes_everything() -> None:
     assert [dict(vars(place)) for place in places] == before
 
 
+def test_enabling_that_fails_midway_leaves_keras_as_it_was() -> None:
+    tp_planner.disable_keras_distribution()
+    places = keras.Model, keras_backend.torch.Variable, keras_backend
+    before = [dict(vars(place)) for place in places]
+    with (
+        mock.patch.object(install.logs, "deciding_alike", side_effect=ValueError("not this version")),
+        pytest.raises(ValueError, match=r"^not this version$"),
+    ):
+        tp_planner.enable_keras_distribution()
+    assert [dict(vars(place)) for place in places] == before
+    tp_planner.enable_keras_distribution()
+    assert keras_backend.distribution_lib is backend
+
+
 def test_a_newer_keras_with_a_library_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
     tp_planner.disable_keras_distribution()
     own = KERAS_OWN or SimpleNamespace()

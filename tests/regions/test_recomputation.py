@@ -53,7 +53,7 @@ def by_name(function: Callable[..., Any], x: Any) -> Any:
     if not isinstance(x, torch.Tensor):
         return function(x)
     checkpoint = torch.utils.checkpoint.checkpoint
-    plain = checkpoint.__wrapped__ if hasattr(checkpoint, "follows") else checkpoint
+    plain = checkpoint.__wrapped__ if hasattr(checkpoint, "wrapped_for_good") else checkpoint
     return plain(function, x, use_reentrant=False)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
-from unittest import mock
 
 import keras
 import torch
@@ -28,6 +27,7 @@ from tp_planner.ir.plan import Plan
 from tp_planner.job.axes import Axes
 from tp_planner.layers.apply import applied_for_simulation
 from tp_planner.passes.walk.facts import Conflict, Origins, Walk
+from tp_planner.patches import replaced
 from tp_planner.regions.calls import running
 
 # Ops that change no value. What a chain of them does is determined by the shapes at its ends, which are compared.
@@ -78,8 +78,9 @@ def _compare_run(
 ) -> list[Conflict]:
     failure: Exception | None = None
     functions = None if graph.functions is None else FunctionRecorder(recorder)
+    paused = replaced(running, "converting", recorder.paused, "what boundaries do is not the layers' own")
     try:
-        with functions or contextlib.nullcontext(), mock.patch.object(running, "converting", recorder.paused):
+        with functions or contextlib.nullcontext(), paused:
             run_recorded(model, arguments, recorder, graph.training)
     except Exception as error:  # the model's own code may raise anything on shapes it does not expect
         failure = error

@@ -12,7 +12,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import keras
 import torch
@@ -27,6 +26,7 @@ from tp_planner.frontend.contractions import call_mode
 from tp_planner.frontend.dispatch import WatchingMode, tensors_in, with_tensors_replaced
 from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.ir.graph import REPEAT, Call, Op, Repeat, TensorInfo, TensorRef
+from tp_planner.patches import wrapped
 
 CONSTANT_SIZE = 64  # how many values of a constant tensor are compared
 
@@ -248,9 +248,8 @@ class Recorder(WatchingMode):
     def watching_layers(self) -> Iterator[None]:
         """Hook every layer of the model; the hooks are gone afterwards, whatever happens."""
         with contextlib.ExitStack() as stack:
-            plain = torch.utils.checkpoint.checkpoint
-            watched = functools.partial(self._checkpoint, plain)
-            stack.enter_context(mock.patch("torch.utils.checkpoint.checkpoint", watched))
+            why = "what runs again in the backward pass is noted"
+            stack.enter_context(wrapped(torch.utils.checkpoint, "checkpoint", self._watching_checkpoint, why))
             repeats = {repeat.block for repeat in (self._known_repeats or {}).values()}
             for name, layer in self._layers.items():
                 if name in self._left_out and name not in repeats:
@@ -317,6 +316,9 @@ class Recorder(WatchingMode):
             return activation(x, *args, **kwargs)
 
         return watched
+
+    def _watching_checkpoint(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(self._checkpoint, plain)
 
     def _checkpoint(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._recomputable += 1

@@ -10,10 +10,10 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
-from unittest import mock
 
 import keras
 import torch
+from keras.src.backend.torch import random as keras_random
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_flatten
 
@@ -27,6 +27,7 @@ from tp_planner.frontend.recorder import BlockNotAlone, CapturedVariable, Record
 from tp_planner.frontend.survey import survey
 from tp_planner.ir.errors import PlanError, in_one_line
 from tp_planner.ir.graph import LayerInfo, ModelGraph, VariableInfo
+from tp_planner.patches import replaced
 
 BATCH_SIZE = 2  # size given to an open batch dim
 OPEN_DIM = 16  # size given to any other open dim
@@ -138,10 +139,10 @@ def require_built(model: Any) -> None:
 @contextlib.contextmanager
 def fake_tensors() -> Iterator[None]:
     """Run Keras on fake CPU tensors: no arithmetic, no memory, no random numbers drawn."""
-    no_generator = mock.patch("keras.src.backend.torch.random.torch_seed_generator", lambda seed: None)
+    no_generator = replaced(keras_random, "torch_seed_generator", lambda seed: None, "fake tensors draw nothing")
     # Fake views then work out strides by arithmetic, not by the walk over prims that symbolic shapes need.
     plain_views = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    no_values = mock.patch.object(core, "cond", _cond_without_values)
+    no_values = replaced(core, "cond", _cond_without_values, "fake tensors have no values")
     with contextlib.ExitStack() as stack:
         for context in (keras.device("cpu"), no_generator, no_values, quiet_torch(), torch.enable_grad(), plain_views):
             stack.enter_context(context)
@@ -155,7 +156,7 @@ _cond = core.cond
 @contextlib.contextmanager
 def conditions_need_values() -> Iterator[None]:
     """Inside fake_tensors, a condition on a fake tensor fails, as on any tensor without a value."""
-    with mock.patch.object(core, "cond", _cond):
+    with replaced(core, "cond", _cond, "code that needs a value is refused"):
         yield
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
 
 import keras
 from keras.src import backend as keras_backend
@@ -17,10 +17,11 @@ from keras.src.utils import io_utils
 
 from tp_planner.ir.errors import PlanError
 from tp_planner.keras_distribution import backend, births, data, logs, models
+from tp_planner.patches import Patch, added, replaced, wrapped
 
 logger = logging.getLogger("tp_planner")
 
-_undo: list[Callable[[], None]] = []
+_installed: list[contextlib.ExitStack] = []  # one, or none
 
 
 def enable_keras_distribution() -> None:
@@ -36,7 +37,7 @@ def enable_keras_distribution() -> None:
             f"Keras runs on the {keras.backend.backend()!r} backend, which has its own distribution library; "
             f"set KERAS_BACKEND=torch before importing keras, or do without tp_planner"
         )
-    if _undo:
+    if _installed:
         return
     if keras_backend.distribution_lib is not None:
         logger.warning(
@@ -44,51 +45,52 @@ def enable_keras_distribution() -> None:
             "tp_planner.disable_keras_distribution()",
             keras.__version__,
         )
-    _undo.append(lambda: keras.distribution.set_distribution(keras.distribution.distribution()))
-    with data.without_distribution():  # whose library ends what it does for it, and later begins again
-        for place in (keras_backend, distribution_lib, torch_backend):
-            _replace(place, "distribution_lib", backend)
-    if hasattr(torch_trainer, "ModelParallel"):
-        _keep_keras_from_distributing()
-    _wrap(torch_backend.Variable, "_initialize", births.born_with_value)
-    _wrap(torch_backend.Variable, "_initialize_with_initializer", births.born_with_initializer)
-    _wrap(keras.Model, "_maybe_build", models.planned_when_built)
-    _wrap(keras.Model, "_symbolic_build", models.checked_before_training)
-    _wrap(keras.Model, "save", models.planned_before_saving)
-    _wrap(keras.Model, "save_weights", models.planned_before_saving)
-    for name in ("train_on_batch", "test_on_batch", "predict_on_batch"):
-        _wrap(keras.Model, name, data.sharing_its_batch)
-    _wrap(keras.Model, "make_predict_function", data.predicting_all_rows)
-    for name in ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch"):
-        _wrap(keras.Model, name, models.under_its_distribution)
-    _wrap(data_adapters, "get_data_adapter", data.shared_out)
-    _wrap(CallbackList, "__init__", logs.writing_on_rank_zero)
-    _wrap(CallbackList, "on_epoch_end", logs.deciding_alike)
-    _wrap(CallbackList, "on_train_end", logs.ending_together)
-    _wrap(io_utils, "print_msg", logs.printing_on_rank_zero)
-    _wrap(backup_and_restore, "file_utils", logs.FilesOfRankZero)
-    _wrap(model_checkpoint, "file_utils", logs.FilesOfRankZero)
+    with contextlib.ExitStack() as stack:  # what fails midway is taken back
+        stack.callback(lambda: keras.distribution.set_distribution(keras.distribution.distribution()))
+        with data.without_distribution():  # whose library ends what it does for it, and later begins again
+            for place in (keras_backend, distribution_lib, torch_backend):
+                stack.enter_context(added(place, "distribution_lib", backend, "torch's distribution library is ours"))
+        for patch in _patches():
+            stack.enter_context(patch)
+        _installed.append(stack.pop_all())
 
 
 def disable_keras_distribution() -> None:
     """Undo ``enable_keras_distribution``; models that are sharded stay so."""
-    while _undo:
-        _undo.pop()()
+    while _installed:
+        _installed.pop().close()
 
 
-def _keep_keras_from_distributing() -> None:
+def _patches() -> Iterator[Patch]:
+    if hasattr(torch_trainer, "ModelParallel"):
+        yield from _keeping_keras_from_distributing()
+    born = "variables are stored in shards from the beginning"
+    yield wrapped(torch_backend.Variable, "_initialize", births.born_with_value, born)
+    yield wrapped(torch_backend.Variable, "_initialize_with_initializer", births.born_with_initializer, born)
+    planned = "a model is planned and sharded before it is used"
+    yield wrapped(keras.Model, "_maybe_build", models.planned_when_built, planned)
+    yield wrapped(keras.Model, "_symbolic_build", models.checked_before_training, planned)
+    yield wrapped(keras.Model, "save", models.planned_before_saving, planned)
+    yield wrapped(keras.Model, "save_weights", models.planned_before_saving, planned)
+    shared = "every replica sees its own share of the data"
+    for name in ("train_on_batch", "test_on_batch", "predict_on_batch"):
+        yield wrapped(keras.Model, name, data.sharing_its_batch, shared)
+    yield wrapped(keras.Model, "make_predict_function", data.predicting_all_rows, shared)
+    for name in ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch"):
+        yield wrapped(keras.Model, name, models.under_its_distribution, "data is shared out as the model is")
+    yield wrapped(data_adapters, "get_data_adapter", data.shared_out, shared)
+    alike = "ranks decide alike, and end together"
+    yield wrapped(CallbackList, "__init__", logs.writing_on_rank_zero, "one rank writes")
+    yield wrapped(CallbackList, "on_epoch_end", logs.deciding_alike, alike)
+    yield wrapped(CallbackList, "on_train_end", logs.ending_together, alike)
+    yield wrapped(io_utils, "print_msg", logs.printing_on_rank_zero, "one rank prints")
+    for module in (backup_and_restore, model_checkpoint):
+        yield wrapped(module, "file_utils", logs.FilesOfRankZero, "one rank writes")
+
+
+def _keeping_keras_from_distributing() -> Iterator[Patch]:
     """Keep Keras 3.16 from distributing variables, batches and models: under a distribution it does, library or not."""
-    _replace(torch_backend.Variable, "_initialize_distributed", lambda self, initializer: None)
-    _replace(torch_trainer, "ModelParallel", ())  # no distribution is one of these, so that batches stay as they are
-    _wrap(torch_trainer.Trainer, "_initialize_ddp", models.not_replicated_by_keras)
-
-
-def _wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
-    _replace(owner, name, wrapper(getattr(owner, name)))
-
-
-def _replace(owner: Any, name: str, new: Any) -> None:
-    """Set an attribute; undoing gives back the old one, or removes what was inherited before."""
-    had, old = name in vars(owner), vars(owner).get(name)
-    setattr(owner, name, new)
-    _undo.append(lambda: setattr(owner, name, old) if had else delattr(owner, name))
+    why = "what Keras would distribute by itself is distributed here"
+    yield replaced(torch_backend.Variable, "_initialize_distributed", lambda self, initializer: None, why)
+    yield replaced(torch_trainer, "ModelParallel", (), why)  # no distribution is one of these, so batches stay whole
+    yield wrapped(torch_trainer.Trainer, "_initialize_ddp", models.not_replicated_by_keras, why)

@@ -25,6 +25,7 @@ from keras.src.backend.common.global_state import get_global_attribute, set_glob
 from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tp_planner.patches import wrap_for_good
 from tp_planner.regions.calls import Frame, running
 
 OF_KERAS = ("autocast_scope", "current_call_ctx")  # what Keras knows of the calls that are running, in this thread
@@ -181,9 +182,8 @@ def follow_recomputation() -> None:
 
     Wraps that function and the draws of Keras's seed generators, once; outside such calls they do what they did.
     """
-    if not hasattr(torch.utils.checkpoint.checkpoint, "follows"):
-        torch.utils.checkpoint.checkpoint = _following(torch.utils.checkpoint.checkpoint)
-        keras.random.SeedGenerator.next = _drawing_again(keras.random.SeedGenerator.next)
+    wrap_for_good(torch.utils.checkpoint, "checkpoint", _following, "what runs again does so in its layer calls")
+    wrap_for_good(keras.random.SeedGenerator, "next", _drawing_again, "what runs again draws the same seeds")
 
 
 def _following(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -191,7 +191,6 @@ def _following(plain: Callable[..., Any]) -> Callable[..., Any]:
     def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return plain(_RunsAgain(function) if running.scopes else function, *args, **kwargs)
 
-    checkpoint.follows = True  # type: ignore[attr-defined]
     return checkpoint
 
 

@@ -12,7 +12,6 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from keras.src.backend.torch import random as keras_random
@@ -24,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tp_planner.frontend.dispatch import WatchingMode, tensors_in
 from tp_planner.frontend.functions import function_name
 from tp_planner.frontend.keras_internals import core
+from tp_planner.patches import replaced, wrapped
 from tp_planner.regions.calls import run_at_once, running
 from tp_planner.replay.program import Name, Program, Step, compiled
 from tp_planner.replay.rewrites import rewritten
@@ -58,13 +58,11 @@ class Tape:
 
     def __enter__(self) -> Tape:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch.object(running, "run", self._run_as_step))
+            stack.enter_context(replaced(running, "run", self._run_as_step, "what a plan adds is a step"))
             for module, name in READING_VALUES:
-                as_step = functools.partial(self._run_on_values, getattr(module, name))
-                stack.enter_context(mock.patch.object(module, name, as_step))
+                stack.enter_context(wrapped(module, name, self._on_values, "it looks at values, and is a step"))
             for module, name in SEEDING:
-                refused = functools.partial(self._run_refused, getattr(module, name))
-                stack.enter_context(mock.patch.object(module, name, refused))
+                stack.enter_context(wrapped(module, name, self._refused, "no program may do this"))
             stack.enter_context(self._made)
             stack.enter_context(self._functions)
             self._stack = stack.pop_all()
@@ -105,6 +103,12 @@ class Tape:
         """Whether a value is a tensor that the call has made."""
         return isinstance(value, torch.Tensor) and value in self._made
 
+    def _refused(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(self._run_refused, function)
+
+    def _on_values(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(self._run_on_values, function)
+
     def _run_refused(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.fail("code changes torch's random state")
         return function(*args, **kwargs)
@@ -114,7 +118,7 @@ class Tape:
         return self._run_as_step(function, *_values_of_variables(args), **_values_of_variables(kwargs))
 
     def _run_as_step(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self._looking_away(), mock.patch.object(running, "run", run_at_once):
+        with self._looking_away(), replaced(running, "run", run_at_once, "one step is no more steps"):
             result = function(*args, **kwargs)
             self.add(function, args, kwargs, result)
         return result
@@ -122,7 +126,8 @@ class Tape:
     @contextlib.contextmanager
     def _looking_away(self) -> Iterator[None]:
         """Inside, functions are not written down, and may look at values."""
-        with mock.patch.object(self._functions, "away", True), mock.patch.object(self._made, "away", True):
+        why = "what a step does is not on the tape"
+        with replaced(self._functions, "away", True, why), replaced(self._made, "away", True, why):
             yield
 
     def _name(self, tensor: torch.Tensor) -> Name:

@@ -12,7 +12,6 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-from unittest import mock
 
 import keras
 import torch
@@ -21,6 +20,7 @@ from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.losses import loss as keras_loss
 
 from tp_planner.frontend.keras_internals import convert_to_tensor, get_device
+from tp_planner.patches import replaced
 from tp_planner.regions.calls import METRICS
 from tp_planner.regions.replicas import Replicas, add_in_place, wait
 from tp_planner.storage.log import logger
@@ -46,7 +46,8 @@ def loss_of_share(model: keras.Model, replicas: Replicas) -> Callable[..., Any]:
         batch = {name: call.arguments[name] for name in BATCH_ARGUMENTS if name in call.arguments}
         outputs = [leaf for leaf in keras.tree.flatten(batch.get("y_pred")) if isinstance(leaf, torch.Tensor)]
         samples = replicas.samples if torch.is_grad_enabled() else _rows(batch)
-        with mock.patch.object(keras_loss, "reduce_weighted_values", _reduction(replicas, samples, warn)):
+        of_all = _reduction(replicas, samples, warn)
+        with replaced(keras_loss, "reduce_weighted_values", of_all, "a mean is over the samples of all replicas"):
             if not outputs or outputs[0].numel():
                 return plain(*call.args, **call.kwargs)
             call.arguments.update(keras.tree.map_structure(_row_of_zeros, batch))

@@ -13,6 +13,7 @@ from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.ir.placement import Shard
 from tp_planner.layers.apply import Applied
 from tp_planner.layers.generation import generating_together
+from tp_planner.patches import wrap_for_good
 from tp_planner.regions.calls import Site
 from tp_planner.regions.replicas import Replicas
 from tp_planner.replay.replay import REPLAYED, replaying
@@ -70,8 +71,8 @@ def _keep_from_distributing(model: keras.Model, applied: Applied) -> None:
         return
     model.__dict__["ddp_model"] = None
     _override(model, "_initialize_ddp", lambda: None, applied)
-    if not hasattr(Trainer.get_metrics_result, "keeps_to_its_rank"):
-        Trainer.get_metrics_result = _of_its_rank(Trainer.get_metrics_result)
+    why = "totals of parallel models are added up here, if they have to be"
+    wrap_for_good(Trainer, "get_metrics_result", _of_its_rank, why)
 
 
 def _of_its_rank(plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -79,7 +80,6 @@ def _of_its_rank(plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def get_metrics_result(self: Any) -> Any:
         return super(Trainer, self).get_metrics_result() if applied_to(self) is not None else plain(self)
 
-    get_metrics_result.keeps_to_its_rank = True  # type: ignore[attr-defined]
     return get_metrics_result
 
 

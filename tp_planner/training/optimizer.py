@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from tp_planner.ir.placement import Partial, Replicate
 from tp_planner.ir.plan import Transition
 from tp_planner.job.axes import Axes, Axis
+from tp_planner.patches import wrap_for_good
 from tp_planner.regions.boundaries import change
 from tp_planner.regions.calls import Site, reading_local_values, running, standing_at
 from tp_planner.storage.variables import (
@@ -256,8 +257,7 @@ def adopt_at_first_use() -> None:
     Wraps ``apply`` of Keras's optimizers, once; with plain variables they do what they did.
     """
     for base in (keras.src.optimizers.base_optimizer.BaseOptimizer, keras.optimizers.LossScaleOptimizer):
-        if not hasattr(base.apply, "adopts"):
-            base.apply = _adopting(base.apply)
+        wrap_for_good(base, "apply", _adopting, "sharded variables need an adopted optimizer")
 
 
 def _adopting(plain: Any) -> Any:
@@ -277,7 +277,6 @@ def _adopting(plain: Any) -> Any:
         finally:
             running.updating = False
 
-    apply.adopts = True  # type: ignore[attr-defined]
     return apply
 
 
