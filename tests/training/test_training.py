@@ -24,6 +24,7 @@ STEPS = 4
 
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "sgd": lambda: keras.optimizers.SGD(0.05, momentum=0.9, nesterov=True),
+    "momentum": lambda: keras.optimizers.SGD(0.05, momentum=0.9, weight_decay=0.1),
     "adam": lambda: keras.optimizers.Adam(0.01, epsilon=1e-3, amsgrad=True),
     "adamw": lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1, epsilon=1e-3),
     "rmsprop": lambda: keras.optimizers.RMSprop(0.01, epsilon=1e-3, momentum=0.9, centered=True),

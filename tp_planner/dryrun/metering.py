@@ -22,6 +22,7 @@ from tp_planner.frontend.dispatch import tensors_in
 from tp_planner.ir.step import Collective, Phase
 from tp_planner.ir.step_log import Began, Freed, Kernel, StepLog, StorageKind
 from tp_planner.job.axes import Axes
+from tp_planner.regions.calls import running
 from tp_planner.regions.recording import LOCAL_OPS, CollectiveRecorder
 
 
@@ -115,14 +116,15 @@ class StepMeter(CollectiveRecorder):
         """Log the storages that an op has made, and what it computed.
 
         An op on lists works on all variables at once, so that a variable that stands for several counts so often;
-        any other op is run for each of them, one after the other.
+        any other op is run for each of them, one after the other, as is all of an update that works on one alone.
         """
-        lists = isinstance(args[0] if args else None, list | tuple)
-        weights = [self.stands_for.get(self.storage(leaf), 1) for leaf in inputs]
+        alone = running.updated_alone
+        lists = alone is None and isinstance(args[0] if args else None, list | tuple)
+        weights = [self.stands_for.get(self.storage(leaf), 1) for leaf in (inputs if alone is None else [alone])]
         times = 1 if lists else max(weights, default=1)
         moved = 0
-        for leaf, weight in zip(inputs, weights, strict=True):
-            moved += leaf.numel() * leaf.element_size() * (weight if lists else 1)
+        for position, leaf in enumerate(inputs):
+            moved += leaf.numel() * leaf.element_size() * (weights[position] if lists else 1)
         for position, leaf in enumerate(_tensors(result)):
             if not self.knows(leaf):
                 weight = weights[position] if lists and isinstance(result, list | tuple) else 1

@@ -63,6 +63,7 @@ class _Running(threading.local):
         self.entered: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.values: str = "dtensor"
         self.updating = False  # whether an optimizer applies gradients
+        self.updated_alone: torch.Tensor | None = None  # what an optimizer updates, where that is but one variable
         self.site: Site | None = None  # where the collectives that run now stand in the plan
         self.recomputable = False  # whether the backward pass runs again what runs now, or is at it
         self.looking = False  # whether what is kept for the backward pass is looked at, and not used

@@ -1,8 +1,8 @@
 """Keras optimizers on sharded variables.
 
 An adopted optimizer is the user's own object with a class that mixes in what sharding needs. Its slots are born
-with their variable's placement. Elementwise updates (all of Adam's family, SGD, ...) run on plain local shards;
-any other update runs on the whole value of one variable at a time.
+with their variable's placement. Elementwise updates (all of Adam's family, SGD, ...) run on plain local shards, see
+``updates.py``; any other update runs on the whole value of one variable at a time.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from tp_planner.storage.variables import (
     whole_tensor,
 )
 from tp_planner.training.averaging import averaged
+from tp_planner.training.updates import update_elementwise
 
 SUM_OVER_RANKS = Transition(Partial(), Replicate())
 CLIPPING, LOSS_SCALE = Site("", "gradient clipping"), Site("", "loss scaling")
@@ -88,22 +89,14 @@ class ParallelOptimizer:
     ) -> None:
         update = functools.partial(super()._backend_update_step, learning_rate=learning_rate)  # type: ignore[misc]
         if type(self).__mro__[2] in _elementwise_classes():
-            update(grads, trainable_variables)
+            if in_stateless_scope():
+                update(grads, trainable_variables)
+            else:
+                update_elementwise(self, grads, trainable_variables, learning_rate, update)
             return
         for grad, variable in zip(grads, trainable_variables, strict=True):
             with self._whole_values(variable):
                 update([_whole_gradient(grad, variable)], [variable])
-
-    def _parallel_update_step(
-        self, grads: Sequence[torch.Tensor], variables: Sequence[Any], learning_rate: Any
-    ) -> None:
-        """Update all variables at once; Adam in fewer passes over memory, and with fewer copies, than in Keras."""
-        # float16 is too small for a divisor over a rate.
-        small_range = any(variable._value.dtype == torch.float16 for variable in variables)
-        if isinstance(self, keras.optimizers.Adam) and not (self.amsgrad or small_range or in_stateless_scope()):
-            _update_adam(self, grads, variables, learning_rate)
-        else:
-            super()._parallel_update_step(grads, variables, learning_rate)  # type: ignore[misc]
 
     @contextlib.contextmanager
     def _whole_values(self, variable: Any) -> Iterator[None]:
@@ -164,33 +157,6 @@ class ParallelOptimizer:
         for axis in self._axes_of(self.inner_optimizer._trainable_variables):  # type: ignore[attr-defined]
             not_finite = change(not_finite, SUM_OVER_RANKS, axis, LOSS_SCALE)
         return not_finite.eq(0).reshape(())
-
-
-def _update_adam(
-    optimizer: Any, gradients: Sequence[torch.Tensor], variables: Sequence[Any], learning_rate: Any
-) -> None:
-    """Make Adam's update of local shards, Keras's formula: one tensor of a variable's size is made for each."""
-    places = [optimizer._get_variable_index(variable) for variable in variables]
-    values = [_changed_in_place(variable) for variable in variables]
-    momentums = [_changed_in_place(optimizer._momentums[place]) for place in places]
-    velocities = [_changed_in_place(optimizer._velocities[place]) for place in places]
-    step = keras.ops.cast(optimizer.iterations + 1, values[0].dtype)
-    rate = keras.ops.cast(learning_rate, values[0].dtype)
-    alpha = rate * torch.sqrt(1 - optimizer.beta_2**step) / (1 - optimizer.beta_1**step)
-    gradients = list(gradients)
-    torch._foreach_lerp_(momentums, gradients, 1 - optimizer.beta_1)
-    torch._foreach_mul_(velocities, optimizer.beta_2)
-    torch._foreach_addcmul_(velocities, gradients, gradients, value=1 - optimizer.beta_2)
-    divisors = torch._foreach_sqrt(velocities)
-    torch._foreach_add_(divisors, optimizer.epsilon)
-    torch._foreach_mul_(divisors, 1 / alpha)
-    torch._foreach_addcdiv_(values, momentums, divisors, value=-1)
-
-
-def _changed_in_place(variable: Any) -> torch.Tensor:
-    """Return the tensor that this rank stores; to find a variable's ``value`` takes as long as a small update."""
-    tensor: torch.Tensor = variable._value
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 @functools.cache

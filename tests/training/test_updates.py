@@ -1,0 +1,79 @@
+"""Updates hold next to nothing beyond variables, gradients and slots, and change them as Keras's own code does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import keras
+import pytest
+
+import tp_planner
+from tests.dryrun.test_simulation import Measured, measure
+from tests.training.test_training import OPTIMIZERS, Both, check_equal, train_with
+from tests.workers import Pools
+from tp_planner.training import updates
+
+SLICED = ("rmsprop", "adagrad", "adadelta", "adamax", "nadam", "ftrl", "lion")
+WITHOUT_TEMPORARIES = ("adam", "adamw", "sgd", "momentum")
+
+
+@contextmanager
+def slices_of(size: int) -> Iterator[None]:
+    """Inside, every variable is updated alone, and one of more than ``size`` bytes in slices."""
+    before = updates.SMALL, updates.SLICE_BYTES
+    updates.SMALL, updates.SLICE_BYTES = 0, size
+    try:
+        yield
+    finally:
+        updates.SMALL, updates.SLICE_BYTES = before
+
+
+# On the ranks
+
+
+def train_in_slices() -> dict[str, Both]:
+    with slices_of(100):
+        return {name: train_with(name, False) for name in SLICED}
+
+
+def measure_in_slices() -> Measured:
+    with slices_of(4096):
+        return measure("gpt", "float32", "RMSprop")
+
+
+# In the parent
+
+
+def test_slices_of_variables(pools: Pools) -> None:
+    """Weights and slots after four steps are those of Keras's update, which has all variables at once."""
+    for both in pools(2).run(train_in_slices)[0].values():
+        check_equal(both, 1e-12)
+
+
+def test_slices_in_the_plan(pools: Pools) -> None:
+    """The simulated update of blocks that stand for others is the real one."""
+    for each in pools(2).run(measure_in_slices):
+        assert each.same.memory == each.planned.memory
+        assert each.same.work[-1].ops == each.planned.work[-1].ops
+
+
+@pytest.mark.parametrize("name", [each for each in SLICED if each != "nadam"] + list(WITHOUT_TEMPORARIES))
+def test_memory_of_updates(name: str) -> None:
+    """Of 256 MiB of weights on a rank, no update makes temporaries beyond 64 MiB; the fused ones make none.
+
+    Nadam reads values, so that its update is not simulated.
+    """
+    keras.utils.clear_session()
+    with keras.device("meta"):
+        inputs = keras.Input((4096,))
+        hidden = keras.layers.Dense(16384, use_bias=False, name="up")(inputs)
+        model = keras.Model(inputs, keras.layers.Dense(4096, use_bias=False, name="down")(hidden))
+    mesh = keras.distribution.DeviceMesh((2,), ("model",), ["cpu:0", "cpu:1"])
+    rules = keras.distribution.LayoutMap(mesh)
+    rules["up/kernel"], rules["down/kernel"] = (None, "model"), ("model", None)
+    plan = tp_planner.plan(model, rules, optimizer=OPTIMIZERS[name]())
+    memory = plan.step.memory
+    assert plan.step.whole_update
+    assert memory.largest.parameters == 256 * 2**20
+    assert memory.largest.temporaries < (2**20 if name in WITHOUT_TEMPORARIES else 64 * 2**20)

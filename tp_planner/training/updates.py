@@ -1,0 +1,200 @@
+"""Updates of elementwise optimizers on this rank's shards, with next to no memory beyond their variables and slots.
+
+Adam, and SGD with momentum, are one pass of torch's fused kernels. All others run Keras's own code, on slices of one
+large variable after the other, because it makes several temporaries of a variable's size. Adagrad is among them: Keras
+adds epsilon inside of the root, torch's kernel outside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import torch
+from torch.distributed.tensor import DTensor
+
+from tp_planner.regions.calls import running
+from tp_planner.storage.variables import BackendVariable, ParallelVariable, local_tensor
+
+SLICE_BYTES = 8 * 2**20  # Keras's updates hold seven temporaries of it at most
+SMALL = 2**14  # elements; variables up to here are updated together
+FUSED_DEVICES = ("cpu", "cuda")
+
+Gradients = Sequence[torch.Tensor]
+Update = Callable[[Gradients, Sequence[Any]], None]
+
+
+def update_elementwise(
+    optimizer: Any, gradients: Gradients, variables: Sequence[Any], learning_rate: Any, by_keras: Update
+) -> None:
+    """Update the variables, as Keras's own code ``by_keras`` would update all of them at once.
+
+    Args:
+        optimizer: an elementwise optimizer of Keras.
+        gradients: local gradients.
+        variables: their variables.
+        learning_rate: the rate of this update.
+        by_keras: updates some of the variables, with their gradients.
+    """
+    if isinstance(optimizer, keras.optimizers.SGD) and (optimizer.nesterov or not optimizer.momentum):
+        by_keras(gradients, variables)  # which makes no temporaries
+        return
+    fused = _FUSED.get(next((base for base in _FUSED if isinstance(optimizer, base)), None))
+    names = _names_of_slots(optimizer)
+    groups: dict[Any, list[_Part]] = defaultdict(list)
+    for gradient, variable in zip(gradients, variables, strict=True):
+        index = optimizer._get_variable_index(variable)
+        slots = {name: slot for name in names if (slot := getattr(optimizer, name)[index]) is not None}
+        part = _Part(variable, slots, gradient)
+        groups[part.kind if fused and part.fits_a_kernel else None].append(part)
+    others = groups.pop(None, [])
+    for parts in groups.values():
+        assert fused is not None
+        with torch.no_grad():
+            fused(optimizer, parts, learning_rate)
+    _update_in_slices(optimizer, others, by_keras)
+
+
+class _Part:
+    """What one variable's update takes: the variable, its slots by the names of the optimizer's lists, its gradient."""
+
+    def __init__(self, variable: Any, slots: dict[str, Any], gradient: torch.Tensor) -> None:
+        self.variable, self.slots, self.gradient = variable, slots, gradient
+        self.value = _changed_in_place(variable)
+
+    @property
+    def kind(self) -> tuple[torch.device, torch.dtype]:
+        return self.value.device, self.value.dtype
+
+    @property
+    def fits_a_kernel(self) -> bool:
+        """Whether all tensors are alike: kernels do not ask, and go through memory."""
+        tensors = [self.gradient, *map(_changed_in_place, self.slots.values())]
+        alike = all((each.device, each.dtype) == self.kind and each.is_contiguous() for each in tensors)
+        return alike and self.value.is_contiguous() and self.value.device.type in FUSED_DEVICES
+
+    def slot(self, name: str) -> torch.Tensor:
+        return _changed_in_place(self.slots[name])
+
+
+def _names_of_slots(optimizer: Any) -> list[str]:
+    """Return the names of the optimizer's lists of slots, which have one entry, or None, for each variable."""
+    lists = {name: each for name, each in vars(optimizer).items() if isinstance(each, list)}
+    return [name for name, each in lists.items() if _are_slots(each, optimizer._trainable_variables)]
+
+
+def _are_slots(candidates: list[Any], variables: list[Any]) -> bool:
+    if len(candidates) != len(variables):
+        return False
+    first = next((pair for pair in zip(candidates, variables, strict=True) if pair[0] is not None), None)
+    if first is None or first[0] is first[1]:
+        return False
+    return isinstance(first[0], BackendVariable) and tuple(first[0].shape) == tuple(first[1].shape)
+
+
+def _changed_in_place(variable: Any) -> torch.Tensor:
+    """Return the tensor that this rank stores; to find a variable's ``value`` takes as long as a small update."""
+    tensor: torch.Tensor = variable._value
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _fused_adam(optimizer: Any, parts: Sequence[_Part], learning_rate: Any) -> None:
+    """Make Adam's update by Keras's formula, in which epsilon is added to a root that is not corrected for bias.
+
+    So the kernel corrects nothing: its step is infinite, and all corrections are in the rate. That stays on the device,
+    but where a kernel would read it as float32.
+    """
+    value = parts[0].value
+    step = keras.ops.cast(optimizer.iterations + 1, value.dtype)
+    rate = keras.ops.cast(learning_rate, value.dtype)
+    rate = rate * torch.sqrt(1 - optimizer.beta_2**step) / (1 - optimizer.beta_1**step)
+    if value.is_cuda:
+        rate = rate.item() if value.dtype == torch.float64 else rate.float()
+    infinite = torch.full((), torch.inf, device=value.device)
+    torch._fused_adam_(
+        [each.value for each in parts],
+        [each.gradient for each in parts],
+        [each.slot("_momentums") for each in parts],
+        [each.slot("_velocities") for each in parts],
+        [each.slot("_velocity_hats") for each in parts] if optimizer.amsgrad else [],
+        [infinite] * len(parts),
+        lr=rate,
+        beta1=optimizer.beta_1,
+        beta2=optimizer.beta_2,
+        weight_decay=0.0,
+        eps=optimizer.epsilon,
+        amsgrad=optimizer.amsgrad,
+        maximize=False,
+    )
+
+
+def _fused_sgd(optimizer: Any, parts: Sequence[_Part], learning_rate: Any) -> None:
+    """Make the update of SGD with momentum; Keras's momentums have the rate in them, and are added as they are."""
+    torch._fused_sgd_(
+        [each.value for each in parts],
+        [each.gradient for each in parts],
+        [each.slot("momentums") for each in parts],
+        lr=-1.0,
+        momentum=optimizer.momentum,
+        dampening=1.0 + float(keras.ops.convert_to_tensor(learning_rate)),
+        weight_decay=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+    )
+
+
+_FUSED: dict[Any, Callable[[Any, Sequence[_Part], Any], None]] = {
+    keras.optimizers.Adam: _fused_adam,
+    keras.optimizers.SGD: _fused_sgd,
+}
+
+
+def _update_in_slices(optimizer: Any, parts: Sequence[_Part], by_keras: Update) -> None:
+    product: Any = getattr(optimizer, "_u_product", None)  # of Nadam, which multiplies it in each of its calls
+    before = None if product is None else product.value.clone()
+    small = [each for each in parts if each.value.numel() <= SMALL]
+    if small:
+        by_keras([each.gradient for each in small], [each.variable for each in small])
+    for part in parts:
+        if part.value.numel() > SMALL:
+            with _alone(part.value):
+                for gradient in _slices(part):
+                    if before is not None:
+                        product.assign(before)
+                    by_keras([gradient], [part.variable])
+
+
+@contextlib.contextmanager
+def _alone(tensor: torch.Tensor) -> Iterator[None]:
+    """Inside, an update works on this variable alone."""
+    running.updated_alone = tensor
+    try:
+        yield
+    finally:
+        running.updated_alone = None
+
+
+def _slices(part: _Part) -> Iterator[torch.Tensor]:
+    """Yield slices of the gradient; meanwhile the variable and its slots are slices too, as vectors."""
+    length = SLICE_BYTES // part.value.element_size()
+    changed = [part.variable, *part.slots.values()]
+    tensors = [local_tensor(each) for each in changed]
+    if part.value.numel() <= length or not all(each.is_contiguous() for each in tensors):
+        yield part.gradient
+        return
+    kept = [(each._value, each._shape) for each in changed]
+    gradient, vectors = part.gradient.reshape(-1), [each.view(-1) for each in tensors]
+    try:
+        for start in range(0, len(gradient), length):
+            for each, vector in zip(changed, vectors, strict=True):
+                each._value = vector[start : start + length]
+                if not isinstance(each, ParallelVariable):  # which takes what is as long as its shard
+                    each._shape = tuple(each._value.shape)
+            yield gradient[start : start + length]
+    finally:
+        for each, (value, shape) in zip(changed, kept, strict=True):
+            each._value, each._shape = value, shape
