@@ -357,6 +357,19 @@ MISTAKES: dict[str, tuple[Callable[[], keras.Model], Rules, str, Told]] = {
         [
             (
                 "warning",
+                "one-rank",
+                "axis 'model' of mesh (batch=2, model=1) has one rank: layers are not split, the batch is over "
+                "'batch'; give 'model' the size that the layout is for",
+            ),
+        ],
+    ),
+    "ranks on an axis that no rule names where rules name none": (
+        mlp,
+        {pattern: tuple(None for _ in axes) for pattern, axes in MLP.items()},
+        "batch=2,model=1",
+        [
+            (
+                "warning",
                 "nothing-sharded",
                 "no layout rule shards a variable over 'batch', the axis of mesh (batch=2, model=1) that has 2 "
                 "ranks: each of them stores and computes the whole model; name 'batch' in the rules, or give the "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, Literal
 
 import keras
@@ -49,7 +48,8 @@ def plan(
         optimizer: makes the update of the simulated training step: a Keras optimizer, or the name of one. By
             default the one that the model is compiled with, if it is.
         batch_axis: the mesh axis over which the batch is split; across it lie replicas of the model, each of which
-            sees its own share. By default the mesh's first axis if two are larger than 1; else there is none.
+            sees its own share. By default the axis called "batch", or the one that no rule names, or the first, if two
+            are larger than 1. If one is, it is the batch's where rules name others; else there is none.
         loss: the loss of the simulated training step, as for ``Model.compile``. By default that of Keras which the
             model is compiled with; without one the sum of the outputs stands for it, and takes less memory.
 
@@ -67,8 +67,7 @@ def plan(
 
 def read_layout(layout_map: Any, batch_axis: str | None) -> Layout:
     """Return the rules of a LayoutMap on its mesh, with the batch split over ``batch_axis`` where it is named."""
-    layout = read_layout_map(layout_map)
-    return replace(layout, mesh=layout.mesh.across(batch_axis))
+    return read_layout_map(layout_map).across(batch_axis)
 
 
 def parallelize(
@@ -109,8 +108,8 @@ def parallelize(
     require_process_group(layout.mesh.size, devices)
     _agree_on_mesh(layout.mesh)
     axes = job_axes(layout.mesh)
-    if inputs is not None and layout.mesh.replicas > 1:
-        inputs = _as_on_rank_zero(inputs)
+    if inputs is not None:
+        inputs = _as_on_rank_zero(inputs, layout.mesh)
     chosen = _agree(lambda: _choose(model, layout, inputs))
     share_random_state()
     applied = apply_layers(model, chosen, axes, scatter_from_rank_zero(this_device(), chosen.mesh))
@@ -217,15 +216,37 @@ def _agree_on_mesh(mesh: Mesh) -> None:
         raise PlanError(f"ranks have different meshes ({meshes}); give all of them the same")
 
 
-def _as_on_rank_zero(inputs: Any) -> Any:
-    """Return the inputs as rank 0 has them, for which all ranks plan: replicas may have shares of different sizes."""
+def _as_on_rank_zero(inputs: Any, mesh: Mesh) -> Any:
+    """Return the inputs as rank 0 has them, for which all ranks plan: replicas may have shares of different sizes.
+
+    Raises PlanError on all ranks if two of one replica have different inputs.
+    """
     arguments = CallArguments.of(inputs)
     mine = [[list(leaf.shape), keras.backend.standardize_dtype(leaf.dtype)] for leaf in arguments.tensors]
-    first = json.loads(exchange("the inputs of tp_planner.parallelize", json.dumps(mine))[0])
+    all_specs = [json.loads(text) for text in exchange("the inputs of tp_planner.parallelize", json.dumps(mine))]
+    _require_alike_in_replicas(all_specs, mesh)
+    first = all_specs[0]
     if len(first) != len(mine):
         return inputs  # ranks will make different plans, and hear of it
     specs = iter([keras.InputSpec(shape=tuple(shape), dtype=dtype) for shape, dtype in first])
     return arguments.map(lambda leaf: next(specs))
+
+
+def _require_alike_in_replicas(all_specs: list[Any], mesh: Mesh) -> None:
+    firsts: dict[int, int] = {}  # the first rank of each replica
+    for rank, specs in enumerate(all_specs):
+        replica = 0 if mesh.batch_axis is None else mesh.coordinate(rank, mesh.batch_axis)
+        first = firsts.setdefault(replica, rank)
+        if specs != all_specs[first]:
+            words = "; ".join(f"rank {each}: {_words(all_specs[each])}" for each in (first, rank))
+            raise PlanError(
+                f"ranks {first} and {rank} hold parts of one replica and were given different inputs ({words}); "
+                f"give all ranks of a replica the same data"
+            )
+
+
+def _words(specs: list[Any]) -> str:
+    return ", ".join(f"{tuple(shape)} {dtype}" for shape, dtype in specs)
 
 
 def _agree(choose: Callable[[], Plan]) -> Plan:

@@ -57,7 +57,7 @@ def make_plan(
         PlanError: with everything that is wrong with the model, the mesh or the rules.
     """
     require_built(model)
-    layout = replace(layout, mesh=layout.mesh.across(layout.mesh.batch_axis))
+    layout = layout.across(layout.mesh.batch_axis)
     with naming_once(model), without_collector(), no_fakes_left(model):
         layers, variables = survey(model)
         resolution = resolve_rules(layout, variables, {name: layer.path for name, layer in layers.items()})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tp_planner.ir.mesh import Mesh
@@ -10,6 +11,8 @@ from tp_planner.ir.mesh import Mesh
 DeviceType = Literal["cpu", "cuda"]
 
 AxisSpec = str | None | tuple[str, ...]
+
+BATCH = "batch"  # what Keras calls an axis over which the batch is split, where nobody gives it a name
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,16 @@ class LayoutRule:
     pattern: str
     axes: tuple[AxisSpec, ...]
 
+    @property
+    def axis_names(self) -> tuple[str, ...]:
+        """The mesh axes that the rule names, in order, one that it names twice twice."""
+        entries = [entry if isinstance(entry, tuple) else (entry,) for entry in self.axes]
+        return tuple(axis for entry in entries for axis in entry if axis is not None)
+
+    def matches(self, path: str) -> bool:
+        """Whether the rule's pattern is the path, or matches it as a whole, as Keras asks."""
+        return path == self.pattern or re.fullmatch(self.pattern, path) is not None
+
     def __str__(self) -> str:
         return f"{self.pattern!r} -> ({', '.join(str(axis) for axis in self.axes)})"
 
@@ -27,9 +40,36 @@ class LayoutRule:
 class Layout:
     """The rules of a LayoutMap or a layout file, in order, and the mesh they name.
 
+    Where the mesh does not say over which axis the batch is split, the rules do: they name the one of the layers.
     ``devices`` is what the devices of the mesh are, where that is said.
     """
 
     mesh: Mesh
     rules: tuple[LayoutRule, ...]
     devices: DeviceType | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mesh", self.mesh.across(self._axis_left_to_the_batch()))
+
+    def across(self, batch_axis: str | None) -> Layout:
+        """Return the layout with the batch split over ``batch_axis`` where it is named.
+
+        Raises PlanError if the mesh has no such axis.
+        """
+        return replace(self, mesh=self.mesh.across(batch_axis))
+
+    def _axis_left_to_the_batch(self) -> str | None:
+        """Return the axis over which the batch is split where nobody says it; None for the mesh's own choice.
+
+        Of several axes larger than 1 it is the one called "batch", else the only one that no rule names. An axis that
+        is alone larger than 1 is the batch's if rules name others and not this one, or if it is called "batch".
+        """
+        mesh = self.mesh
+        if mesh.split is not None or len(mesh.axes) == 1:
+            return mesh.split
+        named = {axis for rule in self.rules for axis in rule.axis_names if axis in mesh.names}
+        wide = [name for name, size in mesh.axes if size > 1]
+        free = [name for name in wide if name not in named]
+        if BATCH in wide and (len(wide) > 1 or named - {BATCH}):
+            return BATCH
+        return free[0] if len(free) == 1 and (len(wide) > 1 or named) else None

@@ -46,12 +46,7 @@ def well_formed(layout: Layout) -> tuple[LayoutRule, ...]:
 def matching_rules(rules: Sequence[LayoutRule], path: str) -> list[LayoutRule]:
     """Return the rules that name ``path``: the one that equals it, else all that match it as a whole."""
     exact = [rule for rule in rules if rule.pattern == path]
-    return exact or [rule for rule in rules if re.fullmatch(rule.pattern, path)]
-
-
-def axis_names(rule: LayoutRule) -> list[str]:
-    """Return the mesh axes that the rule names, in order, one that it names twice twice."""
-    return [name for entry in rule.axes for name in ((entry,) if isinstance(entry, str) else entry or ())]
+    return exact or [rule for rule in rules if rule.matches(path)]
 
 
 def _malformed(rule: LayoutRule, layout: Layout) -> Iterator[Finding]:
@@ -60,7 +55,7 @@ def _malformed(rule: LayoutRule, layout: Layout) -> Iterator[Finding]:
     except re.error as error:
         problem = f"layout rule {rule.pattern!r} is not a regular expression: {error}"
         yield Finding("invalid-pattern", "error", problem, "escape special characters", rule.pattern)
-    names = axis_names(rule)
+    names = rule.axis_names
     for name in dict.fromkeys(names):
         if name not in layout.mesh.names:
             known = ", ".join(repr(axis) for axis in layout.mesh.names)
@@ -94,9 +89,7 @@ def _unmatched_rules(
 ) -> list[LayoutRule]:
     """Return the rules that match no path at all; one that shares all its paths with other rules is none of them."""
     paths = [*(variable.path for variable in variables.values()), *(f"{path}/output" for path in layer_paths.values())]
-    return [
-        rule for rule in rules if not any(path == rule.pattern or re.fullmatch(rule.pattern, path) for path in paths)
-    ]
+    return [rule for rule in rules if not any(map(rule.matches, paths))]
 
 
 def _unmatched(rule: LayoutRule, variables: Mapping[str, VariableInfo], severity: Severity) -> Finding:

@@ -31,9 +31,18 @@ def lint_rules(
 
 
 def _one_rank(layout: Layout) -> Iterator[Finding]:
-    if layout.mesh.axis_size(layout.mesh.model_axis) == 1:
-        problem = f"mesh ({layout.mesh}) has one rank: nothing is sharded"
+    mesh = layout.mesh
+    if mesh.size == 1:
+        problem = f"mesh ({mesh}) has one rank: nothing is sharded"
         yield Finding("one-rank", "info", problem, "give the mesh the size that the layout is for")
+    elif mesh.axis_size(mesh.model_axis) == 1 and layout.rules:
+        yield Finding(
+            "one-rank",
+            "warning",
+            f"axis {mesh.model_axis!r} of mesh ({mesh}) has one rank: layers are not split, the batch is over "
+            f"{mesh.batch_axis!r}",
+            f"give {mesh.model_axis!r} the size that the layout is for",
+        )
 
 
 def _explained_by_tying(
