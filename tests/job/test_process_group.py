@@ -44,6 +44,7 @@ def machine(gpus: int, environment: Mapping[str, str] = LAUNCHED) -> Iterator[mo
         mock.patch("torch.cuda.device_count", return_value=gpus),
         mock.patch("torch.cuda.set_device"),
         mock.patch("torch.distributed.init_process_group", side_effect=start) as started,
+        mock.patch("tp_planner.job.process_group._start", started),  # that of several processes
     ):
         yield started
 

@@ -23,31 +23,43 @@ def stop_pulse() -> None:
     pulse._beating = None
 
 
-def wait_for_a_rank(state: str) -> tuple[str, float]:
-    """Let rank 1 come late, or not at all; return what rank 0 hears, and after how many seconds."""
+def wait_for_a_rank(state: str) -> tuple[str, list[str]]:
+    """Let rank 1 come late, not at all, or to another call; return what rank 0 hears, and what it says."""
+    said: list[str] = []
     with (
         mock.patch.object(pulse, "SILENCE_S", 1.0),
         mock.patch.object(pulse, "BEAT_S", 0.1),
-        mock.patch.object(rendezvous, "PATIENCE_S", 3.0),
+        mock.patch.object(rendezvous, "PATIENCE_S", 0.5),
+        mock.patch.object(rendezvous, "SOON_S", 0.1),
+        mock.patch.object(rendezvous.logger, "warning", lambda text, *args: said.append(text % args)),
     ):
         stop_pulse()
         meet("the beginning")  # a pulse that beats as quickly as it is listened to
-        began, heard = time.monotonic(), ""
+        heard = ""
         if dist.get_rank() == 1:
             if state == "dead":
                 stop_pulse()
-            time.sleep(2.0)  # longer than a dead one would be waited for
-        if dist.get_rank() == 0 or state == "late":
+            if state != "elsewhere":
+                time.sleep(2.0)  # longer than a dead one would be waited for
+        if dist.get_rank() == 0 or state != "dead":
             try:
-                meet("the end")
+                meet("another" if state == "elsewhere" and dist.get_rank() == 1 else "the end")
             except tp_planner.ParallelRuntimeError as error:
                 heard = str(error)
         else:
-            next(rendezvous._meetings)  # the ranks go on together
-        waited = time.monotonic() - began
+            rendezvous._begun[0, 1] += 1  # the ranks go on together
         dist.barrier()
+        meet("after it")
         stop_pulse()
-    return heard, waited
+    return heard, said
+
+
+def meet_in_pairs() -> list[list[str]]:
+    """Exchange among some ranks only, those of each pair at their own times; then among all."""
+    rank = dist.get_rank()
+    pair = (0, 1) if rank < 2 else (2, 3)
+    texts = [exchange("pairs", f"{rank} {number}", pair) for number in range(1 + rank // 2)]
+    return [*texts, exchange("all", str(rank))]
 
 
 def exchange_ranks() -> list[str]:
@@ -58,27 +70,39 @@ def exchange_ranks() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("state", "least", "message"),
+    ("state", "messages"),
     [
-        ("late", 2.0, ""),
+        ("late", [""] * 2),
         (
             "dead",
-            1.0,
-            "the end: rank 1 has given no sign of life for 1 s; its process has ended, or its machine is out of reach",
+            [
+                "the end: rank 1 has given no sign of life for 1 s; its process has ended, "
+                "or its machine is out of reach",
+                "",
+            ],
         ),
         (
             "elsewhere",
-            3.0,
-            "the end: only 1 of 2 ranks came within 3 s; every rank has to make this call, not rank 0 alone",
+            [
+                "the end: rank 1 waits in another instead; every rank has to make the same calls in the same order",
+                "another: rank 0 waits in the end instead; every rank has to make the same calls in the same order",
+            ],
         ),
     ],
     ids=["late", "dead", "elsewhere"],
 )
-def test_waiting(pools: Pools, state: str, least: float, message: str) -> None:
-    """A rank that lives is waited for with patience, one that has no pulse is not."""
-    heard, waited = pools(2).run(wait_for_a_rank, state)[0]
-    assert heard == message
-    assert waited >= least
+def test_waiting(pools: Pools, state: str, messages: list[str]) -> None:
+    """A rank that lives is waited for, unless it waits itself in another call; one that has no pulse is not."""
+    answers = pools(2).run(wait_for_a_rank, state)
+    assert [heard for heard, _ in answers] == messages
+    says = "[ModelParallel] the end: rank 0 has waited 1 s for rank 1, and waits on; every rank has to make this call"
+    assert state != "late" or [said[:1] for _, said in answers] == [[says], []]
+
+
+def test_some_ranks_meet(pools: Pools) -> None:
+    answers = pools(4).run(meet_in_pairs)
+    assert answers[0] == answers[1] == [["0 0", "1 0"], ["0", "1", "2", "3"]]
+    assert answers[2] == answers[3] == [["2 0", "3 0"], ["2 1", "3 1"], ["0", "1", "2", "3"]]
 
 
 def test_exchange(pools: Pools) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import DeviceType
 from tp_planner.ir.mesh import Mesh
 from tp_planner.job.axes import Axes, Axis
-from tp_planner.job.pulse import let_pulse_beat
-from tp_planner.job.rendezvous import meet
+from tp_planner.job.rendezvous import meet, meet_before_start, saying_that_it_waits
 
 
 def require_process_group(size: int, devices: DeviceType | None = None) -> None:
@@ -63,7 +65,7 @@ def _wrong_world(size: int, world: int) -> str:
 
 def _start_from_environment(devices: DeviceType) -> None:
     if devices == "cpu":
-        dist.init_process_group("gloo")
+        _start("gloo")
     else:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if local_rank >= torch.cuda.device_count():
@@ -73,8 +75,16 @@ def _start_from_environment(devices: DeviceType) -> None:
             )
         torch.cuda.set_device(local_rank)
         # Told its device, NCCL makes the group's communicator at once, and not another one for each pair of ranks.
-        dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
-    let_pulse_beat(dist.distributed_c10d._get_default_store(), dist.get_rank())
+        _start("nccl", device_id=torch.device("cuda", local_rank))
+
+
+def _start(backend: str, **options: Any) -> None:
+    """Start the process group as torch does by itself, once all ranks have come to its store."""
+    with saying_that_it_waits("starting the process group", os.environ["RANK"]):
+        store, rank, size = next(rendezvous("env://"))
+    store = PrefixStore("default_pg", store)
+    meet_before_start(store, rank, size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, **options)
 
 
 def _start_alone(devices: DeviceType) -> None:
@@ -116,6 +126,18 @@ def device_type() -> DeviceType:
     if _used and _used[0][0] is dist.group.WORLD:
         return _used[0][1]
     return _served()[0]
+
+
+_of_hosts: list[Any] = []  # the process group, and one of the same ranks for what is on the host
+
+
+def host_group() -> Any:
+    """Return a group of all ranks for tensors on the host; the first time all ranks have to ask for it together."""
+    if "cpu:gloo" in str(dist.get_backend_config()):
+        return dist.group.WORLD
+    if _of_hosts[:1] != [dist.group.WORLD]:
+        _of_hosts[:] = [dist.group.WORLD, dist.new_group(backend="gloo")]
+    return _of_hosts[1]
 
 
 def this_device() -> torch.device:

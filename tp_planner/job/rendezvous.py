@@ -1,9 +1,19 @@
-"""Meeting points: all ranks of a job do the same thing at the same time, or hear what is wrong."""
+"""Meeting points: all ranks of a job do the same thing at the same time, or hear what is wrong.
+
+A rank that waits says for whom and in which call. It waits on for one that lives, unless that one waits for it in
+another call; one without a pulse is not waited for.
+"""
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import json
+import logging
+import threading
 import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
@@ -11,60 +21,149 @@ from torch._C._distributed_c10d import Store
 from tp_planner.ir.errors import ParallelRuntimeError
 from tp_planner.job import pulse
 
-PATIENCE_S = 60.0  # how long a rank waits for others that live before it says that they do not come
+logger = logging.getLogger("tp_planner")
+
+PATIENCE_S = 20.0  # after which a rank that waits says so; and again each time it has waited twice as long
+SOON_S = 1.0  # after which it is looked at where the others wait
 LONGEST_NAP_S = 0.2  # between two looks
 
-_meetings = itertools.count()
+_begun: Counter[tuple[int, ...]] = Counter()  # meetings, by who takes part
 
 
-def meet(what: str) -> None:
-    """Return when every rank has come to the same ``what``.
+def meet(what: str, ranks: Sequence[int] | None = None) -> None:
+    """Return when every rank, or each of ``ranks``, has come to the same ``what``.
 
     Raises:
-        ParallelRuntimeError: if another rank has ended, within half a minute; or if one that lives does not come within
-            ``PATIENCE_S`` seconds.
+        ParallelRuntimeError: if another rank has ended, within half a minute; or if two wait for each other in
+            different calls.
     """
     if dist.get_world_size() > 1 and dist.get_backend() != "fake":
-        _bring(what, "")
+        _meeting(what, ranks).bring("")
 
 
-def exchange(what: str, text: str) -> list[str]:
-    """Return the texts that all ranks brought to the same ``what``, by rank.
+def exchange(what: str, text: str, ranks: Sequence[int] | None = None) -> list[str]:
+    """Return the texts that all ranks, or ``ranks``, brought to the same ``what``, by rank.
 
     Raises ParallelRuntimeError as ``meet`` does.
     """
-    return [text] if dist.get_world_size() == 1 else _bring(what, text)
+    return [text] if dist.get_world_size() == 1 else _meeting(what, ranks).bring(text)
 
 
-def _bring(what: str, text: str) -> list[str]:
-    store = dist.distributed_c10d._get_default_store()
-    pulse.let_pulse_beat(store, dist.get_rank())
-    key = f"tp_planner/meeting/{next(_meetings)}/{what}"
-    keys = [f"{key}/{rank}" for rank in range(dist.get_world_size())]
+def meet_before_start(store: Store, rank: int, size: int) -> None:
+    """Return when all ranks of a job have come to its store, before they start a process group on it.
+
+    Raises ParallelRuntimeError as ``meet`` does.
+    """
+    number = _begun[()]
+    _begun[()] += 1
+    what = "starting the process group"
+    Meeting(store, rank, tuple(range(size)), f"tp_planner/start/{number}", what).bring("")
+
+
+@contextlib.contextmanager
+def saying_that_it_waits(what: str, rank: int | str) -> Iterator[None]:
+    """Inside, where torch waits for other ranks, say so after ``PATIENCE_S`` seconds."""
+    words = "[ModelParallel] %s: rank %s has waited %.0f s for the others, and waits on; start all ranks of the job"
+    timer = threading.Timer(PATIENCE_S, logger.warning, [words, what, rank, PATIENCE_S])
+    timer.daemon = True
+    timer.start()
     try:
-        store.set(keys[dist.get_rank()], text)
-        _wait(what, keys, store)
-        return [store.get(each).decode() for each in keys]
-    except dist.DistError as error:
-        raise ParallelRuntimeError(
-            f"{what}: the store where ranks meet cannot be reached; the process that keeps it has ended"
-        ) from error
+        yield
+    finally:
+        timer.cancel()
 
 
-def _wait(what: str, keys: list[str], store: Store) -> None:
-    """Return when all keys are there; who looks often and sleeps between is not told of every look by torch."""
-    began, nap, listener = time.monotonic(), 0.001, pulse.Listener(store)
-    while not store.check(keys):
-        absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        if silent := listener.silent(absent):
+def _meeting(what: str, ranks: Sequence[int] | None) -> Meeting:
+    store = dist.distributed_c10d._get_default_store()
+    who = tuple(range(dist.get_world_size())) if ranks is None else tuple(ranks)
+    number = _begun[who]
+    _begun[who] += 1
+    group = "all" if ranks is None else ",".join(map(str, who))
+    return Meeting(store, dist.get_rank(), who, f"tp_planner/meeting/{group}/{number}/{what}", what)
+
+
+_given_up: set[str] = set()  # meetings of others for which this rank has raised
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """One meeting, as the process of ``rank`` takes part in it. ``key`` is its place in the store."""
+
+    store: Store
+    rank: int
+    ranks: tuple[int, ...]
+    key: str
+    what: str
+
+    def bring(self, text: str) -> list[str]:
+        """Return what all brought, by rank, once all have come."""
+        pulse.let_pulse_beat(self.store, self.rank)
+        keys = [self._place(rank) for rank in self.ranks]
+        try:
+            self.store.set(self._place(self.rank), text)
+            self._wait(keys)
+            return [self.store.get(key).decode() for key in keys]
+        except dist.DistError as error:
             raise ParallelRuntimeError(
-                f"{what}: rank {silent[0]} has given no sign of life for {pulse.SILENCE_S:.0f} s; "
-                f"its process has ended, or its machine is out of reach"
+                f"{self.what}: the store where ranks meet cannot be reached; the process that keeps it has ended"
+            ) from error
+
+    def _place(self, rank: int) -> str:
+        return f"{self.key}/{rank}"
+
+    def _wait(self, keys: list[str]) -> None:
+        """Return when all keys are there; who looks often and sleeps between is not told of every look by torch."""
+        began, nap, listener = time.monotonic(), 0.001, pulse.Listener(self.store)
+        told, next_word = False, PATIENCE_S
+        while not self.store.check(keys):
+            waited = time.monotonic() - began
+            absent = [rank for rank in self.ranks if not self.store.check([self._place(rank)])]
+            if silent := listener.silent(absent):
+                raise ParallelRuntimeError(
+                    f"{self.what}: rank {silent[0]} has given no sign of life for {pulse.SILENCE_S:.0f} s; "
+                    f"its process has ended, or its machine is out of reach"
+                )
+            if waited > SOON_S:
+                told = told or self._tell_where()
+                self._refuse_to_wait_for_each_other(absent)
+            if waited > next_word and absent:
+                self._say(waited, absent)
+                next_word *= 2
+            time.sleep(nap)
+            nap = min(2 * nap, LONGEST_NAP_S)
+        if told:
+            self.store.set(_where(self.rank), "")
+
+    def _say(self, waited: float, absent: list[int]) -> None:
+        """Say for whom this rank waits, if it is the first of those that do."""
+        if self.rank == min(rank for rank in self.ranks if rank not in absent):
+            others = ", ".join(map(str, absent))
+            logger.warning(
+                "[ModelParallel] %s: rank %d has waited %.0f s for %s %s, and waits on; "
+                "every rank has to make this call",
+                *(self.what, self.rank, waited, "ranks" if len(absent) > 1 else "rank", others),
             )
-        if absent and time.monotonic() > began + PATIENCE_S:
-            raise ParallelRuntimeError(
-                f"{what}: only {len(keys) - len(absent)} of {len(keys)} ranks came within {PATIENCE_S:.0f} s; "
-                f"every rank has to make this call, not rank {dist.get_rank()} alone"
-            )
-        time.sleep(nap)
-        nap = min(2 * nap, LONGEST_NAP_S)
+
+    def _tell_where(self) -> bool:
+        """Let the other ranks know where this one waits."""
+        self.store.set(_where(self.rank), json.dumps([self.key, self.what, self.ranks]))
+        return True
+
+    def _refuse_to_wait_for_each_other(self, absent: list[int]) -> None:
+        """Raise ParallelRuntimeError if an absent rank waits for this one in another call."""
+        for rank in absent:
+            text = self.store.get(_where(rank)).decode() if self.store.check([_where(rank)]) else ""
+            if not text:
+                continue
+            key, what, ranks = json.loads(text)
+            waits_for_this_one = self.rank in ranks and not self.store.check([f"{key}/{self.rank}"])
+            if key not in _given_up and key != self.key and waits_for_this_one:
+                _given_up.add(key)
+                raise ParallelRuntimeError(
+                    f"{self.what}: rank {rank} waits in {what} instead; "
+                    f"every rank has to make the same calls in the same order"
+                )
+
+
+def _where(rank: int) -> str:
+    return f"tp_planner/where/{rank}"

@@ -7,10 +7,10 @@ a model predicts for the shares is put together again.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import inspect
+import json
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,11 +20,13 @@ import keras
 import numpy as np
 import torch
 import torch.distributed as dist
+from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
+from tp_planner.frontend.calling import without_distribution
 from tp_planner.ir.errors import ParallelRuntimeError
 from tp_planner.ir.placement import chunk_sizes
-from tp_planner.job.process_group import this_device
+from tp_planner.job.process_group import host_group, this_device
 from tp_planner.job.random_state import share_random_state
 from tp_planner.job.rendezvous import exchange, meet
 
@@ -72,26 +74,49 @@ def share_batch(batch: Any, shard: int, shards: int) -> Any:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Length:
+    """How long an epoch is, as far as it is known before. ``rows`` are those of the last batch.
+
+    Where all batches but the last have the same rows, this says it all, and batches need not be compared one by one.
+    """
+
+    batches: int | None
+    rows: int | None
+    is_all: bool
+
+    @classmethod
+    def of(cls, adapter: DataAdapter) -> Length:
+        is_all = isinstance(adapter, ArrayDataAdapter)
+        return cls(adapter.num_batches, adapter.partial_batch_size if is_all else None, is_all)
+
+
 class SharedBatches:
     """The batches of one process: iterating begins an epoch, with rank 0's random state on all ranks.
 
     Args:
         batches: the global batches.
         shard, shards: which of how many data shards this process is fed.
+        length: what is known of them.
     """
 
-    def __init__(self, batches: Any, shard: int, shards: int) -> None:
-        self._batches, self._shard, self._shards = batches, shard, shards
+    def __init__(self, batches: Any, shard: int, shards: int, length: Length) -> None:
+        self._batches, self._shard, self._shards, self._length = batches, shard, shards, length
 
     def __iter__(self) -> Iterator[Any]:
         _begin_to_read()
         return self._shares(iter(self._batches))  # made here, for it draws random numbers, as in one process
 
     def _shares(self, batches: Iterator[Any]) -> Iterator[Any]:
-        for number, batch in enumerate(batches):
-            if not number:
-                require_equal(batch)
+        number = 0
+        for number, batch in enumerate(batches, 1):
+            if number == 1:
+                require_equal(batch, self._length)
+            elif not self._length.is_all:
+                _require_equal_rows(number, _rows(batch))
             yield batch if self._shards == 1 else share_batch(batch, self._shard, self._shards)
+        if number and not self._length.is_all:
+            _require_equal_rows(number + 1, ENDED)
 
 
 def _begin_to_read() -> None:
@@ -99,20 +124,71 @@ def _begin_to_read() -> None:
     share_random_state()
 
 
-def require_equal(batch: Any) -> None:
-    """Raise ParallelRuntimeError on every rank if they have read different global batches."""
+ENDED = -1  # what a rank that has no more batches says instead of their rows
+
+
+def _rows(batch: Any) -> int:
+    return next((int(leaf.shape[0]) for leaf in keras.tree.flatten(batch) if getattr(leaf, "ndim", 0)), 0)
+
+
+def _require_equal_rows(number: int, rows: int) -> None:
+    """Raise ParallelRuntimeError on every rank if another has no such batch, or one of other length.
+
+    Shares are cut from batches that are equal on all ranks. What differs would fail in the middle of communication.
+    """
+    own = torch.tensor([rows])
+    all_rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(all_rows, own, group=host_group())
+    for rank, each in enumerate(map(int, all_rows)):
+        if each != int(all_rows[0]):
+            raise ParallelRuntimeError(
+                f"batch {number} of an epoch has {_length(int(all_rows[0]))} on rank 0 and {_length(each)} on rank "
+                f"{rank}: the ranks' data are not the same; {_GIVE_THE_SAME}"
+            )
+
+
+def _length(rows: int) -> str:
+    return "ended" if rows == ENDED else f"{rows} rows"
+
+
+_GIVE_THE_SAME = (
+    "seed what shuffles or draws the data alike on every rank (keras.utils.set_random_seed), or set "
+    "distribution.auto_shard_dataset = False and give each process its own share"
+)
+
+
+def require_equal(batch: Any, length: Length | None = None) -> None:
+    """Raise ParallelRuntimeError on every rank if they have read different global batches, or will read more or less.
+
+    Args:
+        batch: the first batch.
+        length: what is known of the others.
+    """
     digest = hashlib.sha256()
     for leaf in keras.tree.flatten(batch):
         if leaf is not None:
             digest.update(np.ascontiguousarray(keras.ops.convert_to_numpy(leaf)).tobytes())
-    answers = exchange("comparing the first batch of an epoch", digest.hexdigest())
-    for rank, answer in enumerate(answers):
-        if answer != answers[0]:
+    known = None if length is None else [length.batches, length.rows]
+    mine = json.dumps([digest.hexdigest(), _rows(batch), known])
+    answers = [json.loads(text) for text in exchange("comparing the first batch of an epoch", mine)]
+    for rank, (digest_there, rows, known) in enumerate(answers):
+        first_digest, first_rows, first_known = answers[0]
+        if [rows, known] != [first_rows, first_known]:
+            raise ParallelRuntimeError(
+                f"rank {rank} reads other data than rank 0: {_amount(rows, known)} on rank {rank}, "
+                f"{_amount(first_rows, first_known)} on rank 0; {_GIVE_THE_SAME}"
+            )
+        if digest_there != first_digest:
             raise ParallelRuntimeError(
                 f"rank {rank} read another first batch than rank 0, so that ranks would train on different data; "
-                f"seed what shuffles or draws the data alike on every rank (keras.utils.set_random_seed), or set "
-                f"distribution.auto_shard_dataset = False and give each process its own share"
+                f"{_GIVE_THE_SAME}"
             )
+
+
+def _amount(rows: int, known: list[int | None] | None) -> str:
+    batches, last = known or (None, None)
+    counted = f"{batches} batches, the first of " if batches is not None else "a first batch of "
+    return f"{counted}{rows} rows" + (f" and the last of {last}" if last else "")
 
 
 class SharedDataAdapter(DataAdapter):
@@ -122,7 +198,8 @@ class SharedDataAdapter(DataAdapter):
         self._adapter, self._shard, self._shards = adapter, shard, shards
 
     def get_torch_dataloader(self) -> SharedBatches:
-        return SharedBatches(self._adapter.get_torch_dataloader(), self._shard, self._shards)
+        batches = self._adapter.get_torch_dataloader()
+        return SharedBatches(batches, self._shard, self._shards, Length.of(self._adapter))
 
     def on_epoch_begin(self) -> None:
         _begin_to_read()  # workers of a PyDataset begin now
@@ -165,17 +242,6 @@ def shared_out(plain: Callable[..., DataAdapter]) -> Callable[..., DataAdapter]:
         return SharedDataAdapter(adapter, share.shard, share.shards)
 
     return get_data_adapter
-
-
-@contextlib.contextmanager
-def without_distribution() -> Iterator[None]:
-    """Inside, no distribution is current."""
-    current = keras.distribution.distribution()
-    keras.distribution.set_distribution(None)
-    try:
-        yield
-    finally:
-        keras.distribution.set_distribution(current)
 
 
 # Single batches, and rows that come out
