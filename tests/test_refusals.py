@@ -281,15 +281,6 @@ def refused(attempt: str) -> tuple[str, bool]:
     return _message(lambda: tp_planner.parallelize(model, layout_map(rules))), _plain(model, tp_planner_state)
 
 
-def call_a_layer_alone() -> str:
-    """Return what calling a layer says whose output is sharded."""
-    case = CASES["mlp"]
-    model = case.build()
-    tp_planner.parallelize(model, layout_map(case.rules))
-    x, _ = case.batch(np.random.default_rng(0), 2)
-    return _message(lambda: model.get_layer("up")(x))
-
-
 def failure_while_applying() -> tuple[str, bool, bool]:
     """Return the error of an apply that breaks off, and whether model and function are as before."""
     from unittest import mock
@@ -375,14 +366,6 @@ def test_refusal_in_a_job(pools: Callable[[int], WorkerPool], attempt: str) -> N
     for message, as_before in pools(2).run(refused, attempt):
         assert message == REFUSALS_IN_A_JOB[attempt]
         assert as_before
-
-
-def test_calling_a_layer_of_a_region_alone(pools: Callable[[int], WorkerPool]) -> None:
-    """A layer whose output is sharded is not called outside the model."""
-    assert pools(2).run(call_a_layer_alone)[0] == (
-        "layer 'up' is called outside 'mlp', where its tensors are sharded; "
-        "call the whole model, or tp_planner.restore(model) first"
-    )
 
 
 def test_a_failure_while_applying_is_undone(pools: Callable[[int], WorkerPool]) -> None:

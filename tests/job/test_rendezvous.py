@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from unittest import mock
 
@@ -126,3 +128,36 @@ def test_a_store_that_has_ended() -> None:
     assert str(error.value) == (
         "saving: the store where ranks meet cannot be reached; the process that keeps it has ended"
     )
+
+
+def test_a_job_that_starts_says_who_is_missing(caplog: pytest.LogCaptureFixture) -> None:
+    """Before there is a process group a rank that waits says for whom, and goes on once they are there."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    stores = [dist.TCPStore("127.0.0.1", server.port, is_master=False) for _ in range(2)]
+    with (
+        mock.patch.object(pulse, "let_pulse_beat"),
+        mock.patch.object(rendezvous, "PATIENCE_S", 0.1),
+        mock.patch.object(rendezvous, "_begun", Counter()) as begun,
+        ThreadPoolExecutor() as threads,
+    ):
+        first = threads.submit(rendezvous.meet_before_start, stores[0], 0, 2)
+        while not caplog.messages:
+            time.sleep(0.01)
+        begun.clear()  # the second rank is another process
+        rendezvous.meet_before_start(stores[1], 1, 2)
+        first.result(timeout=10)
+    assert caplog.messages[0] == (
+        "[ModelParallel] starting the process group: rank 0 has waited 0 s for rank 1, and waits on; "
+        "every rank has to make this call"
+    )
+
+
+def test_waiting_where_torch_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with mock.patch.object(rendezvous, "PATIENCE_S", 0.01), rendezvous.saying_that_it_waits("starting", 1):
+        while not caplog.messages:
+            time.sleep(0.01)
+    with rendezvous.saying_that_it_waits("starting", 1):
+        pass
+    assert caplog.messages == [
+        "[ModelParallel] starting: rank 1 has waited 0 s for the others, and waits on; start all ranks of the job"
+    ]

@@ -187,6 +187,19 @@ def fit_with_callbacks(folder: str) -> dict[str, Any]:
     }
 
 
+def fit_with_vectors() -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return what a metric with one result a class gives after each epoch, in one process and here."""
+    x, y = np.random.default_rng(0).standard_normal((16, 8)), np.eye(8)[np.arange(16) % 8]
+    found = []
+    for way in (contextlib.nullcontext(), model_parallel(PAIR)):
+        with way:
+            keras.utils.set_random_seed(1)
+            model = pair()
+            model.compile(keras.optimizers.SGD(0.1), "mse", metrics=[keras.metrics.F1Score(name="f1")])
+            found.append(model.fit(x, y, epochs=2, batch_size=8, shuffle=False, verbose=0).history["f1"])
+    return found[0], found[1]
+
+
 # In the parent
 
 
@@ -231,3 +244,8 @@ def test_callbacks(pools: Pools, tmp_path: Path) -> None:
         assert [float(row["loss"]) for row in csv.DictReader(file)] == pytest.approx(first["history"]["loss"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "rank 0.csv"]
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == [f"{epoch}.weights.h5" for epoch in (1, 2, 3)]
+
+
+def test_a_metric_with_a_vector_for_a_result(pools: Pools) -> None:
+    for alone, here in pools(2).run(fit_with_vectors):
+        np.testing.assert_allclose(here, alone, rtol=1e-5, atol=1e-6)

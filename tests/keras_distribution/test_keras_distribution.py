@@ -51,7 +51,8 @@ def test_importing_changes_nothing_and_disabling_undoes_everything() -> None:
         keras.Model,
         keras_backend.torch.Variable,
         install.data_adapters,
-        install.CallbackList,
+        keras.callbacks.CallbackList,
+        install.saving_lib,
         install.torch_trainer,
         install.torch_trainer.TorchEpochIterator,
         keras_backend,
@@ -74,7 +75,7 @@ def test_enabling_that_fails_midway_leaves_keras_as_it_was() -> None:
     places = keras.Model, keras_backend.torch.Variable, keras_backend
     before = [dict(vars(place)) for place in places]
     with (
-        mock.patch.object(install.logs, "deciding_alike", side_effect=ValueError("not this version")),
+        mock.patch.object(install.callbacks, "deciding_alike", side_effect=ValueError("not this version")),
         pytest.raises(ValueError, match=r"^not this version$"),
     ):
         tp_planner.enable_keras_distribution()

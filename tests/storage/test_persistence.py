@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import h5py
 import keras
@@ -18,7 +17,6 @@ import torch.distributed as dist
 import tp_planner
 from tests.models import CASES
 from tests.workers import WorkerPool, layout_map
-from tp_planner.job import rendezvous
 
 Arrays = dict[str, np.ndarray]
 
@@ -94,20 +92,17 @@ def set_and_get() -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray, np.nd
 
 
 def save_on_rank_zero_alone(folder: str) -> str:
-    """Return what rank 0 hears if it saves alone."""
+    """Return what each rank hears if rank 0 saves alone, while the other goes on."""
     model, _, _ = trained()
     tp_planner.parallelize(model, layout_map(CASES["gpt"].rules))
-    message = ""
-    if dist.get_rank() == 0:
-        with mock.patch.object(rendezvous, "PATIENCE_S", 1.0):
-            try:
-                model.save_weights(f"{folder}/alone.weights.h5")
-            except tp_planner.ParallelRuntimeError as error:
-                message = str(error)
-    else:
-        next(rendezvous._meetings)  # the ranks go on together
-    dist.barrier()
-    return message
+    try:
+        if dist.get_rank() == 0:
+            model.save_weights(f"{folder}/alone.weights.h5")
+        else:
+            tp_planner.verify_model_parallel(model)
+    except tp_planner.ParallelRuntimeError as error:
+        return str(error)
+    return ""
 
 
 def save_where_rank_zero_fails(folder: str) -> str:
@@ -190,10 +185,11 @@ def test_set_get_and_assign(workers: WorkerPool) -> None:
 
 def test_saving_on_rank_zero_alone_is_refused(pools: Callable[[int], WorkerPool], tmp_path: Path) -> None:
     """Rank 0 hears that the others did not come, instead of waiting for them forever."""
-    message = pools(2).run(save_on_rank_zero_alone, str(tmp_path))[0]
-    assert message == (
-        "model.save_weights: only 1 of 2 ranks came within 1 s; every rank has to make this call, not rank 0 alone"
-    )
+    same = "every rank has to make the same calls in the same order"
+    assert pools(2).run(save_on_rank_zero_alone, str(tmp_path)) == [
+        f"model.save_weights: rank 1 waits in verify_model_parallel instead; {same}",
+        f"verify_model_parallel: rank 0 waits in model.save_weights instead; {same}",
+    ]
 
 
 def test_all_ranks_hear_that_saving_failed(pools: Callable[[int], WorkerPool], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ Until a plan says how layers read it, such a variable is an ``UnplannedVariable`
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,12 +31,16 @@ class UnplannedVariable(BackendVariable):
     ``value`` is the DTensor parameter, the leaf that holds ``.grad``.
     """
 
+    _gathering: Callable[[Any], torch.Tensor] | None = None  # set while ranks save together
+
     @property
     def value(self) -> Any:
         """The tensor that the variable stands for at this moment; see the class's text."""
         value = self._value
         if not isinstance(value, DTensor):
             return super().value
+        if self._gathering is not None:
+            return self._gathering(self)
         if leaves_no_trace():
             return self._maybe_autocast(torch.empty(self._shape, dtype=to_torch_dtype(self._dtype), device="meta"))
         return self._maybe_autocast(value.full_tensor()) if in_layer_call() else value
@@ -70,10 +75,20 @@ class UnplannedVariable(BackendVariable):
         with torch.no_grad():
             own._local_tensor.copy_(part)
 
+    def whole(self) -> torch.Tensor:
+        """Return the whole value without gradient history; every process has to call it."""
+        return whole_of(self._value)
+
+    def let_gather(self, gather: Callable[[Any], torch.Tensor] | None) -> None:
+        """Let the value be what ``gather`` returns of the variable, until it is None again."""
+        self._gathering = gather
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        if isinstance(self._value, DTensor):
+        if self._gathering is not None:
+            array: np.ndarray = convert_to_numpy(self._gathering(self))
+        elif isinstance(self._value, DTensor):
             meet(f"reading the whole value of variable {self.path!r}")
-            array: np.ndarray = convert_to_numpy(whole_of(self._value))
+            array = convert_to_numpy(self.whole())
         else:
             array = convert_to_numpy(self._value)
         return array.astype(dtype) if dtype else array
@@ -100,6 +115,14 @@ def not_sharding() -> Iterator[None]:
 
 class _Births:
     paused = False
+
+
+_paths: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()  # of what is born, by distribution
+
+
+def paths_born_under(distribution: Any) -> frozenset[str]:
+    """Return the paths of all variables that were created under a distribution, whatever model they belong to."""
+    return frozenset(_paths.get(distribution, ()))
 
 
 def born_with_initializer(plain: Callable[..., None]) -> Callable[..., None]:
@@ -154,6 +177,8 @@ def _layout_of(variable: Any, shape: tuple[int, ...], dtype: str) -> BackendLayo
     distribution = keras.distribution.distribution()
     if _Births.paused or leaves_no_trace():
         return None
+    if distribution is not None:
+        _paths.setdefault(distribution, set()).add(variable.path)
     if variable._layout is None and distribution is not None:
         variable._shape = shape
         with contextlib.suppress(ValueError):  # two patterns match

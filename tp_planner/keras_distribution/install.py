@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import keras
 from keras.src import backend as keras_backend
 from keras.src.backend import torch as torch_backend
 from keras.src.backend.torch import trainer as torch_trainer
-from keras.src.callbacks import CallbackList, backup_and_restore, model_checkpoint
 from keras.src.distribution import distribution_lib
+from keras.src.saving import saving_lib
 from keras.src.trainers import data_adapters
-from keras.src.utils import io_utils
 
+from tp_planner.frontend.calling import without_distribution
 from tp_planner.ir.errors import PlanError
-from tp_planner.keras_distribution import backend, births, data, logs, models
+from tp_planner.keras_distribution import backend, births, data, models
 from tp_planner.patches import Patch, added, replaced, wrapped
+from tp_planner.training import callbacks, writing
 
 logger = logging.getLogger("tp_planner")
 
@@ -47,7 +50,7 @@ def enable_keras_distribution() -> None:
         )
     with contextlib.ExitStack() as stack:  # what fails midway is taken back
         stack.callback(lambda: keras.distribution.set_distribution(keras.distribution.distribution()))
-        with data.without_distribution():  # whose library ends what it does for it, and later begins again
+        with without_distribution():  # whose library ends what it does for it, and later begins again
             for place in (keras_backend, distribution_lib, torch_backend):
                 stack.enter_context(added(place, "distribution_lib", backend, "torch's distribution library is ours"))
         for patch in _patches():
@@ -70,8 +73,10 @@ def _patches() -> Iterator[Patch]:
     planned = "a model is planned and sharded before it is used"
     yield wrapped(keras.Model, "_maybe_build", models.planned_when_built, planned)
     yield wrapped(keras.Model, "_symbolic_build", models.checked_before_training, planned)
-    yield wrapped(keras.Model, "save", models.planned_before_saving, planned)
-    yield wrapped(keras.Model, "save_weights", models.planned_before_saving, planned)
+    creation = functools.partial(models.with_other_entries, _wrap_too)
+    yield wrapped(torch_trainer.TorchTrainer, "__init__", creation, "models have entries of their own")
+    for name in writing.FUNCTIONS:
+        yield wrapped(saving_lib, name, writing.written_by_rank_zero, "one rank writes")
     shared = "every replica sees its own share of the data"
     for name in ("train_on_batch", "test_on_batch", "predict_on_batch"):
         yield wrapped(keras.Model, name, data.sharing_its_batch, shared)
@@ -79,13 +84,13 @@ def _patches() -> Iterator[Patch]:
     for name in ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch"):
         yield wrapped(keras.Model, name, models.under_its_distribution, "data is shared out as the model is")
     yield wrapped(data_adapters, "get_data_adapter", data.shared_out, shared)
-    alike = "ranks decide alike, and end together"
-    yield wrapped(CallbackList, "__init__", logs.writing_on_rank_zero, "one rank writes")
-    yield wrapped(CallbackList, "on_epoch_end", logs.deciding_alike, alike)
-    yield wrapped(CallbackList, "on_train_end", logs.ending_together, alike)
-    yield wrapped(io_utils, "print_msg", logs.printing_on_rank_zero, "one rank prints")
-    for module in (backup_and_restore, model_checkpoint):
-        yield wrapped(module, "file_utils", logs.FilesOfRankZero, "one rank writes")
+    yield from callbacks.patches()
+
+
+def _wrap_too(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+    """Wrap one attribute more, until the library is taken out."""
+    if _installed:
+        _installed[0].enter_context(wrapped(owner, name, wrapper, "an entry of models of this class"))
 
 
 def _keeping_keras_from_distributing() -> Iterator[Patch]:

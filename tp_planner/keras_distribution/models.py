@@ -8,26 +8,35 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Set
+from dataclasses import replace
 from typing import Any
 
 import keras
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from tp_planner.api import parallelize
 from tp_planner.frontend.calling import in_layer_call, leaves_no_trace
 from tp_planner.frontend.layer_tree import named_variables
-from tp_planner.frontend.layout_map import read_device_mesh
+from tp_planner.frontend.layout_map import read_device_mesh, read_layout_map
 from tp_planner.frontend.trace import CallArguments
 from tp_planner.ir.errors import PlanError
-from tp_planner.ir.layout import Layout
-from tp_planner.keras_distribution.births import UnplannedVariable, is_unplanned, not_sharding
+from tp_planner.ir.layout import Layout, LayoutRule
+from tp_planner.keras_distribution.births import UnplannedVariable, is_unplanned, not_sharding, paths_born_under
+from tp_planner.storage.log import logger
+from tp_planner.training.entries import PHASES, entered
 from tp_planner.training.model import applied_to, let_go
+from tp_planner.training.writing import METHODS, is_distributed, written_by_rank_zero
 
 # What Keras has made for the loop that the first call may be in; none is compiled, or planning would have refused.
 STEP_FUNCTIONS = ("train_function", "test_function", "predict_function")
+
+# What models may have beside the trainer's methods and calls: KerasHub's tasks have these.
+OTHER_ENTRIES = ("generate", "generate_step", "score", "call_with_cache", "call_decoder_with_cache")
 
 _planned: weakref.WeakKeyDictionary[keras.Model, Any] = weakref.WeakKeyDictionary()  # and by which distribution
 
@@ -42,7 +51,9 @@ def under_its_distribution(plain: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: keras.Model, *args: Any, **kwargs: Any) -> Any:
         own = None if keras.distribution.distribution() is not None else distribution_of(self)
         with contextlib.nullcontext() if own is None else own.scope():
-            return plain(self, *args, **kwargs)
+            begins = plain.__name__ in PHASES and applied_to(self) is None and is_distributed()
+            with entered(f"model.{plain.__name__}") if begins else contextlib.nullcontext():
+                return plain(self, *args, **kwargs)
 
     return method
 
@@ -64,6 +75,40 @@ def planned_when_built(plain: Callable[..., None]) -> Callable[..., None]:
             plan_and_apply(self, _arguments_of(self, call_spec))
 
     return _maybe_build
+
+
+def with_other_entries(wrap: Callable[..., None], plain: Callable[..., None]) -> Callable[..., None]:
+    """Return the creation of Keras's trainer, of which all models are, after which their own entries plan them first.
+
+    Args:
+        wrap: puts a wrapper around an attribute, until tp_planner's library is taken out.
+        plain: the trainer's ``__init__``.
+    """
+
+    @functools.wraps(plain)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        for names, wrapper in ((OTHER_ENTRIES, planned_when_entered), (METHODS, written_by_rank_zero)):
+            for name in names:
+                owner = next((each for each in type(self).__mro__ if name in vars(each)), None)
+                if owner is not None and not hasattr(vars(owner)[name], "by_tp_planner"):
+                    wrap(owner, name, wrapper)
+        plain(self, *args, **kwargs)
+
+    return __init__
+
+
+def planned_when_entered(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that works with the layers inside a model; the model is planned before, for its own inputs."""
+
+    @functools.wraps(plain)
+    def entry(self: keras.Model, *args: Any, **kwargs: Any) -> Any:
+        if self.built and not (in_layer_call() or leaves_no_trace()) and needs_plan(self):
+            plan_and_apply(self, None)
+            return getattr(self, plain.__name__)(*args, **kwargs)  # the one that the plan put there
+        return plain(self, *args, **kwargs)
+
+    entry.by_tp_planner = True  # type: ignore[attr-defined]
+    return entry
 
 
 def checked_before_training(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,19 +142,6 @@ def not_replicated_by_keras(plain: Callable[..., None]) -> Callable[..., None]:
     return _initialize_ddp
 
 
-def planned_before_saving(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``save`` or ``save_weights``: a model that is stored in shards is planned first, so that rank 0 writes."""
-
-    @functools.wraps(plain)
-    def save(self: keras.Model, *args: Any, **kwargs: Any) -> Any:
-        if self.built and needs_plan(self) and any(is_unplanned(variable) for variable in self.variables):
-            plan_and_apply(self, None)
-            return getattr(self, plain.__name__)(*args, **kwargs)  # the one that the plan put there
-        return plain(self, *args, **kwargs)
-
-    return save
-
-
 def needs_plan(model: keras.Model) -> bool:
     """Whether there is a distribution over several devices by which the model is not planned.
 
@@ -135,14 +167,7 @@ def plan_and_apply(model: keras.Model, inputs: CallArguments | None) -> None:
     Raises PlanError with all problems; the model is then as before.
     """
     distribution = keras.distribution.distribution() or distribution_of(model)
-    layout_map = getattr(distribution, "_layout_map", None)
-    if isinstance(distribution, keras.distribution.DataParallel):
-        layout_map = Layout(read_device_mesh(distribution.device_mesh), ())
-    if layout_map is None:
-        raise PlanError(
-            f"{type(distribution).__name__} has no layout map to plan by; "
-            f"use keras.distribution.ModelParallel(layout_map=..., batch_dim_name=...)"
-        )
+    layout = _layout_of(distribution)
     with not_sharding():
         _build_rest(model, inputs)
         own = {id(variable) for variable in named_variables(model).values()}
@@ -150,9 +175,50 @@ def plan_and_apply(model: keras.Model, inputs: CallArguments | None) -> None:
             if applied_to(other) is not None and own & {id(each) for each in named_variables(other).values()}:
                 _take_back(other)
         running = {name: getattr(model, name, None) for name in STEP_FUNCTIONS}
-        parallelize(model, layout_map, inputs, batch_axis=distribution.batch_dim_name)
+        layout = _without_rules_for_others(layout, model, paths_born_under(distribution))
+        parallelize(model, layout, inputs, batch_axis=distribution.batch_dim_name)
         model.__dict__.update(running)
     _planned[model] = distribution
+
+
+def _layout_of(distribution: Any) -> Layout:
+    if isinstance(distribution, keras.distribution.DataParallel):
+        return Layout(read_device_mesh(distribution.device_mesh), ())
+    layout_map = getattr(distribution, "_layout_map", None)
+    if layout_map is None:
+        raise PlanError(
+            f"{type(distribution).__name__} has no layout map to plan by; "
+            f"use keras.distribution.ModelParallel(layout_map=..., batch_dim_name=...)"
+        )
+    return read_layout_map(layout_map)
+
+
+def _without_rules_for_others(layout: Layout, model: keras.Model, born: Set[str]) -> Layout:
+    """Return the layout without the rules that match nothing in this model, and something in another.
+
+    Args:
+        layout: of the model's distribution.
+        model: the one that is planned.
+        born: paths of all variables that were created under the distribution.
+    """
+    own = {variable.path for variable in model.variables}
+    there = [rule for rule in layout.rules if not _matches(rule, own) and _matches(rule, born - own)]
+    if there and len(there) == len(layout.rules) and dist.get_rank() == 0:
+        logger.warning(
+            "[ModelParallel] the layout's rules name variables of other models and none of model %r: "
+            "every rank computes all of it",
+            model.name,
+        )
+    return replace(layout, rules=tuple(rule for rule in layout.rules if rule not in there))
+
+
+def _matches(rule: LayoutRule, paths: Set[str]) -> bool:
+    """Whether a rule names a variable of one of these paths, or what may be the output of its layer."""
+    try:
+        named = {*paths, *(f"{path.rpartition('/')[0]}/output" for path in paths)}
+        return any(map(rule.matches, named))
+    except re.error:
+        return False  # which is said when the rules are read
 
 
 def _build_rest(model: keras.Model, inputs: CallArguments | None) -> None:

@@ -153,7 +153,7 @@ def apply_layers(
             parallelize_module(layer, axes.model.mesh, style(changed, placer.place, applied.undo))
             if isinstance(layer, keras.layers.TorchModuleWrapper):
                 applied.undo.append(follow_variables(layer))
-            if (forget := follow_caches(layer, name, plan, axes.model)) is not None:
+            if (forget := follow_caches(layer, name, plan, axes.model, id(model))) is not None:
                 applied.undo.append(forget)
         if applied.replicas is not None:
             _join_replicas(model, applied, applied.replicas, placer)

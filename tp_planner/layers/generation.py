@@ -21,11 +21,13 @@ import keras
 import numpy as np
 import torch
 
+from tp_planner.frontend.calling import without_distribution
 from tp_planner.ir.errors import ParallelRuntimeError
 from tp_planner.ir.placement import Shard
 from tp_planner.ir.plan import Plan
 from tp_planner.job.axes import Axes, Axis
 from tp_planner.job.rendezvous import exchange
+from tp_planner.regions.calls import running
 
 CACHE = "cache"  # the argument of a layer's call
 KEYS = ("key", "key_dense", "k_proj")  # what the sublayer is called that makes the keys
@@ -51,7 +53,8 @@ def generating_together(model: keras.Model, plan: Plan, axes: Axes) -> Callable[
                 f"equally many: give generate stop_token_ids=None"
             )
         _agree(model, inputs, axes)
-        return plain(model, inputs, *args, **kwargs)
+        with without_distribution():  # under one, tasks of KerasHub make DTensors of prompts
+            return plain(model, inputs, *args, **kwargs)
 
     return generate
 
@@ -82,7 +85,7 @@ def _digest(inputs: Any) -> str:
     return hashlib.blake2b(json.dumps(texts).encode(), digest_size=8).hexdigest()
 
 
-def follow_caches(layer: keras.Layer, name: str, plan: Plan, axis: Axis) -> Callable[[], None] | None:
+def follow_caches(layer: keras.Layer, name: str, plan: Plan, axis: Axis, model: int) -> Callable[[], None] | None:
     """Let an attention layer keep a cache of this rank's heads; return what undoes it, None for any other layer.
 
     Args:
@@ -90,6 +93,7 @@ def follow_caches(layer: keras.Layer, name: str, plan: Plan, axis: Axis) -> Call
         name: its name in the plan.
         plan: the plan.
         axis: the model axis.
+        model: identifies the parallel model, for its open scopes.
     """
     if CACHE not in inspect.signature(layer.call).parameters:
         return None
@@ -100,15 +104,16 @@ def follow_caches(layer: keras.Layer, name: str, plan: Plan, axis: Axis) -> Call
     shapes = {each.key: each.shape for each in plan.variables}
     used = [(shapes[use.variable], use.boundary.forward.target) for use in keys.uses]
     heads = next((shape[placement.dim] for shape, placement in used if isinstance(placement, Shard)), 0)
-    before = functools.partial(_with_own_heads, heads, axis)
+    scope = None if keys.scope in ("", name) else (model, keys.scope)
+    before = functools.partial(_with_own_heads, heads, axis, scope)
     return layer.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove  # type: ignore[no-any-return]
 
 
 def _with_own_heads(
-    heads: int, axis: Axis, layer: keras.Layer, args: Any, kwargs: Mapping[str, Any]
+    heads: int, axis: Axis, scope: tuple[int, str] | None, layer: keras.Layer, args: Any, kwargs: Mapping[str, Any]
 ) -> tuple[Any, Any] | None:
-    """Return a layer's arguments with a cache of all heads cut to this rank's."""
-    if kwargs.get(CACHE) is None:
+    """Return a layer's arguments with a cache of all heads cut to this rank's, unless the call has all heads."""
+    if kwargs.get(CACHE) is None or (scope is not None and not running.scopes[scope]):
         return None
     own = heads // axis.size
 

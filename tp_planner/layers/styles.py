@@ -27,7 +27,8 @@ from tp_planner.job.axes import Axis
 from tp_planner.regions.boundaries import cross
 from tp_planner.regions.calls import Frame, Reader, Site, running
 from tp_planner.regions.functions import FunctionCalls, planned_functions
-from tp_planner.storage.variables import own_shard
+from tp_planner.storage.log import logger
+from tp_planner.storage.variables import own_shard, read_whole
 
 Place = Callable[[keras.Layer], None]
 Undo = Callable[[], None]
@@ -94,6 +95,7 @@ class LayerCalls:
             for mode, plan in plans.items()
         }
         self.functions = {mode: planned_functions(plan) for mode, plan in plans.items()}
+        self.warned: set[str] = set()  # of calls outside of these scopes
         self.exits = {mode: _site(plan, "output", plan.output) for mode, plan in plans.items() if plan.output}
 
     @property
@@ -121,7 +123,8 @@ class LayerCalls:
                 running.frames.append(Frame(self, {}))
             return None
         if plan.scope and not running.scopes[self.model, plan.scope]:
-            raise _called_outside(layer, plan.scope)
+            self._begin_alone(layer, plan)
+            return None
         frame = Frame(self, self.readers[plan.mode])
         running.frames.append(frame)
         for position, boundary, site in self.entries[plan.mode]:
@@ -150,9 +153,23 @@ class LayerCalls:
                 if output is not None:
                     frame.functions.check_all_called()
             plan = self._plan(layer, args, kwargs)
-            return None if plan is None else self._finish(layer, plan, frame, output)
+            return None if plan is None or frame.alone else self._finish(layer, plan, frame, output)
         finally:
             running.frames.pop()
+
+    def _begin_alone(self, layer: keras.Layer, plan: LayerPlan) -> None:
+        """Let a call outside of the layer's region run on whole tensors, as those are that it is given."""
+        if torch._C._current_graph_task_id() != -1:  # autograd runs
+            raise _runs_again_outside(layer, plan.scope)
+        if plan.scope not in self.warned:
+            self.warned.add(plan.scope)
+            logger.warning(
+                "[ModelParallel] layer %r is called outside %r, by which it is planned: its weights are put together "
+                "for each such call, which no plan has",
+                layer.name,
+                plan.scope,
+            )
+        running.frames.append(Frame(self, dict.fromkeys(self.readers[plan.mode], _read_whole), alone=True))
 
     def _finish(self, layer: keras.Layer, plan: LayerPlan, frame: Frame, output: Any) -> Any:
         if plan.epilogue_after_output:
@@ -221,16 +238,15 @@ class LayerCalls:
         return (ones.permute([order.index(dim) for dim in range(len(order))]), *args[1:]), shard
 
 
-def _called_outside(layer: keras.Layer, scope: str) -> ParallelRuntimeError:
-    if torch._C._current_graph_task_id() != -1:  # autograd runs
-        return ParallelRuntimeError(
-            f"layer {layer.name!r} runs again in the backward pass, outside {scope!r}, where its tensors are sharded; "
-            f"call torch's checkpoint by its full name, torch.utils.checkpoint.checkpoint, and not by one that was "
-            f"imported from there before the model was planned"
-        )
+def _read_whole(variable: Any) -> torch.Tensor:
+    return read_whole(variable, None)
+
+
+def _runs_again_outside(layer: keras.Layer, scope: str) -> ParallelRuntimeError:
     return ParallelRuntimeError(
-        f"layer {layer.name!r} is called outside {scope!r}, where its tensors are sharded; "
-        f"call the whole model, or tp_planner.restore(model) first"
+        f"layer {layer.name!r} runs again in the backward pass, outside {scope!r}, where its tensors are sharded; "
+        f"call torch's checkpoint by its full name, torch.utils.checkpoint.checkpoint, and not by one that was "
+        f"imported from there before the model was planned"
     )
 
 

@@ -29,10 +29,11 @@ METRICS = Site("", "metrics")  # what they and losses communicate depends on how
 class Frame:
     """One running call: whose it is, a reader for each variable it uses, what its hooks keep until it returns."""
 
-    __slots__ = ("cache", "changed", "functions", "kept", "owner", "readers")
+    __slots__ = ("alone", "cache", "changed", "functions", "kept", "owner", "readers")
 
-    def __init__(self, owner: object, readers: dict[int, Reader]) -> None:
+    def __init__(self, owner: object, readers: dict[int, Reader], alone: bool = False) -> None:
         self.owner, self.readers = owner, readers
+        self.alone = alone  # whether it works on whole tensors, outside of the region that the plan has it in
         self.functions: Any = None  # the mode that watches the layer's own code
         self.changed: Callable[[], AbstractContextManager[None]] = nullcontext  # what the layer is while it runs
         self.cache: dict[tuple[Any, ...], torch.Tensor] = {}
@@ -40,7 +41,7 @@ class Frame:
 
     def copy(self) -> Frame:
         """Return the call as it is now; what is read in the copy is not read in the call."""
-        copied = Frame(self.owner, self.readers)
+        copied = Frame(self.owner, self.readers, self.alone)
         copied.functions, copied.changed, copied.cache = self.functions, self.changed, dict(self.cache)
         return copied
 

@@ -16,9 +16,13 @@ import torch.distributed as dist
 from tp_planner.ir.errors import ParallelRuntimeError
 from tp_planner.job.process_group import this_device
 from tp_planner.job.rendezvous import meet
-from tp_planner.storage.variables import is_sharded, whole_tensor
+from tp_planner.storage.variables import is_in_shards
 
 _DONE, _FAILED = -1, -2
+
+
+class _Saving:
+    on_this_rank = False  # what it saves meanwhile is part of it
 
 
 def save_together(what: str, variables: Iterable[Any], save: Callable[[], Any]) -> Any:
@@ -32,8 +36,10 @@ def save_together(what: str, variables: Iterable[Any], save: Callable[[], Any]) 
     Raises:
         ParallelRuntimeError: if not all ranks call, or on the other ranks if rank 0 failed.
     """
+    if _Saving.on_this_rank:
+        return save()
     meet(what)
-    sharded = [variable for variable in variables if is_sharded(variable)]
+    sharded = [*{id(variable): variable for variable in variables if is_in_shards(variable)}.values()]
     if dist.get_rank() != 0:
         _serve(what, sharded)
         return None
@@ -41,18 +47,21 @@ def save_together(what: str, variables: Iterable[Any], save: Callable[[], Any]) 
 
     def gather(variable: Any) -> torch.Tensor:
         _tell(numbers[id(variable)])
-        return whole_tensor(variable)
+        whole: torch.Tensor = variable.whole()
+        return whole
 
     for variable in sharded:
-        variable._stored.gathering = gather
+        variable.let_gather(gather)
+    _Saving.on_this_rank = True
     try:
         result = save()
     except BaseException:
         _tell(_FAILED)
         raise
     finally:
+        _Saving.on_this_rank = False
         for variable in sharded:
-            variable._stored.gathering = None
+            variable.let_gather(None)
     _tell(_DONE)
     return result
 
@@ -69,4 +78,4 @@ def _serve(what: str, sharded: list[Any]) -> None:
             return
         if wanted == _FAILED:
             raise ParallelRuntimeError(f"{what} failed on rank 0; see its error there")
-        whole_tensor(sharded[wanted])
+        sharded[wanted].whole()

@@ -170,6 +170,14 @@ class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
         for frame in running.frames:  # what was read before is no longer the value
             frame.forget(id(self))
 
+    def whole(self) -> torch.Tensor:
+        """Return the whole value without gradient history; every rank has to call it."""
+        return whole_tensor(self)
+
+    def let_gather(self, gather: Callable[[Any], torch.Tensor] | None) -> None:
+        """Let the value be what ``gather`` returns of the variable, until it is None again."""
+        self._stored.gathering = gather
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         gathering = self._stored.gathering
         array = convert_to_numpy(gathering(self)) if gathering is not None else whole_array(self)
@@ -198,6 +206,11 @@ def make_plain(variable: Any, value: torch.nn.Parameter) -> None:
 def is_sharded(variable: Any) -> bool:
     """Whether a Keras variable is stored in shards."""
     return isinstance(variable, ParallelVariable) and bool(variable._stored.sharding.cuts)
+
+
+def is_in_shards(variable: Any) -> bool:
+    """Whether ranks store shards of a Keras variable, by a plan or before there is one."""
+    return isinstance(variable._value, DTensor)
 
 
 def is_sharded_over(variable: Any, axis: Axis) -> bool:
@@ -350,7 +363,7 @@ def whole_tensor(variable: Any, site: Site | None = None) -> torch.Tensor:
 def whole_array(variable: Any) -> np.ndarray:
     """Return the whole value as a NumPy array on every rank, which all have to ask for it.
 
-    Raises ParallelRuntimeError if the other ranks do not ask within ``rendezvous.PATIENCE_S`` seconds.
+    Raises ParallelRuntimeError as ``rendezvous.meet`` does.
     """
     if is_sharded(variable):
         meet(f"reading the whole value of variable {variable.path!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -18,9 +18,9 @@ from tp_planner.regions.calls import Site
 from tp_planner.regions.replicas import Replicas
 from tp_planner.replay.replay import REPLAYED, replaying
 from tp_planner.storage.log import logger
-from tp_planner.storage.persistence import save_together
 from tp_planner.training.averaging import Averaging, Bucket
 from tp_planner.training.draws import OwnDraws, own_seeds
+from tp_planner.training.entries import PHASES, entering
 from tp_planner.training.losses import loss_of_share
 from tp_planner.training.optimizer import (
     adopt_at_first_use,
@@ -28,7 +28,9 @@ from tp_planner.training.optimizer import (
     release_optimizer,
     release_optimizers_of,
 )
+from tp_planner.training.same_data import SameData, has_to_be_fed_alike
 from tp_planner.training.totals import results_of_all
+from tp_planner.training.writing import write_together
 
 ATTRIBUTE = "_tp_planner"
 _ASKS_FOR_TORCH_COMPILE = ("_should_torch_compile", "_use_torch_compile")  # of a trainer, in Keras 3.15 and 3.16
@@ -45,8 +47,9 @@ def take_over(model: keras.Model, applied: Applied) -> None:
     model.__dict__[ATTRIBUTE] = applied
     applied.undo.append(lambda: model.__dict__.pop(ATTRIBUTE))
     _forget_compiled_functions(model)
-    for name in ("save", "save_weights"):
-        _override(model, name, _saving(model, name), applied)
+    applied.undo += write_together(model)
+    for name in PHASES:
+        _override(model, name, entering(model, name, applied), applied)
     _override(model, "compile", _compiling(model, applied), applied)
     if type(model).train_step is Trainer.train_step:
         _override(model, "train_step", _training_step(model), applied)
@@ -56,6 +59,8 @@ def take_over(model: keras.Model, applied: Applied) -> None:
         _override(model, "generate", generating_together(model, applied.plan, applied.axes), applied)
     if applied.replicas is not None:
         _take_replicas_into_account(model, applied, applied.replicas)
+    if has_to_be_fed_alike(applied):
+        _compare_what_it_is_fed(model, applied)
     adopt_at_first_use()
     if getattr(model, "optimizer", None) is not None:
         adopt_optimizer(model.optimizer, applied.axes)
@@ -98,6 +103,14 @@ def _take_replicas_into_account(model: keras.Model, applied: Applied, replicas: 
             applied.undo.append(functools.partial(generator.__dict__.pop, "next"))
 
 
+def _compare_what_it_is_fed(model: keras.Model, applied: Applied) -> None:
+    """Let the ranks of a replica hear of it if they are fed different data."""
+    same = SameData(model, applied)
+    hook = model.register_forward_pre_hook(same.before_call, with_kwargs=True, prepend=True)
+    applied.undo.append(hook.remove)
+    _override(model, "compute_loss", same.of_losses(model, model.compute_loss), applied)
+
+
 def _buckets(model: keras.Model, applied: Applied) -> list[Bucket]:
     """Return the plan's buckets, and behind them one for each other variable, which may be trained later."""
     variables = named_variables(model)
@@ -127,16 +140,6 @@ def let_go(model: keras.Model, applied: Applied) -> None:
 def _override(model: keras.Model, name: str, function: Callable[..., Any], applied: Applied) -> None:
     model.__dict__[name] = function
     applied.undo.append(lambda: model.__dict__.pop(name, None))
-
-
-def _saving(model: keras.Model, name: str) -> Callable[..., Any]:
-    plain = getattr(type(model), name)
-
-    @functools.wraps(plain)
-    def saving(*args: Any, **kwargs: Any) -> Any:
-        return save_together(f"model.{name}", _all_variables(model), lambda: plain(model, *args, **kwargs))
-
-    return saving
 
 
 def _training_step(model: keras.Model) -> Callable[..., Any]:
@@ -192,12 +195,6 @@ def _replay_if_asked(model: keras.Model, applied: Applied) -> None:
 def _override_for_jit_compile(model: keras.Model, name: str, function: Callable[..., Any], applied: Applied) -> None:
     function.belongs_to_jit_compile = True  # type: ignore[attr-defined]
     _override(model, name, function, applied)
-
-
-def _all_variables(model: keras.Model) -> Iterator[Any]:
-    yield from named_variables(model).values()
-    if getattr(model, "optimizer", None) is not None:
-        yield from model.optimizer.variables
 
 
 def _forget_compiled_functions(model: keras.Model) -> None:

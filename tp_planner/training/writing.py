@@ -1,0 +1,96 @@
+"""Who writes: rank 0 writes what Keras, or KerasHub, writes of a model; the others give their shards and wait.
+
+It is asked of every method of a parallel model, and of all models and layers inside it, that writes files, and of
+Keras's functions that are given one. Under a distribution it is asked of every model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import torch.distributed as dist
+from keras.src.saving import saving_lib
+
+from tp_planner.frontend.layer_tree import named_layers
+from tp_planner.patches import wrap_for_good
+from tp_planner.storage.persistence import save_together
+from tp_planner.storage.variables import is_in_shards
+
+METHODS = (
+    "save",
+    "save_weights",
+    "save_lora_weights",
+    "save_task_weights",
+    "save_to_preset",
+    "export_to_transformers",
+)
+FUNCTIONS = ("save_model", "save_weights_only")  # of Keras's saving_lib, to which all others come
+
+WHOLE = "_tp_planner_whole"  # attribute of each layer of a parallel model
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """The parallel model that a layer belongs to, which lives as long as the layer; Keras saves no attribute of it."""
+
+    model: keras.Model
+
+
+def write_together(model: keras.Model) -> list[Callable[[], None]]:
+    """Let rank 0 write for all, whatever method of a parallel model or its layers is called; return what undoes it."""
+    for name in FUNCTIONS:
+        wrap_for_good(saving_lib, name, written_by_rank_zero, "one rank writes what belongs to all")
+    undo: list[Callable[[], None]] = []
+    for layer in named_layers(model).values():
+        layer.__dict__[WHOLE] = Whole(model)
+        undo.append(functools.partial(layer.__dict__.pop, WHOLE, None))
+        for name in METHODS:
+            if hasattr(type(layer), name):
+                plain = getattr(type(layer), name).__get__(layer)
+                layer.__dict__[name] = functools.wraps(plain)(functools.partial(_write, layer, name, plain))
+                undo.append(functools.partial(layer.__dict__.pop, name, None))
+    return undo
+
+
+def _write(layer: keras.Layer, name: str, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return save_with_all_ranks(f"model.{name}", layer, lambda: plain(*args, **kwargs))
+
+
+def written_by_rank_zero(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method or function, given a model first, that writes on rank 0 what belongs to all ranks."""
+
+    @functools.wraps(plain)
+    def write(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if WHOLE not in model.__dict__ and not is_distributed(model):
+            return plain(model, *args, **kwargs)
+        return save_with_all_ranks(f"model.{plain.__name__}", model, lambda: plain(model, *args, **kwargs))
+
+    write.by_tp_planner = True  # type: ignore[attr-defined]
+    return write
+
+
+def save_with_all_ranks(what: str, layer: Any, save: Callable[[], Any]) -> Any:
+    """Run ``save`` on rank 0, which may read any variable of the model that a layer belongs to; return what it returns.
+
+    Raises ParallelRuntimeError if another rank has ended, calls something else, or ``save`` failed on rank 0.
+    """
+    whole: Whole | None = layer.__dict__.get(WHOLE)
+    return save_together(what, _variables(layer if whole is None else whole.model, layer), save)
+
+
+def _variables(model: Any, layer: Any) -> Iterator[Any]:
+    yield from model.variables
+    for each in {id(each): each for each in (model, layer)}.values():
+        if getattr(each, "optimizer", None) is not None:
+            yield from each.optimizer.variables
+
+
+def is_distributed(model: Any = None) -> bool:
+    """Whether a distribution is in use, or a model is stored in shards, and this is one of several processes."""
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    in_shards = model is not None and any(map(is_in_shards, model.variables))
+    return several and (in_shards or keras.distribution.distribution() is not None)
