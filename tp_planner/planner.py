@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from tp_planner.dryrun.collector import without_collector
 from tp_planner.dryrun.prove import prove
 from tp_planner.dryrun.sharding_rules import DTensorRules
 from tp_planner.dryrun.simulate import simulate
-from tp_planner.frontend.blocks import Blocks, find_blocks
+from tp_planner.frontend.blocks import Blocks, find_blocks, find_equal_layers
 from tp_planner.frontend.fingerprint import fingerprint
 from tp_planner.frontend.kept_tensors import no_fakes_left
 from tp_planner.frontend.layer_tree import named_layers, naming_once
@@ -33,6 +33,7 @@ from tp_planner.passes.honor_output_rules import honor_output_rules
 from tp_planner.passes.note_own_state import note_own_state
 from tp_planner.passes.place_boundaries import close, place_boundaries, write_layer_plans
 from tp_planner.passes.resolve_rules import Resolution, resolve_rules
+from tp_planner.passes.spread_conflicts import spread_conflicts
 from tp_planner.progress import stage
 from tp_planner.readable_plan import Plan
 
@@ -92,7 +93,8 @@ class _Job:
         styles = choose_styles(self.layers, self.variables, stored, parts)
         closings, notes = honor_output_rules(self.resolution.outputs, styles, axis)
         stage(f"tracing {self.model.name}")
-        graphs, start = self._trace(blocks), closings
+        with_functions, start = self._trace(blocks), closings
+        graphs = _distinct([replace(graph, functions=None) for graph in with_functions])
         with planning_axes(self.layout.mesh) as axes:
             rules, one_replica = DTensorRules(axes.model.mesh), Axes(axes.mesh, axes.model)
             while True:
@@ -109,11 +111,12 @@ class _Job:
                     conflicts = prove(self.model, self.inputs, plan, graphs, walks, one_replica)
                     if not conflicts:
                         return self._simulated(self._across_replicas(plan, graphs[0]), graphs[0], axes)
+                    equal = find_equal_layers(self.model, self.planned_alike)
+                    conflicts = spread_conflicts(conflicts, equal, graphs, walks)
                 if graphs[0].functions is not None:
                     closings = close(closings, conflicts)
                 else:  # boundaries at the functions inside layers may do
-                    stage(f"tracing functions of {self.model.name}")
-                    graphs, closings = self._trace(blocks, functions=True), start
+                    graphs, closings = _distinct(with_functions), start
 
     def _simulated(self, plan: Plan, graph: ModelGraph, axes: Axes) -> Plan:
         """Return the plan with what its training step takes."""
@@ -121,14 +124,12 @@ class _Job:
         found = simulate(self.model, self.inputs, plan, graph, axes, self.optimizer, self.loss)
         return replace(plan, collectives=found.collectives, step=found.step, notes=plan.notes + found.notes)
 
-    def _trace(self, blocks: Blocks, functions: bool = False) -> list[ModelGraph]:
-        """Return the trace of a training call, and that of an inference call if it does anything else."""
-        training, inference = (
-            trace(self.model, self.inputs, training=training, blocks=blocks, functions=functions)
+    def _trace(self, blocks: Blocks) -> list[ModelGraph]:
+        """Return the trace of a training call and that of an inference call, with the torch functions called."""
+        return [
+            trace(self.model, self.inputs, training=training, blocks=blocks, functions=True)
             for training in (True, False)
-        )
-        same = replace(inference, training=True) == training
-        return [training] if same else [training, inference]
+        ]
 
     def unrolled_plan(self) -> Plan:
         """Return the plan, made from all layers one by one."""
@@ -171,6 +172,12 @@ class _Job:
             input_gradients=input_gradients,
             notes=self.resolution.notes + notes,
         )
+
+
+def _distinct(graphs: Sequence[ModelGraph]) -> list[ModelGraph]:
+    """Return the trace of a training call, and that of an inference call if it does anything else."""
+    training, inference = graphs
+    return [training] if replace(inference, training=True) == training else [training, inference]
 
 
 def _variable_plans(

@@ -10,17 +10,18 @@ import contextlib
 import functools
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 import torch
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 from tp_planner.dryrun.metering import StepMeter
-from tp_planner.frontend.recorder import MadeTensor
+from tp_planner.frontend.block_ends import BlockEnds, BlockResult
 from tp_planner.ir.graph import ModelGraph, Repeat
 from tp_planner.ir.step import Phase
 from tp_planner.ir.step_log import Again, Edge
@@ -29,9 +30,13 @@ from tp_planner.regions.recomputation import NotKept
 
 
 @dataclass(frozen=True)
-class _Saved:
-    """Which of a block's input and output tensors its backward pass needs, and which outputs have one, by position."""
+class _Ran:
+    """A block that ran: what it came to, and which of the tensors given and made its backward pass needs.
 
+    Tensors are named by position; of those made, some have a gradient.
+    """
+
+    result: BlockResult
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     with_gradient: tuple[int, ...]
@@ -51,8 +56,8 @@ class BlockRepeats:
         self, layers: Mapping[str, keras.Layer], graph: ModelGraph, repeats: Mapping[int, Repeat], meter: StepMeter
     ) -> None:
         self._layers, self._graph, self._repeats, self._meter = layers, graph, repeats, meter
-        self._twins = {repeat.twin for repeat in repeats.values()}
-        self._saved: dict[int, _Saved] = {}
+        self._twins = {repeat.twin: [layers[twin] for twin, _ in repeat.layers] for repeat in repeats.values()}
+        self._ran: dict[int, _Ran] = {}
         self._anchor: torch.Tensor | None = None  # lets blocks go backward of which no input has a gradient
         blocks = {graph.calls[call].layer for call in (*repeats, *self._twins)}
         self._calls = {
@@ -76,7 +81,7 @@ class BlockRepeats:
         if call in self._repeats:
             return self._again(self._repeats[call], args, kwargs)
         if call in self._twins:
-            return self._watch(call, forward, args, kwargs)
+            return self._watch(call, self._twins[call], forward, args, kwargs)
         result = forward(*args, **kwargs)
         gc.collect(0)
         return result
@@ -86,24 +91,24 @@ class BlockRepeats:
         storages = [(place, self._meter.storage(tensor)) for place, tensor in made.items() if tensor is not None]
         self._meter.log.events.append(Edge(call, phase, False, made=tuple(storages)))
 
-    def _watch(self, call: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        inputs = _once(_tensors((args, kwargs)))
+    def _watch(self, call: int, layers: Sequence[keras.Layer], forward: Callable[..., Any], *arguments: Any) -> Any:
+        given = BlockEnds(layers, arguments).given
         first_node = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         self._meter.log.events.append(Edge(call, "forward", True))
-        views = {id(each): self._view(call, place, each) for place, each in enumerate(inputs) if each.requires_grad}
-        args, kwargs = tree_map(lambda leaf: views.get(id(leaf), leaf), (args, kwargs))
-        result = forward(*args, **kwargs)
+        views = {id(each): self._view(call, place, each) for place, each in enumerate(given) if each.requires_grad}
+        args, kwargs = tree_map(lambda leaf: views.get(id(leaf), leaf), arguments)
+        ends = BlockEnds(layers, (args, kwargs))
+        result = ends.close(forward(*args, **kwargs))
         gc.collect(0)
-        outputs = _tensors(result)
-        self._end(call, "forward", dict(enumerate(outputs)))
+        self._end(call, "forward", dict(enumerate(ends.made)))
         with looking_at_what_is_kept():
-            saved = {self._meter.storage(tensor) for tensor in _saved_tensors(outputs, first_node)}
-        with_gradient = tuple(position for position, output in enumerate(outputs) if output.requires_grad)
-        self._saved[call] = _Saved(self._positions(inputs, saved), self._positions(outputs, saved), with_gradient)
-        for position, output in enumerate(outputs):
-            if output.requires_grad:
-                output.register_hook(functools.partial(self._arrive, call, position))
-        return result
+            saved = {self._meter.storage(tensor) for tensor in _saved_tensors(ends.made, first_node)}
+        with_gradient = tuple(position for position, made in enumerate(ends.made) if made.requires_grad)
+        kept = self._positions(ends.given, saved), self._positions(ends.made, saved)
+        self._ran[call] = _Ran(result, *kept, with_gradient)
+        for position in with_gradient:
+            ends.made[position].register_hook(functools.partial(self._arrive, call, position))
+        return result.returned(given, ends.made)
 
     def _arrive(self, call: int, output: int, gradient: torch.Tensor) -> None:
         own = ((output, self._meter.storage(gradient)),) if _fills_its_storage(gradient) else ()
@@ -116,6 +121,7 @@ class BlockRepeats:
         """
         view = tensor.view_as(tensor)
         assert view.grad_fn is not None
+        set_keras_mask(view, get_keras_mask(tensor))
         view.grad_fn.register_hook(lambda made, _: self._end(call, "backward", {place: made[0]}))
         running.entered[view] = running.entered.setdefault(tensor, {})
         return view
@@ -123,32 +129,30 @@ class BlockRepeats:
     def _positions(self, tensors: list[torch.Tensor], saved: set[int]) -> tuple[int, ...]:
         return tuple(position for position, tensor in enumerate(tensors) if self._meter.storage(tensor) in saved)
 
-    def _again(self, repeat: Repeat, args: Any, kwargs: Any) -> Any:
-        structure, leaves = repeat.outputs
-        made = [leaf for leaf in leaves if isinstance(leaf, MadeTensor)]
-        stand_in = functools.partial(
-            _StandIn.apply, self._meter, repeat.call, made, self._saved[repeat.twin], self._anchor
-        )
-        tensors = iter(stand_in(*_once(_tensors((args, kwargs)))))
-        return tree_unflatten([next(tensors) if isinstance(leaf, MadeTensor) else leaf for leaf in leaves], structure)
+    def _again(self, repeat: Repeat, *arguments: Any) -> Any:
+        layers = [self._layers[layer] for _, layer in repeat.layers]
+        given, ran = BlockEnds(layers, arguments).given, self._ran[repeat.twin]
+        made = _StandIn.apply(self._meter, repeat.call, ran, self._anchor, *given)
+        ran.result.add_losses(given, made, layers)
+        return ran.result.returned(given, made)
 
 
 class _StandIn(torch.autograd.Function):
     """Returns empty outputs, and on the way back empty gradients; keeps alive what the block would."""
 
     @staticmethod
-    def forward(
-        ctx: Any, meter: StepMeter, call: int, made: Any, saved: _Saved, anchor: Any, *inputs: torch.Tensor
-    ) -> Any:
+    def forward(ctx: Any, meter: StepMeter, call: int, ran: _Ran, anchor: Any, *inputs: torch.Tensor) -> Any:
         events = meter.log.events
         begin = len(events)
         with meter.not_counting():
-            outputs = [torch.empty_strided(each.shape, each.stride, dtype=each.dtype, device="cpu") for each in made]
+            outputs = [
+                torch.empty_strided(each.shape, each.stride, dtype=each.dtype, device="cpu") for each in ran.result.made
+            ]
         events.insert(begin, Again(call, "forward", made=tuple(enumerate(map(meter.storage, outputs)))))
-        kept = [inputs[position] for position in saved.inputs] + [outputs[position] for position in saved.outputs]
+        kept = [inputs[position] for position in ran.inputs] + [outputs[position] for position in ran.outputs]
         ctx.save_for_backward(*kept)
         ctx.mark_non_differentiable(
-            *(output for position, output in enumerate(outputs) if position not in saved.with_gradient)
+            *(output for position, output in enumerate(outputs) if position not in ran.with_gradient)
         )
         ctx.meter, ctx.call, ctx.inputs = meter, call, [(each.shape, each.dtype) for each in inputs]
         return tuple(outputs)
@@ -162,11 +166,11 @@ class _StandIn(torch.autograd.Function):
         with ctx.meter.not_counting():
             given = [
                 torch.empty(shape, dtype=dtype, device="cpu") if needed else None
-                for (shape, dtype), needed in zip(ctx.inputs, ctx.needs_input_grad[5:], strict=True)
+                for (shape, dtype), needed in zip(ctx.inputs, ctx.needs_input_grad[4:], strict=True)
             ]
         made = [(place, ctx.meter.storage(each)) for place, each in enumerate(given) if each is not None]
         events.insert(begin, Again(ctx.call, "backward", tuple(own), tuple(made)))
-        return None, None, None, None, None, *given
+        return None, None, None, None, *given
 
 
 def _saved_tensors(outputs: list[torch.Tensor], first: int) -> Iterator[torch.Tensor]:
@@ -207,11 +211,6 @@ def multiplicities(repeats: Mapping[int, Repeat]) -> Counter[str]:
 def _fills_its_storage(tensor: torch.Tensor) -> bool:
     """Whether no other tensor can lie in the same storage beside this one."""
     return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
-
-
-def _once(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Return each tensor once: its gradients are added inside the block."""
-    return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

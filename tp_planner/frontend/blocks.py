@@ -81,12 +81,9 @@ def find_blocks(model: keras.Model, distinguish: Callable[[str], Hashable] = lam
     for name, layer in layers.items():
         for child in layer._layers:
             parents.setdefault(names[id(child)], set()).add(name)
-    known: dict[int, Hashable] = {}
     below = {name: _below(layer, names) for name, layer in list(layers.items())[1:] if layer._layers}
     alone = {name: inner for name, inner in below.items() if _is_alone(inner, parents)}
-    signatures = {
-        name: (layer_signature(layers[name], known), tuple(map(distinguish, inner))) for name, inner in alone.items()
-    }
+    signatures = _signatures(layers, alone, distinguish)
     counts = Counter(signatures.values())
     numbers = {signature: number for number, signature in enumerate(counts)}
     equal = {name: alone[name] for name, signature in signatures.items() if counts[signature] > 1}
@@ -97,6 +94,32 @@ def find_blocks(model: keras.Model, distinguish: Callable[[str], Hashable] = lam
         equal,
         {block: tuple(key for name in inner for key in own[name]) for block, inner in equal.items()},
     )
+
+
+def find_equal_layers(
+    model: keras.Model, distinguish: Callable[[str], Hashable] = lambda name: None
+) -> Mapping[str, tuple[tuple[str, ...], ...]]:
+    """Return for each layer those that are equal to it: each with all layers below it, the layer itself included.
+
+    ``distinguish`` is as for ``find_blocks``.
+    """
+    layers = named_layers(model)
+    names = {id(layer): name for name, layer in layers.items()}
+    below = {name: _below(layer, names) for name, layer in layers.items()}
+    equal: dict[Hashable, list[tuple[str, ...]]] = {}
+    signatures = _signatures(layers, below, distinguish)
+    for name, signature in signatures.items():
+        equal.setdefault(signature, []).append(below[name])
+    return {name: tuple(equal[signature]) for name, signature in signatures.items()}
+
+
+def _signatures(
+    layers: Mapping[str, keras.Layer], below: Mapping[str, tuple[str, ...]], distinguish: Callable[[str], Hashable]
+) -> dict[str, Hashable]:
+    known: dict[int, Hashable] = {}
+    return {
+        name: (layer_signature(layers[name], known), tuple(map(distinguish, inner))) for name, inner in below.items()
+    }
 
 
 def _below(layer: keras.Layer, names: Mapping[int, str]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,9 @@ import torch.utils.checkpoint
 from keras.src.backend.common.variables import get_autocast_scope
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
+from tp_planner.frontend.block_ends import BlockEnds, BlockResult, MadeTensor, leaves_and_masks
 from tp_planner.frontend.blocks import Blocks
 from tp_planner.frontend.contractions import call_mode
 from tp_planner.frontend.dispatch import WatchingMode, tensors_in, with_tensors_replaced
@@ -44,16 +45,6 @@ class BlockNotAlone(Exception):
     """
 
 
-@dataclass(frozen=True)
-class MadeTensor:
-    """A tensor that a block returned."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    requires_grad: bool
-
-
 @dataclass
 class _OpenCall:
     """A layer call that is running."""
@@ -65,6 +56,16 @@ class _OpenCall:
     inputs: tuple[tuple[int, int], ...]
     first_op: int
     core_output: int | None = None
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """A block that ran: its name, what it came to, and the ids of the tensors that it was given and that it made."""
+
+    block: str
+    result: BlockResult
+    given: tuple[int, ...]
+    made: tuple[int, ...]
 
 
 class Recorder(WatchingMode):
@@ -89,7 +90,13 @@ class Recorder(WatchingMode):
         super().__init__()
         self._blocks = blocks if blocks is not None else Blocks.none()
         self._known_repeats, self._left_out = repeats, left_out
-        self._twins: dict[Any, tuple[int, Any]] = {}  # by all that has to be equal: the call, and its outputs
+        self._inside: dict[str, tuple[str, ...]] = {  # by block: it and all layers below it
+            block: self._blocks.layers[block] for block in self._blocks.signatures
+        }
+        for repeat in (repeats or {}).values():
+            self._inside.update((names[0], names) for names in zip(*repeat.layers, strict=True))
+        self._twins: dict[Any, int] = {}  # by all that has to be equal: the call
+        self._ran: dict[int, _Ran] = {}  # by call: blocks that others may repeat
         self._takers: dict[int, dict[int, Any]] = {}  # by tensor with a gradient: who took it, by call
         self.repeats: dict[int, Repeat] = {}
         self._bases: dict[MadeTensor, torch.Tensor] = {}  # what the outputs of blocks that do not run are views of
@@ -250,9 +257,8 @@ class Recorder(WatchingMode):
         with contextlib.ExitStack() as stack:
             why = "what runs again in the backward pass is noted"
             stack.enter_context(wrapped(torch.utils.checkpoint, "checkpoint", self._watching_checkpoint, why))
-            repeats = {repeat.block for repeat in (self._known_repeats or {}).values()}
             for name, layer in self._layers.items():
-                if name in self._left_out and name not in repeats:
+                if name in self._left_out and name not in self._inside:
                     continue
                 handles = (
                     layer.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
@@ -263,7 +269,7 @@ class Recorder(WatchingMode):
                 if callable(layer.__dict__.get("activation")):
                     stack.callback(layer.__dict__.__setitem__, "activation", layer.activation)
                     layer.__dict__["activation"] = self._watching_activation(name, layer.activation)
-            for name in sorted({*self._blocks.signatures, *repeats}):
+            for name in sorted(self._inside):
                 layer = self._layers[name]
                 layer.__dict__["forward"] = functools.partial(self._forward, name, layer.forward)
                 stack.callback(layer.__dict__.pop, "forward")
@@ -298,9 +304,6 @@ class Recorder(WatchingMode):
             if number in self.with_grad and not within:
                 self._takers.setdefault(number, {})[call.id] = self._blocks.signatures.get(call.layer, call.layer)
 
-    def _is_block_taking(self, call: _OpenCall, tensor: int) -> bool:
-        return call.layer in self._blocks.signatures and any(tensor == given for _, given in call.inputs)
-
     def _leave(self, layer: keras.Layer, args: Any, kwargs: Any, outputs: Any) -> None:
         call = self._stack.pop()
         ids = tuple(self.tensor_id(leaf) for leaf in tree_flatten(outputs)[0] if isinstance(leaf, torch.Tensor))
@@ -331,43 +334,36 @@ class Recorder(WatchingMode):
 
     def _forward(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a block, or let one op stand for all that an equal block did."""
-        leaves, structure = tree_flatten((args, kwargs))
-        call = self._stack[-1].id
-        if self._known_repeats is not None:
-            repeat = self._known_repeats.get(call)
-            if repeat is not None and repeat.block == name:
-                return self._repeat(repeat, leaves)
-            return forward(*args, **kwargs)
-        if self._paused or any(hasattr(leaf, "_keras_mask") for leaf in leaves):
-            self._make_ready(name)
-            return forward(*args, **kwargs)
-        key = (self._blocks.signatures[name], str(structure), self._inputs_signature(leaves))
-        if key in self._twins:
-            twin, outputs = self._twins[key]
-            other = self.calls[twin].layer
-            layers = zip(self._blocks.layers[other], self._blocks.layers[name], strict=True)
-            variables = zip(self._blocks.variables[other], self._blocks.variables[name], strict=True)
-            return self._repeat(Repeat(name, call, twin, tuple(layers), tuple(variables), outputs), leaves)
+        call, layers = self._stack[-1].id, [self._layers[each] for each in self._inside[name]]
+        ends = BlockEnds(layers, (args, kwargs))
+        key = None
+        if self._known_repeats is None and not self._paused:
+            key = self._blocks.signatures[name], self._inputs_signature((args, kwargs))
+        known = self._known_repeats.get(call) if self._known_repeats is not None else None
+        twin = self._twins.get(key) if known is None else known.twin
+        if twin is not None:
+            return self._repeat(name, twin, ends, layers)
         self._make_ready(name)
         result = forward(*args, **kwargs)
-        given, output_structure = tree_flatten(result)
-        if not any(hasattr(leaf, "_keras_mask") for leaf in given) and not self._adds_losses(name):
-            self._twins[key] = call, (output_structure, tuple(map(_made, given)))
+        self._ran[call] = _Ran(name, ends.close(result), *map(self._ids_of, (ends.given, ends.made)))
+        if key is not None:
+            self._twins[key] = call
         return result
 
     def _make_ready(self, name: str) -> None:
         with self.paused():
-            self.prepare(list(self._blocks.variables[name]))
+            self.prepare(list(self._blocks.variables.get(name, ())))
 
-    def _adds_losses(self, name: str) -> bool:
-        return any(self._layers[each]._losses for each in self._blocks.layers[name])
+    def _ids_of(self, tensors: Iterable[torch.Tensor]) -> tuple[int, ...]:
+        return tuple(map(self.tensor_id, tensors))
 
-    def _inputs_signature(self, leaves: list[Any]) -> Any:
+    def _inputs_signature(self, arguments: Any) -> Any:
         """Return what of a block's inputs its plan depends on.
 
         A tensor that has a gradient and was taken before is itself part of it, with who took it: crossing into one
         region after the other, it is converted once.
         """
+        leaves, structure = leaves_and_masks(arguments), tree_flatten(arguments)[1]
         running = {call.id for call in self._stack}
         scope = get_autocast_scope()
         ids = [self.tensor_id(leaf) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]
@@ -381,40 +377,32 @@ class Recorder(WatchingMode):
             return (*kind, ids.index(number), shared)
 
         described_leaves = tuple(described(leaf, number) for leaf, number in zip(leaves, ids, strict=True))
-        return None if scope is None else scope.dtype, described_leaves
+        return str(structure), None if scope is None else scope.dtype, described_leaves
 
-    def _repeat(self, repeat: Repeat, leaves: list[Any]) -> Any:
+    def _repeat(self, name: str, twin: int, ends: BlockEnds, layers: Sequence[keras.Layer]) -> Any:
         """Write down one op for the whole block and return outputs like those of the block it repeats."""
-        self.repeats[repeat.call] = repeat
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        call, ran = self._stack[-1].id, self._ran[twin]
         with self.paused():
-            outputs = stand_in_outputs(repeat, self._bases)
-        inputs = tuple(self.tensor_id(leaf) for leaf in tensors)
-        made = tuple(self.tensor_id(leaf) for leaf in tree_flatten(outputs)[0] if isinstance(leaf, torch.Tensor))
-        arguments = tuple(TensorRef(position) for position in range(len(inputs)))
-        self._write(REPEAT, (arguments, {}), inputs, made)
-        twin = self.calls[repeat.twin].outputs
-        self.trained.update(tensor for tensor, other in zip(made, twin, strict=True) if other in self.trained)
-        return outputs
+            made = [_empty(each, self._bases) for each in ran.result.made]
+        inputs, outputs = self._ids_of(ends.given), self._ids_of(made)
+        self._write(REPEAT, (tuple(map(TensorRef, range(len(inputs)))), {}), inputs, outputs)
+        self.trained.update(tensor for tensor, other in zip(outputs, ran.made, strict=True) if other in self.trained)
+        self.repeats[call] = Repeat(
+            name,
+            call,
+            twin,
+            tuple(zip(self._inside[ran.block], self._inside[name], strict=True)),
+            tuple(zip(*(self._blocks.variables.get(block, ()) for block in (ran.block, name)), strict=True)),
+            tuple(zip(ran.given, inputs, strict=True)),
+            tuple(zip(ran.made, outputs, strict=True)),
+        )
+        ran.result.add_losses(ends.given, made, layers)
+        return ran.result.returned(ends.given, made)
 
 
-def stand_in_outputs(repeat: Repeat, bases: dict[MadeTensor, torch.Tensor]) -> Any:
-    """Return empty tensors nested like the outputs of the block that is repeated; views of ``bases``, which grows."""
-    structure, leaves = repeat.outputs
-    return tree_unflatten([_empty(leaf, bases) for leaf in leaves], structure)
-
-
-def _made(leaf: Any) -> Any:
-    """Return what describes a tensor that a block returned; anything else as it is."""
-    if not isinstance(leaf, torch.Tensor):
-        return leaf
-    return MadeTensor(tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.requires_grad)
-
-
-def _empty(leaf: Any, bases: dict[MadeTensor, torch.Tensor]) -> Any:
-    if not isinstance(leaf, MadeTensor):
-        return leaf
-    if leaf not in bases:
-        base = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device="cpu")
-        bases[leaf] = base.requires_grad_(leaf.requires_grad)
-    return bases[leaf].view_as(bases[leaf])
+def _empty(made: MadeTensor, bases: dict[MadeTensor, torch.Tensor]) -> torch.Tensor:
+    """Return an empty tensor like the one that was made; a view of one in ``bases``, which grows."""
+    if made not in bases:
+        base = torch.empty_strided(made.shape, made.stride, dtype=made.dtype, device="cpu")
+        bases[made] = base.requires_grad_(made.requires_grad)
+    return bases[made].view_as(bases[made])

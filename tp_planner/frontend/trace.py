@@ -83,7 +83,7 @@ def trace(
             own input specification.
         training: trace the call with ``training=True``.
         blocks: which layers are planned alike; of equal ones only the first is run.
-        functions: record the calls of torch functions too, which takes a third more time.
+        functions: record the calls of torch functions too.
 
     Raises:
         PlanError: if the model is not built, its inputs are unknown, or it cannot run on fake tensors.

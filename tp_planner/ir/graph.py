@@ -118,8 +118,8 @@ class FunctionCall:
 class Repeat:
     """A call of a block that did not run, because it does what ``twin`` does, an earlier call of an equal block.
 
-    ``layers`` and ``variables`` pair those of the twin with those of this block, in order. ``outputs`` describes
-    what it returns; opaque to the passes.
+    ``layers`` and ``variables`` pair those of the twin with those of this block, in order; ``inputs`` and ``outputs``
+    the tensors that go in and those that it makes, masks and losses included.
     """
 
     block: str
@@ -127,7 +127,8 @@ class Repeat:
     twin: int
     layers: tuple[tuple[str, str], ...]
     variables: tuple[tuple[str, str], ...]
-    outputs: Any
+    inputs: tuple[tuple[int, int], ...]
+    outputs: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +197,7 @@ class ModelGraph:
             if op.name == REPEAT:
                 repeat = self.repeats[op.call]
                 names = dict(repeat.layers)
-                for tensor, twin in zip(op.outputs, self.calls[repeat.twin].outputs, strict=True):
+                for twin, tensor in repeat.outputs:
                     made[tensor] = names.get(makers.get(twin, ""), made[tensor])
             makers.update(made)
         return makers

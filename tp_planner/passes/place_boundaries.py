@@ -187,8 +187,7 @@ def _plan_again(plan: LayerPlan, repeat: Repeat, graph: ModelGraph) -> LayerPlan
 
 def tensor_names_again(repeat: Repeat, graph: ModelGraph) -> dict[str, str]:
     """Return what the tensors and variables of a block are called that repeats another, by their names there."""
-    taken = zip(graph.calls[repeat.twin].inputs, graph.calls[repeat.call].inputs, strict=True)
-    outside = {graph.tensor_name(twin): graph.tensor_name(tensor) for (_, twin), (_, tensor) in taken}
+    outside = {graph.tensor_name(twin): graph.tensor_name(tensor) for twin, tensor in repeat.inputs}
     inside = {f"{twin} output": f"{layer} output" for twin, layer in repeat.layers}
     # A layer that is called on its own output has one name for both: what it takes comes from outside.
     return inside | dict(repeat.variables) | outside

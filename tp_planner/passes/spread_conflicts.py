@@ -1,0 +1,75 @@
+"""Spread conflicts: what the proof found in one layer it would find in all layers that are equal and called alike.
+
+The proof ends where it finds the first difference. Of a model with many equal layers each would take a proof of its
+own, if what is found in one of them were not said of the others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tp_planner.ir.graph import ModelGraph
+from tp_planner.passes.follow_placements import Conflict, LayerMode, Walk
+
+_QUOTED = re.compile(r"'([^']*)'")
+
+
+def spread_conflicts(
+    conflicts: Sequence[Conflict],
+    equal_layers: Mapping[str, Sequence[Sequence[str]]],
+    graphs: Sequence[ModelGraph],
+    walks: Sequence[Walk],
+) -> list[Conflict]:
+    """Return the conflicts, and those that equal layers have.
+
+    Only a layer whose code writes sizes is the cause of its own conflict, and can be judged by its class and its call.
+
+    Args:
+        conflicts: what a proof found.
+        equal_layers: for each layer those equal to it: names of each and of all below it, the layer itself included.
+        graphs: the traces of the model.
+        walks: the placements found on them.
+    """
+    found = list(conflicts)
+    for conflict in conflicts:
+        for kind, key in conflict.origins:
+            if kind == "sizes" and len(conflict.origins) == 1:
+                found += _in_equal_layers(conflict, key, equal_layers[key[0]], graphs, walks)
+    return found
+
+
+def _in_equal_layers(
+    conflict: Conflict,
+    key: LayerMode,
+    equal: Sequence[Sequence[str]],
+    graphs: Sequence[ModelGraph],
+    walks: Sequence[Walk],
+) -> list[Conflict]:
+    (layer, mode), found = key, []
+    own = next(names for names in equal if names[0] == layer)
+    called = _calls(key, graphs, walks)
+    for names in equal:
+        other = names[0], mode
+        writes_sizes = any(other in walk.writes_sizes for walk in walks)
+        if other != key and writes_sizes and _calls(other, graphs, walks) == called:
+            renamed = dict(zip(own, names, strict=True))
+            reason = _QUOTED.sub(lambda quoted, new=renamed: repr(new.get(quoted[1], quoted[1])), conflict.reason)  # type: ignore[misc]
+            found.append(Conflict(frozenset({("sizes", other)}), reason, conflict.in_code))
+    return found
+
+
+def _calls(key: LayerMode, graphs: Sequence[ModelGraph], walks: Sequence[Walk]) -> list[set[Any]]:
+    """Return in each graph with which tensors a layer is called: shapes, dtypes and placements."""
+    return [
+        {
+            tuple(
+                (position, graph.tensors[tensor].shape, graph.tensors[tensor].dtype, walk.placements.get(tensor))
+                for position, tensor in call.inputs
+            )
+            for call in graph.calls.values()
+            if (call.layer, call.mode) == key
+        }
+        for graph, walk in zip(graphs, walks, strict=True)
+    ]
