@@ -31,7 +31,7 @@ from tp_planner.passes.bucket_gradients import bucket_gradients
 from tp_planner.passes.choose_styles import choose_styles
 from tp_planner.passes.honor_output_rules import honor_output_rules
 from tp_planner.passes.note_own_state import note_own_state
-from tp_planner.passes.place_boundaries import close, place_boundaries, write_layer_plans
+from tp_planner.passes.place_boundaries import close, must_walk_all_blocks, place_boundaries, write_layer_plans
 from tp_planner.passes.resolve_rules import Resolution, resolve_rules
 from tp_planner.passes.spread_conflicts import spread_conflicts
 from tp_planner.progress import stage
@@ -103,7 +103,7 @@ class _Job:
                 walks, closings = placing.walks, placing.closings
                 conflicts = [conflict for conflict in placing.conflicts if conflict.in_code]
                 if not conflicts or graphs[0].functions is not None:
-                    if any(walk.regions_leave_blocks for walk in walks):
+                    if placing.blocks_differ:
                         return None
                     layers = write_layer_plans(graphs, walks, styles, closings)
                     plan = self._write(graphs[0], layers, all(walk.input_gradients for walk in walks), notes)
@@ -114,6 +114,8 @@ class _Job:
                     equal = find_equal_layers(self.model, self.planned_alike)
                     conflicts = spread_conflicts(conflicts, equal, graphs, walks)
                 if graphs[0].functions is not None:
+                    if must_walk_all_blocks(conflicts, graphs, walks):
+                        return None
                     closings = close(closings, conflicts)
                 else:  # boundaries at the functions inside layers may do
                     graphs, closings = _distinct(with_functions), start

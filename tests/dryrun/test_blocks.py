@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from tests.models import CASES
 from tests.replicas import layout as layout_across
 from tp_planner import planner
 from tp_planner.frontend.blocks import Blocks, find_blocks, layer_signature
+from tp_planner.frontend.layout_file import find_layout_file, read_layout_file
 from tp_planner.frontend.trace import trace
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
@@ -301,6 +303,45 @@ def encoder_and_decoder() -> keras.Model:
     for index in range(4):
         y = keras_hub.layers.TransformerDecoder(32, 4, name=f"decoder_{index}")(y, x)
     return keras.Model([source, target], keras.layers.Dense(8, name="out")(y))
+
+
+def t5(blocks: int = 4) -> keras.Model:
+    """An encoder and a decoder whose blocks all add the position bias of their first one, which is sharded by heads."""
+    sizes = {"vocabulary_size": 32, "num_heads": 4, "hidden_dim": 16, "intermediate_dim": 32, "key_value_dim": 8}
+    return keras_hub.models.T5Backbone(
+        num_layers=blocks, activation="gelu", use_gated_activation=True, tie_embedding_weights=False, **sizes
+    )
+
+
+T5_INPUTS = {
+    f"{stack}_{name}": keras.InputSpec(shape=(2, length), dtype="int32")
+    for stack, length in (("encoder", 8), ("decoder", 6))
+    for name in ("token_ids", "padding_mask")
+}
+
+
+def test_plan_of_blocks_that_share_a_sharded_tensor() -> None:
+    """Blocks stand for one another across shards that they are all given, as T5's are."""
+    layout = read_layout_file(find_layout_file("t5")).on(Mesh((("model", 2),)))
+    assert_equal_plans(t5(), layout, inputs=T5_INPUTS)
+
+
+def test_blocks_of_a_t5_are_planned_once() -> None:
+    """Of each stack three run: the one that makes the shared tensor, the first to read it, and one of the others."""
+    layout = read_layout_file(find_layout_file("t5")).on(Mesh((("model", 2),)))
+    runs: list[str] = []
+    model = t5(6)
+    block = type(model.get_layer("transformer_encoder_layer_0"))
+    call = block.call
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        runs.append(self.name)
+        return call(self, *args, **kwargs)
+
+    with mock.patch.object(block, "call", counted):
+        make_plan(model, layout, inputs=T5_INPUTS)
+    assert {name[-1] for name in runs} == {"0", "1", "2"}
+    assert max(Counter(runs).values()) == 2 * 6 + 3  # six proofs of both ways to call it, two traces, one step
 
 
 def partly_frozen() -> keras.Model:

@@ -98,17 +98,21 @@ def _compare_run(
             layer, fails = graph.calls[op.call].layer, position >= len(ran) and failure is not None
             starts = [*_stuck(graph, recorder), op.call] if fails else [op.call]
             culprits = _writing_sizes(graph, walk, starts) or _culprits(graph, walk, op)
-            return [Conflict(culprits, f"{op.name} in {layer!r} {difference}", in_code=True)]
+            return [Conflict(layer, culprits, f"{op.name} in {layer!r} {difference}", in_code=True)]
     if failure is None and len(ran) > len(assumed):
         more = ran[len(assumed)]
         layer = recorder.calls[more.call].layer
         call = next(call.id for call in graph.calls.values() if call.layer == layer)
         reason = f"{more.name} in {layer!r} runs on local shards only"
-        return [Conflict(_sharded_inside(graph, walk, call), reason, in_code=True)]
+        return [Conflict(layer, _sharded_inside(graph, walk, call), reason, in_code=True)]
     if failure is not None:
         stuck = _stuck(graph, recorder)
         culprits = _writing_sizes(graph, walk, stuck) or _sharded_inside(graph, walk, stuck[0])
-        return [Conflict(culprits, f"layer {recorder.running_layer!r} {_failure(failure)}", in_code=True)]
+        return [
+            Conflict(
+                recorder.running_layer, culprits, f"layer {recorder.running_layer!r} {_failure(failure)}", in_code=True
+            )
+        ]
     return _compare_calls(graph, recorder, walk, parts)
 
 
@@ -136,7 +140,7 @@ def _compare_calls(graph: ModelGraph, recorder: Recorder, walk: Walk, parts: int
     """Compare what every call took and returned; this sees reshapes that no other op follows."""
     if len(graph.calls) != len(recorder.calls):
         everything = frozenset().union(*walk.origins.values())
-        return [Conflict(everything, "the model calls other layers on local shards", in_code=True)]
+        return [Conflict("", everything, "the model calls other layers on local shards", in_code=True)]
     for call, ran in zip(graph.calls.values(), recorder.calls.values(), strict=True):
         whole = (*(tensor for _, tensor in call.inputs), *call.outputs)
         local = (*(tensor for _, tensor in ran.inputs), *ran.outputs)
@@ -146,7 +150,7 @@ def _compare_calls(graph: ModelGraph, recorder: Recorder, walk: Walk, parts: int
             if shape != expected:
                 reason = f"layer {call.layer!r} takes or returns shape {shape} on local shards, not {expected}"
                 culprits = _writing_sizes(graph, walk, [call.id]) or _sharded_inside(graph, walk, call.id)
-                return [Conflict(culprits, reason, in_code=True)]
+                return [Conflict(call.layer, culprits, reason, in_code=True)]
     return []
 
 

@@ -101,14 +101,20 @@ class BlockRepeats:
         result = ends.close(forward(*args, **kwargs))
         gc.collect(0)
         self._end(call, "forward", dict(enumerate(ends.made)))
-        with looking_at_what_is_kept():
-            saved = {self._meter.storage(tensor) for tensor in _saved_tensors(ends.made, first_node)}
+        saved = self._saved_storages(ends.made, first_node)
         with_gradient = tuple(position for position, made in enumerate(ends.made) if made.requires_grad)
-        kept = self._positions(ends.given, saved), self._positions(ends.made, saved)
-        self._ran[call] = _Ran(result, *kept, with_gradient)
+        self._ran[call] = _Ran(
+            result, self._positions(ends.given, saved), self._positions(ends.made, saved), with_gradient
+        )
         for position in with_gradient:
             ends.made[position].register_hook(functools.partial(self._arrive, call, position))
         return result.returned(given, ends.made)
+
+    def _saved_storages(self, made: list[torch.Tensor], first_node: int) -> set[int]:
+        """Return what the nodes of a block keep, but for numbers written in its code, which are in no storage."""
+        with looking_at_what_is_kept():
+            kept = (tensor for tensor in _saved_tensors(made, first_node) if self._meter.knows(tensor))
+            return set(map(self._meter.storage, kept))
 
     def _arrive(self, call: int, output: int, gradient: torch.Tensor) -> None:
         own = ((output, self._meter.storage(gradient)),) if _fills_its_storage(gradient) else ()

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten
 from tp_planner.frontend.blocks import Blocks
 from tp_planner.frontend.fake_mode import FakeCpuMode
 from tp_planner.frontend.functions import FunctionRecorder
+from tp_planner.frontend.kept_tensors import no_fakes_left
 from tp_planner.frontend.keras_internals import core, to_torch_dtype
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.frontend.quiet import quiet_torch
@@ -254,8 +255,11 @@ def describe_inputs(arguments: CallArguments) -> str:
 def run_recorded(
     model: keras.Model, arguments: CallArguments, recorder: Recorder, training: bool
 ) -> list[torch.Tensor]:
-    """Call the model under the recorder and return its flattened outputs, and the losses that layers added."""
-    with recorder.watching_layers(), recorder:
+    """Call the model under the recorder and return its flattened outputs, and the losses that layers added.
+
+    Layers keep afterwards what they kept before, so that the next call finds the same.
+    """
+    with no_fakes_left(model), recorder.watching_layers(), recorder:
         outputs = arguments.call(model, training)
     losses = [loss for layer in model._flatten_layers() for loss in layer._losses]
     model._clear_losses()

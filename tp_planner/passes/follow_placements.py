@@ -19,7 +19,7 @@ from tp_planner.ir.placement import WHOLE, Placement
 from tp_planner.passes.choose_styles import StyleChoice
 from tp_planner.passes.follow_ops import ShardingRules
 from tp_planner.passes.walk.agreement import (
-    note_regions_that_leave_blocks,
+    note_regions_that_cross_blocks,
     require_one_plan_a_layer,
     require_whole_outputs,
 )
@@ -63,7 +63,7 @@ def follow_placements(
     enter_tensors_read_with_shards(known, notes)
     require_whole_outputs(known, notes)
     require_one_plan_a_layer(known, notes)
-    note_regions_that_leave_blocks(known, notes)
+    note_regions_that_cross_blocks(known, notes)
     return notes.walk()
 
 

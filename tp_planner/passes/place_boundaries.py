@@ -37,11 +37,15 @@ _QUOTED = re.compile(r"'([^']*)'")
 
 @dataclass(frozen=True, slots=True)
 class Placing:
-    """Walks over all graphs that agree and have no conflict, the closings that it took, and the conflicts met."""
+    """Walks over all graphs that agree and have no conflict, the closings that it took, and the conflicts met.
+
+    ``blocks_differ``: the walks ended early, or do not hold, because blocks that repeat others have to be walked, too.
+    """
 
     walks: tuple[Walk, ...]
     closings: Closings
     conflicts: tuple[Conflict, ...]
+    blocks_differ: bool
 
 
 def place_boundaries(
@@ -67,10 +71,32 @@ def place_boundaries(
         walks = tuple(follow_placements(graph, stored, styles, closings, rules, parts) for graph in graphs)
         conflicts = [conflict for walk in walks for conflict in walk.conflicts]
         conflicts = conflicts or _disagreements(graphs, walks)
-        if not conflicts:
-            return Placing(walks, closings, tuple(met))
         met += conflicts
+        apart = (
+            any(walk.blocks_differ for walk in walks)
+            if not conflicts
+            else must_walk_all_blocks(conflicts, graphs, walks)
+        )
+        if apart or not conflicts:
+            return Placing(walks, closings, tuple(met), apart)
         closings = close(closings, conflicts)
+
+
+def must_walk_all_blocks(conflicts: Sequence[Conflict], graphs: Sequence[ModelGraph], walks: Sequence[Walk]) -> bool:
+    """Whether a conflict ends sharding in one of several equal blocks, or for one of them, and not for the others.
+
+    Where it lies with all its origins inside of one block, or outside of all, it is the same for equal blocks.
+    """
+    if not any(walk.regions_cross_blocks for walk in walks):
+        return False
+    repeats = [repeat for graph in graphs for repeat in graph.repeats.values()]
+    blocks = {frozenset(names) for repeat in repeats for names in zip(*repeat.layers, strict=True)}
+    return any(
+        (conflict.layer in block) != (layer in block)
+        for conflict in conflicts
+        for _, (layer, _) in conflict.origins
+        for block in blocks
+    )
 
 
 def _disagreements(graphs: Sequence[ModelGraph], walks: Sequence[Walk]) -> list[Conflict]:
@@ -85,7 +111,7 @@ def _disagreements(graphs: Sequence[ModelGraph], walks: Sequence[Walk]) -> list[
             known, origins = first.setdefault((call.layer, call.mode), done)
             if known != done[0]:
                 reason = f"the code of layer {call.layer!r} runs other functions in training than in inference"
-                conflicts.append(Conflict(origins | done[1], reason))
+                conflicts.append(Conflict(call.layer, origins | done[1], reason))
     return conflicts
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tp_planner.ir.graph import ModelGraph
-from tp_planner.passes.follow_placements import Conflict, LayerMode, Walk
+from tp_planner.passes.walk.facts import Conflict, LayerMode, Walk
 
 _QUOTED = re.compile(r"'([^']*)'")
 
@@ -56,7 +56,7 @@ def _in_equal_layers(
         if other != key and writes_sizes and _calls(other, graphs, walks) == called:
             renamed = dict(zip(own, names, strict=True))
             reason = _QUOTED.sub(lambda quoted, new=renamed: repr(new.get(quoted[1], quoted[1])), conflict.reason)  # type: ignore[misc]
-            found.append(Conflict(frozenset({("sizes", other)}), reason, conflict.in_code))
+            found.append(Conflict(names[0], frozenset({("sizes", other)}), reason, conflict.in_code))
     return found
 
 

@@ -15,7 +15,7 @@ def require_whole_outputs(known: Known, notes: Notes) -> None:
     """Every rank holds the outputs of the model whole."""
     for tensor in known.graph.outputs:
         if known.placements.get(tensor, WHOLE) != WHOLE:
-            notes.conflict(known.origins[tensor], "it is an output of the model, which every rank holds whole")
+            notes.conflict(0, known.origins[tensor], "it is an output of the model, which every rank holds whole")
 
 
 def require_one_plan_a_layer(known: Known, notes: Notes) -> None:
@@ -37,7 +37,7 @@ def require_one_plan_a_layer(known: Known, notes: Notes) -> None:
         other, before = first.setdefault((call.layer, call.mode), (call, done))
         if before != done:
             reason = f"layer {call.layer!r} is called in ways that need different boundaries"
-            notes.conflict(_origins_at(other, call, known, notes), reason)
+            notes.conflict(call.id, _origins_at(other, call, known, notes), reason)
 
 
 def _origins_at(one: Call, other: Call, known: Known, notes: Notes) -> Origins:
@@ -53,10 +53,10 @@ def _origins_at(one: Call, other: Call, known: Known, notes: Notes) -> Origins:
     return itself.union(*given, *met, *in_functions)
 
 
-def note_regions_that_leave_blocks(known: Known, notes: Notes) -> None:
-    """A block can stand for others only where whole tensors go in and come out."""
-    for twin in {repeat.twin for repeat in known.graph.repeats.values()}:
-        call = known.graph.calls[twin]
-        ends = (*(tensor for _, tensor in call.inputs), *call.outputs)
-        if any(known.placement(tensor, twin) != WHOLE for tensor in ends):
-            notes.regions_leave_blocks = True
+def note_regions_that_cross_blocks(known: Known, notes: Notes) -> None:
+    """A block through whose ends shards go can stand for others only where nothing has to change on their way."""
+    for repeat in known.graph.repeats.values():
+        given = (known.placement(twin, repeat.twin) for twin, _ in repeat.inputs)
+        made = (known.placement(twin, repeat.twin) for twin, _ in repeat.outputs)
+        if any(placement != WHOLE for placement in (*given, *made)):
+            notes.regions_cross_blocks = True

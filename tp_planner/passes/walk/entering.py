@@ -37,7 +37,7 @@ def _use_with_shards(call: int, tensor: int, variable: str, origins: Origins, kn
     if (call, tensor) in notes.read_whole or variable in known.passed_on:
         layer = known.graph.calls[call].layer
         reason = f"{layer!r} reads {variable!r} both with sharded and with whole tensors"
-        notes.conflict(origins, reason, in_code=True)
+        notes.conflict(call, origins, reason, in_code=True)
     else:
         notes.use(call, variable, WHOLE, Partial())
 
@@ -69,7 +69,7 @@ def _enter(call: int, tensor: int, meeting: Meeting, sources: _Sources, known: K
     elif info.requires_grad:
         layer = known.graph.calls[call].layer
         reason = f"a whole tensor meets a sharded one inside {layer!r}, where no boundary can stand"
-        notes.conflict(meeting.origins, reason, in_code=True)
+        notes.conflict(call, meeting.origins, reason, in_code=True)
     else:
         notes.input_gradients = False
 

@@ -47,9 +47,11 @@ class Closings:
 class Conflict:
     """A place where tensors from ``origins`` cannot stay sharded.
 
-    ``in_code``: it is in the code of a layer, where a boundary at a torch function may help.
+    ``layer`` is in whose call that is; "" where it is in that of none. ``in_code``: it is in the code of a layer, where
+    a boundary at a torch function may help.
     """
 
+    layer: str
     origins: Origins
     reason: str
     in_code: bool = False
@@ -98,7 +100,8 @@ class Walk:
     reads: Mapping[VariableRead, Placement]  # of variables that ops read sharded
     writes_sizes: frozenset[LayerMode]  # layers that could be given the sizes of shards
     skipped_ops: frozenset[int]  # of calls that are one step
-    regions_leave_blocks: bool  # a region reaches out of a block that others repeat
+    blocks_differ: bool  # a block is given other shards than the one that it repeats
+    regions_cross_blocks: bool  # a region reaches into a block that others repeat, or out of it
     input_gradients: bool  # whether gradients with respect to the model's inputs are right
 
 

@@ -22,7 +22,7 @@ def follow_dropout(call: Call, known: Known, notes: Notes) -> None:
         return
     origins = known.origins_of([tensor], call.id)
     if not isinstance(placement, Shard):
-        notes.conflict(origins, f"dropout {call.layer!r} cannot cut its mask as {placement}")
+        notes.conflict(call.id, origins, f"dropout {call.layer!r} cannot cut its mask as {placement}")
         return
     known.place(output, placement, origins)
     order = _memory_order(known.graph.tensors[tensor])
@@ -59,7 +59,7 @@ def _take_input(call: Call, choice: StyleChoice, known: Known, notes: Notes) -> 
         return ((position, arrives),)
     if arrives != outside:
         reason = f"layer {call.layer!r} takes it as {wanted}, it arrives as {arrives}"
-        notes.conflict(known.origins_of([tensor], call.id), reason)
+        notes.conflict(call.id, known.origins_of([tensor], call.id), reason)
     elif wanted != WHOLE and divides(info.shape, wanted, known.parts):
         notes.cross(call.id, "input", position, tensor, cut(outside, wanted))
     elif wanted == WHOLE and "float" in info.dtype:

@@ -42,15 +42,16 @@ class Notes:
     writes_sizes: set[LayerMode] = field(default_factory=set)
     reads: dict[VariableRead, Placement] = field(default_factory=dict)
     skipped_ops: set[int] = field(default_factory=set)
-    regions_leave_blocks: bool = False
+    blocks_differ: bool = False
+    regions_cross_blocks: bool = False
     input_gradients: bool = True
     meetings: dict[Read, Meeting] = field(default_factory=dict)
     read_whole: dict[Read, None] = field(default_factory=dict)  # by ops that read no shards
     _used: set[tuple[int, str]] = field(default_factory=set)  # (call, variable) whose boundary stands
     _functions: dict[int, dict[int, FunctionPlan]] = field(default_factory=dict)  # by call, then by first op
 
-    def conflict(self, origins: Origins, reason: str, in_code: bool = False) -> None:
-        self.conflicts.append(Conflict(origins, reason, in_code))
+    def conflict(self, call: int, origins: Origins, reason: str, in_code: bool = False) -> None:
+        self.conflicts.append(Conflict(self.known.graph.calls[call].layer, origins, reason, in_code))
 
     def record(self, record: CallRecord) -> None:
         self.records[record.call] = record
@@ -132,6 +133,7 @@ class Notes:
             reads=self.reads,
             writes_sizes=frozenset(self.writes_sizes),
             skipped_ops=frozenset(self.skipped_ops),
-            regions_leave_blocks=self.regions_leave_blocks,
+            blocks_differ=self.blocks_differ,
+            regions_cross_blocks=self.regions_cross_blocks,
             input_gradients=self.input_gradients,
         )
