@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import keras
 import keras_hub
@@ -17,6 +19,7 @@ import tp_planner
 from tests.layers.test_entries import RULES as NESTED
 from tests.layers.test_entries import Nested, used
 from tests.workers import Pools
+from tp_planner.training.writing import is_distributed
 
 LLAMA = {
     ".*(query|key|value)/kernel": (None, "model", None),
@@ -224,3 +227,15 @@ def test_replicas_that_are_given_different_numbers_of_batches(pools: Pools) -> N
         "of which the last may be shorter"
     )
     assert pools(2).run(different_steps) == [[message, "(8, 8)"], [message, "(4, 8)"]]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_job_starts_before_it_is_asked_who_writes(processes: int) -> None:
+    """Nothing before the first call has to start the process group: without it every process would write."""
+    mesh = mock.MagicMock()
+    started = mock.PropertyMock()
+    type(mesh).backend_mesh = started
+    distribution = SimpleNamespace(num_processes=processes, device_mesh=mesh)
+    with mock.patch.object(keras.distribution, "distribution", return_value=distribution):
+        assert not is_distributed()
+    assert started.called == (processes > 1)

@@ -90,7 +90,12 @@ def _variables(model: Any, layer: Any) -> Iterator[Any]:
 
 
 def is_distributed(model: Any = None) -> bool:
-    """Whether a distribution is in use, or a model is stored in shards, and this is one of several processes."""
+    """Whether a distribution is in use, or a model is stored in shards, and this is one of several processes.
+
+    The first time that it is asked under a distribution, the process group is started.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is not None and not dist.is_initialized() and distribution.num_processes > 1:
+        _ = distribution.device_mesh.backend_mesh
     several = dist.is_initialized() and dist.get_world_size() > 1
-    in_shards = model is not None and any(map(is_in_shards, model.variables))
-    return several and (in_shards or keras.distribution.distribution() is not None)
+    return several and (distribution is not None or (model is not None and any(map(is_in_shards, model.variables))))
