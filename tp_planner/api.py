@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import keras
@@ -36,6 +37,8 @@ def plan(
     optimizer: str | keras.optimizers.Optimizer | None = None,
     batch_axis: str | None = None,
     loss: Any = None,
+    sequence_parallel: bool | None = None,
+    gather_again: bool | None = None,
 ) -> Plan:
     """Return how ``model`` would be sharded under ``layout_map``; needs no device and changes nothing.
 
@@ -52,6 +55,11 @@ def plan(
             are larger than 1. If one is, it is the batch's where rules name others; else there is none.
         loss: the loss of the simulated training step, as for ``Model.compile``. By default that of Keras which the
             model is compiled with; without one the sum of the outputs stands for it, and takes less memory.
+        sequence_parallel: whether the residual stream, what is between sharded layers, is sharded over the sequence
+            (Korthikanti et al. 2022): as many bytes are sent, norms, dropout and sums take a rank's share of the
+            memory. By default as the layout says, which is no.
+        gather_again: whether what sharded layers gather from the residual stream is not kept for the backward pass
+            but gathered again there: less memory, more communication. By default it is.
 
     Raises:
         PlanError: with every problem of the model, the mesh and the rules.
@@ -61,7 +69,7 @@ def plan(
     """
     require_built(model)
     _require_plain(model)
-    layout = read_layout(layout_map, batch_axis)
+    layout = _with_stream(read_layout(layout_map, batch_axis), sequence_parallel, gather_again)
     return make_plan(model, layout, inputs, read_optimizer(optimizer, model), TrainingLoss.of(model, loss))
 
 
@@ -70,12 +78,20 @@ def read_layout(layout_map: Any, batch_axis: str | None) -> Layout:
     return read_layout_map(layout_map).across(batch_axis)
 
 
+def _with_stream(layout: Layout, sequence_parallel: bool | None, gather_again: bool | None) -> Layout:
+    if sequence_parallel is not None:
+        layout = replace(layout, sequence_parallel=sequence_parallel)
+    return layout if gather_again is None else replace(layout, gather_again=gather_again)
+
+
 def parallelize(
     model: keras.Model,
     layout_map_or_plan: keras.distribution.LayoutMap | Plan,
     inputs: Any = None,
     check: Literal["first_step"] | None = None,
     batch_axis: str | None = None,
+    sequence_parallel: bool | None = None,
+    gather_again: bool | None = None,
 ) -> keras.Model:
     """Shard ``model`` over the devices of its mesh and return it; every process of the job has to call it.
 
@@ -90,6 +106,8 @@ def parallelize(
             raise ContractError if they differ on any.
         batch_axis: as for ``plan``, of which a plan has its own. Each replica is called on its own share of the batch,
             the ranks of one replica on the same; gradients are averaged over the samples of all.
+        sequence_parallel: as for ``plan``; a plan has decided it.
+        gather_again: as for ``plan``; a plan has decided it.
 
     Raises:
         PlanError: if the layout cannot be planned, the plan does not fit the model, the number of processes is
@@ -101,7 +119,11 @@ def parallelize(
             f"batch_axis is {batch_axis!r}, the plan was made for {given.mesh.batch_axis!r}; "
             f"give batch_axis= to tp_planner.plan"
         )
-    layout = given if isinstance(given, Plan) else read_layout(given, batch_axis)
+    if isinstance(given, Plan) and (sequence_parallel, gather_again) != (None, None):
+        raise PlanError("sequence_parallel and gather_again are decided in a plan; give them to tp_planner.plan")
+    layout: Plan | Layout = given
+    if not isinstance(given, Plan):
+        layout = _with_stream(read_layout(given, batch_axis), sequence_parallel, gather_again)
     if check not in (None, "first_step"):
         raise PlanError(f"check is {check!r}; it is 'first_step' or None")
     devices = None if isinstance(layout, Plan) else layout.devices

@@ -27,13 +27,14 @@ from tp_planner.ir.step import NO_STEP
 from tp_planner.job.axes import Axes
 from tp_planner.job.process_group import planning_axes
 from tp_planner.layers.statistics import OF_THE_BATCH
-from tp_planner.passes.bucket_gradients import bucket_gradients
+from tp_planner.passes.bucket_gradients import bucket_gradients, bucket_summands
 from tp_planner.passes.choose_styles import choose_styles
 from tp_planner.passes.honor_output_rules import honor_output_rules
 from tp_planner.passes.note_own_state import note_own_state
 from tp_planner.passes.place_boundaries import close, must_walk_all_blocks, place_boundaries, write_layer_plans
 from tp_planner.passes.resolve_rules import Resolution, resolve_rules
 from tp_planner.passes.spread_conflicts import spread_conflicts
+from tp_planner.passes.walk.stream import Stream
 from tp_planner.progress import stage
 from tp_planner.readable_plan import Plan
 
@@ -63,7 +64,19 @@ def make_plan(
         layers, variables = survey(model)
         resolution = resolve_rules(layout, variables, {name: layer.path for name, layer in layers.items()})
         job = _Job(model, layout, inputs, optimizer, loss, layers, variables, resolution)
-        return job.plan(find_blocks(model, job.planned_alike)) or job.unrolled_plan()
+        found = job.plan(find_blocks(model, job.planned_alike)) or job.unrolled_plan()
+        if not layout.sequence_parallel or found.shards_stream:
+            return found
+        # Where no layer shards the stream, what was tried for it should leave no trace.
+        plain = replace(job, layout=replace(layout, sequence_parallel=False))
+        found = plain.plan(find_blocks(model, job.planned_alike)) or plain.unrolled_plan()
+        return replace(found, sequence_parallel=True, notes=(*found.notes, _NO_STREAM))
+
+
+_NO_STREAM = (
+    "sequence parallelism changes nothing: no layer leaves a sum over the ranks whose sequence, dim 1 of three or "
+    "more, divides by them and can stay sharded in what follows"
+)
 
 
 @dataclass(frozen=True)
@@ -91,15 +104,20 @@ class _Job:
         parts = self.layout.mesh.axis_size(axis)
         stored = {key: resolved.placement for key, resolved in self.resolution.variables.items()}
         styles = choose_styles(self.layers, self.variables, stored, parts)
-        closings, notes = honor_output_rules(self.resolution.outputs, styles, axis)
+        closings, on_sequence, notes = honor_output_rules(self.resolution.outputs, styles, axis)
+        stream = Stream(self.layout.sequence_parallel, self.layout.gather_again, on_sequence)
         stage(f"tracing {self.model.name}")
         with_functions, start = self._trace(blocks), closings
         graphs = _distinct([replace(graph, functions=None) for graph in with_functions])
+        if (
+            stream.is_anywhere
+        ):  # code between the layers often reads sizes of it, so that its functions have to be known
+            graphs = _distinct(with_functions)
         with planning_axes(self.layout.mesh) as axes:
             rules, one_replica = DTensorRules(axes.model.mesh), Axes(axes.mesh, axes.model)
             while True:
                 stage(f"placing boundaries of {self.model.name}")
-                placing = place_boundaries(graphs, stored, styles, closings, rules, parts)
+                placing = place_boundaries(graphs, stored, styles, closings, rules, parts, stream)
                 walks, closings = placing.walks, placing.closings
                 conflicts = [conflict for conflict in placing.conflicts if conflict.in_code]
                 if not conflicts or graphs[0].functions is not None:
@@ -141,6 +159,7 @@ class _Job:
 
     def _across_replicas(self, plan: Plan, graph: ModelGraph) -> Plan:
         """Return the plan with what replicas store and communicate among themselves."""
+        plan = replace(plan, sums=bucket_summands(plan.variables, plan.layers))
         if plan.replicas == 1:
             return plan
         across = {key: resolved.batch_placement for key, resolved in self.resolution.variables.items()}
@@ -154,7 +173,8 @@ class _Job:
         )
         shared = {name for name, layer in named_layers(self.model).items() if isinstance(layer, OF_THE_BATCH)}
         notes = plan.notes + tuple(note_own_state(graph, shared))
-        return replace(plan, variables=variables, buckets=bucket_gradients(variables), notes=notes)
+        late = {key for keys in plan.sums for key in keys}
+        return replace(plan, variables=variables, buckets=bucket_gradients(variables, late), notes=notes)
 
     def _write(
         self, graph: ModelGraph, layers: tuple[LayerPlan, ...], input_gradients: bool, notes: tuple[str, ...]
@@ -173,6 +193,7 @@ class _Job:
             step=NO_STEP,
             input_gradients=input_gradients,
             notes=self.resolution.notes + notes,
+            sequence_parallel=self.layout.sequence_parallel,
         )
 
 

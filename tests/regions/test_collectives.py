@@ -36,6 +36,7 @@ MODELS: dict[str, tuple[str, Mapping[str, Any]]] = {
 BATCH_SIZE = 4
 KINDS = {
     "all_reduce": "all_reduce",
+    "all_reduce_": "all_reduce",
     "all_gather_into_tensor": "all_gather",
     "reduce_scatter_tensor": "reduce_scatter",
     "all_to_all_single": "all_to_all",

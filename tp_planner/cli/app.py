@@ -39,6 +39,13 @@ BatchOption = Annotated[
         help="Plan for batches of this size. Other dims that a model leaves open are 16: give --input for these.",
     ),
 ]
+SequenceOption = Annotated[
+    bool,
+    typer.Option(
+        "--sequence-parallel",
+        help="Shard what is between sharded layers over the sequence: norms, dropout and sums take less memory.",
+    ),
+]
 OptimizerOption = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="The optimizer of the simulated training step, e.g. adamw: its slots count."),

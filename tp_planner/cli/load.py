@@ -11,6 +11,7 @@ import sys
 import traceback
 import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,12 +61,13 @@ def load_loss(name: str | None) -> TrainingLoss | None:
     return None if name is None else TrainingLoss(name)
 
 
-def load_layout(layout: str, mesh: str) -> Layout:
-    """Return the layout in a file, or of a preset, on a mesh."""
+def load_layout(layout: str, mesh: str, sequence_parallel: bool = False) -> Layout:
+    """Return the layout in a file, or of a preset, on a mesh, sequence-parallel if either says so."""
     from tp_planner.frontend.layout_file import find_layout_file, read_layout_file
     from tp_planner.ir.mesh import parse_mesh
 
-    return read_layout_file(find_layout_file(layout)).on(parse_mesh(mesh))
+    read = read_layout_file(find_layout_file(layout)).on(parse_mesh(mesh))
+    return replace(read, sequence_parallel=read.sequence_parallel or sequence_parallel)
 
 
 def read_inputs(texts: Sequence[str]) -> Any:

@@ -16,6 +16,7 @@ from tp_planner.cli.app import (
     MeshOption,
     ModelArgument,
     OptimizerOption,
+    SequenceOption,
     app,
     write,
 )
@@ -35,6 +36,7 @@ def plan_command(
     batch: BatchOption = None,
     optimizer: OptimizerOption = None,
     loss: LossOption = None,
+    sequence_parallel: SequenceOption = False,
     hardware: Annotated[
         str | None,
         typer.Option(
@@ -54,7 +56,7 @@ def plan_command(
         from tp_planner.report.estimate import estimate_lines
         from tp_planner.report.html import plan_to_html
 
-        rules = load_layout(layout, mesh)
+        rules = load_layout(layout, mesh, sequence_parallel)
         updating, training_loss = load_optimizer(optimizer), load_loss(loss)
         profile = None if hardware is None else _profile(hardware)
         built, specs = load_model_and_inputs(model, input or [], batch)

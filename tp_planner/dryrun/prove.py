@@ -22,11 +22,11 @@ from tp_planner.frontend.recorder import Recorder
 from tp_planner.frontend.trace import CallArguments, fake_inputs, fake_tensors, run_recorded
 from tp_planner.ir.errors import in_one_line
 from tp_planner.ir.graph import FunctionCall, ModelGraph, Op, TensorInfo, TensorRef
-from tp_planner.ir.placement import Placement, Replicate, Shape, local_shape
+from tp_planner.ir.placement import Placement, Replicate, SequenceShard, Shape, Shard, local_shape
 from tp_planner.ir.plan import Plan
 from tp_planner.job.axes import Axes
 from tp_planner.layers.apply import applied_for_simulation
-from tp_planner.passes.walk.facts import Conflict, Origins, Walk
+from tp_planner.passes.walk.facts import Conflict, Origin, Origins, Walk, on_stream
 from tp_planner.patches import replaced
 from tp_planner.regions.calls import running
 
@@ -84,6 +84,9 @@ def _compare_run(
             run_recorded(model, arguments, recorder, graph.training)
     except Exception as error:  # the model's own code may raise anything on shapes it does not expect
         failure = error
+    if functions is not None and (read := _sizes_read(graph, walk, functions.functions, parts)):
+        reason = "its code reads sizes of shards of the sequence, and is given those of the whole"
+        return [Conflict(origin[1][0], frozenset({origin}), reason) for origin in sorted(read)]
     traced = _steps(graph.ops, graph.functions or ())
     assumed = [op for op in traced if op.id not in walk.skipped_ops and _is_compared(op, graph.tensors)]
     skipped = _spans(graph, walk)
@@ -116,6 +119,34 @@ def _compare_run(
     return _compare_calls(graph, recorder, walk, parts)
 
 
+def _sizes_read(graph: ModelGraph, walk: Walk, ran: Sequence[FunctionCall], parts: int) -> Origins:
+    """Return the arguments of functions making whole tensors that were sizes of shards, and should be of the whole."""
+    lengths = {
+        graph.tensors[tensor].shape[placement.dim]
+        for tensor, placement in walk.placements.items()
+        if isinstance(placement, SequenceShard)
+    }
+    known = {(function.call, function.name, function.number): function for function in ran}
+    sharded_lengths: dict[int, set[int]] = {}  # of dims that regions shard, by call whose own code reads them
+    for op in graph.ops:
+        for tensor in op.inputs:
+            placement = walk.placements.get(tensor)
+            if isinstance(placement, Shard) and not isinstance(placement, SequenceShard):
+                sharded_lengths.setdefault(op.call, set()).add(graph.tensors[tensor].shape[placement.dim])
+    found: set[Origin] = set()
+    for function in graph.functions or ():
+        other = known.get((function.call, function.name, function.number))
+        ends = (*(tensor for _, tensor in function.inputs), *function.outputs)
+        if other is None or any(tensor in walk.placements for tensor in ends):
+            continue
+        on_sequence = lengths - sharded_lengths.get(function.call, set())
+        call, read = graph.calls[function.call], dict(other.constants)
+        for position, size in function.constants:
+            if size in on_sequence and type(read.get(position)) is int and read[position] * parts == size:
+                found.add(("scale", (call.layer, call.mode, function.name, function.number, position)))
+    return frozenset(found)
+
+
 def _steps(ops: Sequence[Op], functions: Sequence[FunctionCall]) -> list[Op]:
     """Return the ops with one in place of all ops of each function that is compared as a whole."""
     steps, done = [], 0
@@ -146,7 +177,7 @@ def _compare_calls(graph: ModelGraph, recorder: Recorder, walk: Walk, parts: int
         local = (*(tensor for _, tensor in ran.inputs), *ran.outputs)
         for number, found in zip(whole, local, strict=True):
             shape = recorder.tensors[found].shape
-            expected = _expected_shape(graph, walk, number, call.id, parts)
+            expected = _expected_shape(graph, walk, number, call.id, parts, walk.taken.get((call.id, number)))
             if shape != expected:
                 reason = f"layer {call.layer!r} takes or returns shape {shape} on local shards, not {expected}"
                 culprits = _writing_sizes(graph, walk, [call.id]) or _sharded_inside(graph, walk, call.id)
@@ -227,8 +258,21 @@ def _culprits(graph: ModelGraph, walk: Walk, op: Op) -> Origins:
     """Return the origins of the shards that ``op`` reads; where it reads none, of all in its enclosing calls."""
     found = frozenset().union(*(walk.origins.get(tensor, frozenset()) for tensor in op.inputs))
     if found:
-        return found
+        return _or_gathered(found, graph, walk, op.call)
     return _sharded_inside(graph, walk, op.call)
+
+
+def _or_gathered(origins: Origins, graph: ModelGraph, walk: Walk, start: int) -> Origins:
+    """Return where shards come from; of the residual stream first, which the innermost call is to gather if it can."""
+    of_stream = frozenset(origin for origin in origins if on_stream(frozenset({origin})))
+    if not of_stream:
+        return origins
+    gathering = {placed.call for placed in walk.boundaries if isinstance(placed.boundary.forward.source, SequenceShard)}
+    for call in graph.enclosing(start):
+        takes = any(isinstance(walk.placements.get(tensor), SequenceShard) for _, tensor in call.inputs)
+        if takes and call.id not in gathering:
+            return frozenset({("gather", (call.layer, call.mode))})
+    return of_stream
 
 
 def _sharded_inside(graph: ModelGraph, walk: Walk, start: int) -> Origins:
@@ -239,5 +283,5 @@ def _sharded_inside(graph: ModelGraph, walk: Walk, start: int) -> Origins:
         tensors += [tensor for _, tensor in call.inputs]
         found = frozenset().union(*(walk.origins.get(tensor, frozenset()) for tensor in tensors))
         if found:
-            return found
+            return _or_gathered(found, graph, walk, start)
     return frozenset().union(*walk.origins.values())

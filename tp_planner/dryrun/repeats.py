@@ -202,16 +202,21 @@ def _kept(node: Any, name: str) -> Any:
         return found.inputs
 
 
-def multiplicities(repeats: Mapping[int, Repeat]) -> Counter[str]:
-    """Return for each variable of a block that runs how many equal variables of blocks that do not it stands for."""
+def stand_ins(repeats: Mapping[int, Repeat]) -> dict[str, str]:
+    """Return for each variable of a block that does not run the equal one of the block that runs."""
     twins = {key: twin for repeat in repeats.values() for twin, key in repeat.variables if key != twin}
-    found: Counter[str] = Counter()
+    found = {}
     for key in twins:
         runs = key
         while runs in twins:
             runs = twins[runs]
-        found[runs] += 1
+        found[key] = runs
     return found
+
+
+def multiplicities(repeats: Mapping[int, Repeat]) -> Counter[str]:
+    """Return for each variable of a block that runs how many equal variables of blocks that do not it stands for."""
+    return Counter(stand_ins(repeats).values())
 
 
 def _fills_its_storage(tensor: torch.Tensor) -> bool:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 from tp_planner.dryrun.collector import only_new_garbage, without_collector
 from tp_planner.dryrun.metering import StepMeter
-from tp_planner.dryrun.repeats import BlockRepeats, multiplicities
+from tp_planner.dryrun.repeats import BlockRepeats, multiplicities, stand_ins
 from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.frontend.trace import CallArguments, conditions_need_values, fake_inputs, fake_tensors
 from tp_planner.frontend.training_loss import TrainingLoss
@@ -41,8 +41,10 @@ from tp_planner.ir.step_log import (
 from tp_planner.job.axes import Axes
 from tp_planner.layers.apply import applied_for_simulation
 from tp_planner.passes.place_boundaries import tensor_names_again
+from tp_planner.regions.calls import Site
 from tp_planner.regions.recording import REASONS
 from tp_planner.regions.replicas import Replicas
+from tp_planner.regions.summands import site_of
 from tp_planner.storage.variables import local_tensor
 from tp_planner.training.optimizer import adopt_optimizer, updates_all_at_once
 
@@ -105,7 +107,7 @@ def simulate(
         call: Twin(each.twin, dict(each.layers) | tensor_names_again(each, graph)) for call, each in repeats.items()
     }
     log = unfold(meter.log, twins)
-    _average_gradients(log, plan)
+    _add_gradients(log, plan, step.trained, stand_ins(repeats))
     name = "" if optimizer is None else type(optimizer).__name__
     taken = Step(name, step.loss_name, memory_of(log), work_of(log), step.whole_update)
     return Simulation(collectives_of(log), taken, tuple(step.notes))
@@ -138,6 +140,7 @@ class TrainingStep:
         self.loss_name = "" if loss is None else loss.name
         self.whole_update = True
         self.notes: list[str] = []
+        self.trained: set[str] = set()  # variables that have got a gradient, by key
         self._slots: list[tuple[Any, Any]] = []
 
     def run(self, arguments: CallArguments, others: Mapping[str, int]) -> None:
@@ -170,6 +173,7 @@ class TrainingStep:
             del loss
             gc.collect(0)
             trained = [variable for variable in trainable if variable._value.grad is not None]
+            self.trained = {keys[id(variable)] for variable in trained}
             meter.hold((variable._value.grad for variable in trained), "gradients")
             for variable in trained:
                 self._stand_for(variable, 1 + others.get(keys[id(variable)], 0))
@@ -255,29 +259,45 @@ def _hold_left_out_variables(meter: StepMeter, plan: Plan, left_out: Set[str]) -
             meter.log.allocate(math.prod(variable.local_shape) * variable.itemsize, "parameters")
 
 
-def _average_gradients(log: StepLog, plan: Plan) -> None:
-    """Note at the end of the backward pass that replicas average their gradients, bucket by bucket.
+def _add_gradients(log: StepLog, plan: Plan, trained: Set[str], others: Mapping[str, str]) -> None:
+    """Note at the end of the backward pass that ranks add their summands, then that replicas average their gradients.
 
     In the simulated step they do not, because of equal blocks only one has gradients.
+
+    Args:
+        log: that of the step.
+        plan: the plan.
+        trained: the variables that have got a gradient.
+        others: variables that took no part, each with an equal one that did.
     """
     positions = {event.phase: position for position, event in enumerate(log.events) if isinstance(event, Began)}
-    if "backward" not in positions or plan.mesh.batch_axis is None:
+    if "backward" not in positions:
         return
     rest = log.events[positions.get("update", len(log.events)) :]
     del log.events[len(log.events) - len(rest) :]
-    variables = {variable.key: variable for variable in plan.variables}
+    sizes = {each.key: math.prod(each.local_shape) * each.itemsize for each in plan.variables}
+    for number, keys in enumerate(plan.sums):
+        size = sum(sizes[key] for key in keys if others.get(key, key) in trained)
+        if size:
+            _add_together(log, (plan.axis, plan.axis_size), size, site_of(number), joined=True, kernels=1)
+    itemsizes = {each.key: each.itemsize for each in plan.variables}
     for number, keys in enumerate(plan.buckets):
-        itemsize = variables[keys[0]].itemsize
-        elements = sum(math.prod(variables[key].local_shape) for key in keys)
-        marks = len(keys) if len(keys) > 1 else 0
-        size = (elements + marks) * itemsize
-        joined = log.allocate(size if marks else 0)
-        log.events += [Kernel("backward", "", 0, 2 * size)] * (2 if marks else 1)
-        place, reason = f"gradients {number}", REASONS["all_reduce"]
-        axis, replicas = plan.mesh.batch_axis, plan.replicas
-        log.events.append(Collective("all_reduce", axis, replicas, size, "", place, "backward", reason))
-        log.events.append(Freed(joined))  # in the end, the gradients are in it, and no longer where they were
+        several = len(keys) > 1
+        size = (
+            sum(map(sizes.__getitem__, keys)) + several * len(keys) * itemsizes[keys[0]]
+        )  # a mark for each of several
+        axis, site = (plan.mesh.batch_axis or "", plan.replicas), Site("", f"gradients {number}")
+        _add_together(log, axis, size, site, joined=several, kernels=1 + several)
     log.events += rest
+
+
+def _add_together(log: StepLog, axis: tuple[str, int], size: int, site: Site, joined: bool, kernels: int) -> None:
+    """Note an all-reduce of gradients over an axis, name and size, which are joined for it, or one of them alone."""
+    storage = log.allocate(size if joined else 0)
+    log.events += [Kernel("backward", "", 0, 2 * size)] * kernels
+    reason = REASONS["all_reduce"]
+    log.events.append(Collective("all_reduce", *axis, size, site.layer, site.place, "backward", reason))
+    log.events.append(Freed(storage))  # in the end, the gradients are in it, and no longer where they were
 
 
 def _adopted(make: Callable[[Any], keras.optimizers.Optimizer], settings: Any, axes: Axes) -> Any:

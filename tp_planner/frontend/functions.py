@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tp_planner.frontend.recorder import Recorder
 from tp_planner.ir.graph import FunctionCall
@@ -18,6 +18,35 @@ CONSTANT = int | float | str
 def function_name(function: Callable[..., Any]) -> str:
     """Return what a torch function or tensor method is called: ``reshape`` for ``torch.reshape`` and the method."""
     return getattr(function, "__name__", "")
+
+
+class _Slice(NamedTuple):
+    start: Any
+    stop: Any
+    step: Any
+
+
+def flatten_arguments(args: Any, kwargs: Any) -> tuple[list[Any], Any]:
+    """Return the flattened arguments of a function, ends of slices one by one, and what puts them together again."""
+    return tree_flatten((_with_open_slices(args), kwargs))
+
+
+def put_arguments_together(leaves: list[Any], structure: Any) -> tuple[Any, Any]:
+    """Return the arguments that ``flatten_arguments`` took apart."""
+    args, kwargs = tree_unflatten(leaves, structure)
+    return _with_slices(args), kwargs
+
+
+def _with_open_slices(tree: Any) -> Any:
+    if isinstance(tree, slice):
+        return _Slice(tree.start, tree.stop, tree.step)
+    return tuple(map(_with_open_slices, tree)) if type(tree) is tuple else tree
+
+
+def _with_slices(tree: Any) -> Any:
+    if isinstance(tree, _Slice):
+        return slice(*tree)
+    return tuple(map(_with_slices, tree)) if type(tree) is tuple else tree
 
 
 class FunctionRecorder(TorchFunctionMode):
@@ -35,7 +64,7 @@ class FunctionRecorder(TorchFunctionMode):
             return func(*args, **kwargs)
         self._counts[call, name] += 1
         number, first = self._counts[call, name], len(self.recorder.ops)
-        leaves = tree_flatten((args, kwargs))[0]
+        leaves = flatten_arguments(args, kwargs)[0]
         before = [self.recorder.known_id(leaf) for leaf in leaves]
         result = func(*args, **kwargs)
         ops = self.recorder.ops[first:]

@@ -17,21 +17,22 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 # A wheel carries the presets inside the package; a source tree has them beside it.
 _PRESET_FOLDERS = (_PACKAGE / "presets", _PACKAGE.parent / "plans" / "presets")
 
-_FILE_KEYS = ("name", "description", "rules")
+_FILE_KEYS = ("name", "description", "sequence_parallel", "rules")
 _RULE_KEYS = ("pattern", "axes")
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutFile:
-    """The content of one layout file: its name, what it is for, and its rules in order."""
+    """The content of one layout file: its name, what it is for, its rules in order, and whether streams are sharded."""
 
     name: str
     description: str
     rules: tuple[LayoutRule, ...]
+    sequence_parallel: bool = False
 
     def on(self, mesh: Mesh) -> Layout:
         """Return the rules as a layout for ``mesh``."""
-        return Layout(mesh, self.rules)
+        return Layout(mesh, self.rules, sequence_parallel=self.sequence_parallel)
 
 
 def read_layout_file(path: str | Path) -> LayoutFile:
@@ -51,6 +52,7 @@ def read_layout_file(path: str | Path) -> LayoutFile:
         name=_read_text(document, "name", Path(path).stem, problems),
         description=_read_text(document, "description", "", problems),
         rules=_read_rules(document, problems),
+        sequence_parallel=_read_bool(document, "sequence_parallel", problems),
     )
     if problems:
         raise PlanError(f"{path}: {problem}" for problem in problems)
@@ -113,6 +115,14 @@ def _read_text(document: Mapping[str, object], key: str, default: str, problems:
         return value
     problems.append(f"{key}: expected a string, got {_shown(value)}")
     return default
+
+
+def _read_bool(document: Mapping[str, object], key: str, problems: list[str]) -> bool:
+    value = document.get(key, False)
+    if isinstance(value, bool):
+        return value
+    problems.append(f"{key}: expected true or false, got {_shown(value)}")
+    return False
 
 
 def _read_rules(document: Mapping[str, object], problems: list[str]) -> tuple[LayoutRule, ...]:

@@ -16,8 +16,9 @@ _DEVICE_TYPES: dict[str, DeviceType] = {"cpu": "cpu", "gpu": "cuda", "cuda": "cu
 def read_layout_map(layout_map: Any) -> Layout:
     """Return the rules of a ``keras.distribution.LayoutMap`` and its device mesh as plain data.
 
-    A ``Layout``, as ``read_layout_file(path).on(mesh)`` makes it, is that already. Raises PlanError for anything
-    else, for a map without a device mesh, and for a mesh of CPUs and CUDA devices together.
+    A ``Layout``, as ``read_layout_file(path).on(mesh)`` makes it, is that already. Of a LayoutMap the attributes
+    ``sequence_parallel`` and ``gather_again`` count too, which users set where Keras has no argument. Raises PlanError
+    for anything else, for a map without a device mesh, and for a mesh of CPUs and CUDA devices together.
     """
     if isinstance(layout_map, Layout):
         return layout_map
@@ -32,7 +33,13 @@ def read_layout_map(layout_map: Any) -> Layout:
             "the LayoutMap has no device mesh; make it with LayoutMap(DeviceMesh(shape, axis_names, devices))"
         )
     rules = tuple(LayoutRule(pattern, tuple(layout_map._layout_map[pattern].axes)) for pattern in layout_map)
-    return Layout(read_device_mesh(mesh), rules, device_type_of(mesh))
+    return Layout(
+        read_device_mesh(mesh),
+        rules,
+        device_type_of(mesh),
+        sequence_parallel=bool(getattr(layout_map, "sequence_parallel", False)),
+        gather_again=bool(getattr(layout_map, "gather_again", True)),
+    )
 
 
 def read_device_mesh(mesh: keras.distribution.DeviceMesh) -> Mesh:

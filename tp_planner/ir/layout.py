@@ -41,12 +41,16 @@ class Layout:
     """The rules of a LayoutMap or a layout file, in order, and the mesh they name.
 
     Where the mesh does not say over which axis the batch is split, the rules do: they name the one of the layers.
-    ``devices`` is what the devices of the mesh are, where that is said.
+    ``devices`` is what the devices of the mesh are, where that is said. With ``sequence_parallel`` tensors between
+    regions are shards of the sequence; what is gathered from them for a region is not kept for the backward pass but
+    gathered again there, if ``gather_again``.
     """
 
     mesh: Mesh
     rules: tuple[LayoutRule, ...]
     devices: DeviceType | None = None
+    sequence_parallel: bool = False
+    gather_again: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mesh", self.mesh.across(self._axis_left_to_the_batch()))

@@ -29,6 +29,17 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
+class SequenceShard(Shard):
+    """A shard of the residual stream: it need not be one, for all that is computed on it is right on the whole too.
+
+    So a call in which the dim does not divide keeps the stream whole (``where_stream_is_whole``).
+    """
+
+    def __str__(self) -> str:
+        return f"Seq({self.dim})"
+
+
+@dataclass(frozen=True, slots=True)
 class StridedShard:
     """Dim ``dim`` came from flattening dims of which an inner one is sharded: ``split`` runs of equal chunks.
 
@@ -50,21 +61,35 @@ class Partial:
         return "P"
 
 
+@dataclass(frozen=True, slots=True)
+class SequencePartial(Partial):
+    """A summand because it comes from a shard of the residual stream; where that is whole, so is this."""
+
+    def __str__(self) -> str:
+        return "SeqP"
+
+
 Placement = Replicate | Shard | StridedShard | Partial
 WHOLE = Replicate()
 
 
 def parse_placement(text: str) -> Placement:
-    """Return the placement that ``str`` wrote: ``"R"``, ``"P"`` or ``"S(dim)"``."""
-    if text == "R":
-        return Replicate()
-    if text == "P":
-        return Partial()
+    """Return the placement that ``str`` wrote: "R", "P", "S(dim)"; on the residual stream "Seq(dim)"."""
+    plain: dict[str, Placement] = {"R": Replicate(), "P": Partial(), "SeqP": SequencePartial()}
+    if text in plain:
+        return plain[text]
+    if match := re.fullmatch(r"Seq\((\d+)\)", text):
+        return SequenceShard(int(match[1]))
     if match := re.fullmatch(r"S\((\d+)\)", text):
         return Shard(int(match[1]))
     if match := re.fullmatch(r"S\((\d+),(\d+)\)", text):
         return StridedShard(int(match[1]), int(match[2]))
     raise ValueError(f"{text!r} is no placement; expected 'R', 'P' or 'S(dim)'")
+
+
+def where_stream_is_whole(placement: Placement) -> Placement:
+    """Return the placement in a call that keeps the residual stream whole on every rank."""
+    return Replicate() if isinstance(placement, SequenceShard | SequencePartial) else placement
 
 
 def chunk_sizes(length: int, parts: int) -> tuple[int, ...]:
@@ -95,7 +120,7 @@ def collective_between(source: Placement, target: Placement) -> CollectiveKind |
 
     One sharded dim becomes another by way of the whole tensor: only small variables ever change so.
 
-    Raises ValueError for Shard to Partial, which no layer needs.
+    Raises ValueError for Shard to Partial, which only the residual stream needs: there it is zeros around the shard.
     """
     match source, target:
         case Partial(), Replicate():
@@ -106,6 +131,8 @@ def collective_between(source: Placement, target: Placement) -> CollectiveKind |
             return "all_gather"
         case Shard(dim=a), Shard(dim=b) if a != b:
             return "all_gather"
+        case SequenceShard(), SequencePartial():
+            return None
         case Shard(), Partial():
             raise ValueError(f"no collective turns {source} into {target}")
     return None

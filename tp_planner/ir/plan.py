@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tp_planner.ir.contract import Recording, check_contract
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import LayoutRule
 from tp_planner.ir.mesh import Mesh
-from tp_planner.ir.placement import WHOLE, Placement, Shape, Shard, collective_between, divides
+from tp_planner.ir.placement import (
+    WHOLE,
+    Placement,
+    SequenceShard,
+    Shape,
+    Shard,
+    collective_between,
+    divides,
+    where_stream_is_whole,
+)
 from tp_planner.ir.step import Collective, CollectiveKind, Step
 
-Style = Literal["column", "row", "vocabulary", "batched", "elementwise", "gathered", "replicated"]
+Style = Literal["column", "row", "vocabulary", "batched", "sequence", "elementwise", "gathered", "replicated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +36,11 @@ class Transition:
     def collective(self) -> CollectiveKind | None:
         return collective_between(self.source, self.target)
 
+    @property
+    def where_stream_is_whole(self) -> Transition:
+        """What it is in a call that keeps the residual stream whole."""
+        return Transition(where_stream_is_whole(self.source), where_stream_is_whole(self.target))
+
     def __str__(self) -> str:
         return str(self.source) if self.source == self.target else f"{self.source}->{self.target}"
 
@@ -36,7 +50,8 @@ class Boundary:
     """Where a tensor changes its placement: the change forward and the change of its gradient.
 
     ``shape`` is the global shape in the traced call, ``tensor`` names the tensor: boundaries of one call
-    of the model with the same tensor and transitions are executed once and shared.
+    of the model with the same tensor and transitions are executed once and shared, by as many inputs as ``readers``
+    says. ``again`` says that what was gathered is not kept for the backward pass but gathered again there.
     """
 
     tensor: str
@@ -46,6 +61,21 @@ class Boundary:
     forward: Transition
     backward: Transition
     has_gradient: bool  # whether a gradient flows back here in the traced step
+    readers: int = 1
+    again: bool = False
+
+    @property
+    def is_on_stream(self) -> bool:
+        """Whether it is another one where the residual stream is whole."""
+        return self.where_stream_is_whole != self
+
+    @property
+    def where_stream_is_whole(self) -> Boundary:
+        """What it is in a call that keeps the residual stream whole."""
+        forward, backward = self.forward.where_stream_is_whole, self.backward.where_stream_is_whole
+        if (forward, backward) == (self.forward, self.backward):
+            return self
+        return replace(self, forward=forward, backward=backward, again=False)
 
     @property
     def is_identity(self) -> bool:
@@ -92,13 +122,22 @@ class VariableUse:
     boundary: Boundary
 
 
+def _whole(boundary: Boundary | None) -> Boundary | None:
+    return None if boundary is None else boundary.where_stream_is_whole
+
+
+def _inputs_where_stream_is_whole(inputs: tuple[tuple[int, Boundary], ...]) -> tuple[tuple[int, Boundary], ...]:
+    return tuple((position, boundary.where_stream_is_whole) for position, boundary in inputs)
+
+
 @dataclass(frozen=True, slots=True)
 class FunctionPlan:
     """What changes at one call of a torch function in a layer's code.
 
     It is the ``number``-th call (from 1) of the function ``name`` in one call of the layer. ``inputs`` maps positions
     among its flattened arguments to boundaries, ``output`` is the boundary of what it returns. ``sizes`` are arguments
-    that the code writes as sizes of the whole tensor: (position, whole size, size of a shard).
+    that the code writes as sizes of the whole tensor: (position, whole size, size of a shard). ``scales`` are positions
+    of arguments that the code reads from shards of the residual stream, and that are sizes of the whole here.
     """
 
     name: str
@@ -106,6 +145,13 @@ class FunctionPlan:
     inputs: tuple[tuple[int, Boundary], ...] = ()
     output: Boundary | None = None
     sizes: tuple[tuple[int, int, int], ...] = ()
+    scales: tuple[int, ...] = ()
+
+    @property
+    def where_stream_is_whole(self) -> FunctionPlan:
+        """What changes in a call that keeps the residual stream whole."""
+        inputs = _inputs_where_stream_is_whole(self.inputs)
+        return replace(self, inputs=inputs, output=_whole(self.output), scales=())
 
     def __str__(self) -> str:
         return f"{self.name} {self.number}"
@@ -142,6 +188,25 @@ class LayerPlan:
     calls: int = 1
 
     @property
+    def where_stream_is_whole(self) -> LayerPlan:
+        """How the layer computes in a call that keeps the residual stream whole; itself if that is the same."""
+        on_stream = {position for position, placement in self.sharded_inputs if isinstance(placement, SequenceShard)}
+        placed = self.output_placement and where_stream_is_whole(self.output_placement)
+        changes = any(each.is_on_stream for _, each in self.boundaries) or any(each.scales for each in self.functions)
+        if not on_stream and placed == self.output_placement and not changes:
+            return self
+        return replace(
+            self,
+            inputs=_inputs_where_stream_is_whole(self.inputs),
+            uses=tuple(replace(use, boundary=use.boundary.where_stream_is_whole) for use in self.uses),
+            output=_whole(self.output),
+            output_placement=placed,
+            sharded_inputs=tuple(each for each in self.sharded_inputs if each[0] not in on_stream),
+            dropout_order=() if on_stream else self.dropout_order,
+            functions=tuple(function.where_stream_is_whole for function in self.functions),
+        )
+
+    @property
     def boundaries(self) -> Iterator[tuple[str, Boundary]]:
         """The boundaries of one call with the place they stand at."""
         for position, boundary in self.inputs:
@@ -174,7 +239,8 @@ class Plan:
     layers, in order. ``inputs`` are the shapes and dtypes that one replica of the model was traced with.
     ``collectives`` are those of one training step, in order of execution, and ``step`` is what else it takes of one
     rank. ``buckets`` are the keys of variables whose gradients are averaged over the batch axis together, in the
-    order in which that begins.
+    order in which that begins. ``sums`` are those of variables that are used on shards of the residual stream: their
+    gradients are added over the model axis together, when the backward pass ends.
     """
 
     model: str
@@ -190,6 +256,18 @@ class Plan:
     input_gradients: bool  # whether gradients with respect to the model's inputs are right, not only its variables'
     notes: tuple[str, ...]
     buckets: tuple[tuple[str, ...], ...] = ()
+    sequence_parallel: bool = False  # whether the residual stream was to be sharded
+    sums: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def shards_stream(self) -> bool:
+        """Whether the residual stream is sharded anywhere."""
+        return any(layer.where_stream_is_whole is not layer for layer in self.layers)
+
+    @property
+    def gathers_again(self) -> bool:
+        """Whether anything that is gathered from the residual stream is gathered again in the backward pass."""
+        return any(boundary.again for layer in self.layers for _, boundary in layer.inputs)
 
     @property
     def axis_size(self) -> int:

@@ -23,7 +23,7 @@ from tp_planner.ir.plan import (
 )
 from tp_planner.ir.step import Collective, decode_step, encode_step
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 def plan_to_json(plan: Plan) -> str:
@@ -79,6 +79,8 @@ def _encode_boundary(boundary: Boundary | None) -> dict[str, Any] | None:
         "forward": _encode_transition(boundary.forward),
         "backward": _encode_transition(boundary.backward),
         "has_gradient": boundary.has_gradient,
+        "readers": boundary.readers,
+        "again": boundary.again,
     }
 
 
@@ -91,6 +93,8 @@ def _decode_boundary(data: Mapping[str, Any]) -> Boundary:
         _decode_transition(data["forward"]),
         _decode_transition(data["backward"]),
         data["has_gradient"],
+        data["readers"],
+        data["again"],
     )
 
 
@@ -138,6 +142,7 @@ def _encode_function(function: FunctionPlan) -> dict[str, Any]:
         "inputs": [[position, _encode_boundary(boundary)] for position, boundary in function.inputs],
         "output": _encode_boundary(function.output),
         "sizes": [list(size) for size in function.sizes],
+        "scales": list(function.scales),
     }
 
 
@@ -148,6 +153,7 @@ def _decode_function(data: Mapping[str, Any]) -> FunctionPlan:
         tuple((position, _decode_boundary(boundary)) for position, boundary in data["inputs"]),
         None if data["output"] is None else _decode_boundary(data["output"]),
         tuple((position, whole, local) for position, whole, local in data["sizes"]),
+        tuple(data["scales"]),
     )
 
 
@@ -224,6 +230,8 @@ def _encode_plan(plan: Plan) -> dict[str, Any]:
         "input_gradients": plan.input_gradients,
         "notes": list(plan.notes),
         "buckets": [list(bucket) for bucket in plan.buckets],
+        "sequence_parallel": plan.sequence_parallel,
+        "sums": [list(bucket) for bucket in plan.sums],
     }
 
 
@@ -251,4 +259,6 @@ def _decode_plan(data: Mapping[str, Any]) -> Plan:
         input_gradients=data["input_gradients"],
         notes=tuple(data["notes"]),
         buckets=tuple(tuple(bucket) for bucket in data["buckets"]),
+        sequence_parallel=data["sequence_parallel"],
+        sums=tuple(tuple(bucket) for bucket in data["sums"]),
     )

@@ -20,16 +20,18 @@ from tp_planner.frontend.layer_tree import named_layers, named_variables, own_va
 from tp_planner.frontend.torch_modules import parameter_holders
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.placement import Replicate, Shard
-from tp_planner.ir.plan import LayerPlan, Plan, VariablePlan
+from tp_planner.ir.plan import Boundary, LayerPlan, Plan, VariablePlan
 from tp_planner.job.axes import Axes, Axis
 from tp_planner.job.scattering import scatter_parts
 from tp_planner.layers.generation import follow_caches
 from tp_planner.layers.statistics import OF_THE_BATCH, share_statistics
+from tp_planner.layers.stream import shard_stream
 from tp_planner.layers.styles import STYLES, LayerCalls, Undo, open_scope, refuse_input_gradients
 from tp_planner.regions.calls import Reader, Site
+from tp_planner.regions.left_out import watch_calls
 from tp_planner.regions.recomputation import follow_recomputation
 from tp_planner.regions.replicas import Replicas
-from tp_planner.storage.parts import let_go_after_calls
+from tp_planner.regions.summands import Summands
 from tp_planner.storage.regularization import parallel_constraint, parallel_regularizer
 from tp_planner.storage.torch_modules import follow_variables
 from tp_planner.storage.variables import (
@@ -37,6 +39,7 @@ from tp_planner.storage.variables import (
     make_parallel,
     make_plain,
     read_as,
+    read_on_stream,
     read_whole,
     sharded_parameter,
     whole_tensor,
@@ -70,8 +73,12 @@ class Applied:
     plan: Plan
     axes: Axes
     replicas: Replicas | None = None
+    summands: Summands = field(init=False)
     placed: dict[str, PlacedVariable] = field(default_factory=dict)
     undo: list[Undo] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.summands = Summands(self.axis, self.replicas)
 
     @property
     def axis(self) -> Axis:
@@ -155,6 +162,8 @@ def apply_layers(
                 applied.undo.append(follow_variables(layer))
             if (forget := follow_caches(layer, name, plan, axes.model, id(model))) is not None:
                 applied.undo.append(forget)
+        if plan.shards_stream:
+            applied.undo.append(shard_stream(model, axes.model.size))
         if applied.replicas is not None:
             _join_replicas(model, applied, applied.replicas, placer)
     except BaseException:
@@ -168,7 +177,7 @@ def _join_replicas(model: keras.Model, applied: Applied, replicas: Replicas, pla
     hook = model.register_forward_pre_hook(replicas.see, with_kwargs=True)
     applied.undo.append(hook.remove)
     for layer in placer.layers_with_parts():
-        applied.undo += [handle.remove for handle in let_go_after_calls(layer)]
+        applied.undo += [handle.remove for handle in watch_calls(layer)]
     for layer in placer.layers:
         name = placer.names[id(layer)]
         if isinstance(layer, OF_THE_BATCH):
@@ -219,18 +228,23 @@ class _Placer:
 
     def readers(self, layer: keras.Layer, modes: dict[str, LayerPlan]) -> dict[str, dict[int, Reader]]:
         """Return, by mode, how each parallel variable is read in the layer's calls."""
-        variables, axis = self.variables, self.applied.axis
+        variables = self.variables
         keys = {id(variable): self.keys[id(variable)] for variable in own_variables(layer)}
         in_parts = [(each, key) for each, key in keys.items() if self._in_parts(key)]
         return {
             mode: {each: functools.partial(read_whole, site=Site(plan.layer, key)) for each, key in in_parts}
             | {
-                id(variables[use.variable]): read_as(use.boundary, axis, Site(plan.layer, use.variable))
+                id(variables[use.variable]): self._reader(use.boundary, Site(plan.layer, use.variable))
                 for use in plan.uses
                 if self._is_parallel(use.variable)
             }
             for mode, plan in modes.items()
         }
+
+    def _reader(self, boundary: Boundary, site: Site) -> Reader:
+        if boundary.is_on_stream:
+            return read_on_stream(boundary, self.applied.axis, site, self.applied.summands)
+        return read_as(boundary, self.applied.axis, site)
 
     def _in_parts(self, key: str) -> bool:
         """Whether replicas store a variable in parts."""

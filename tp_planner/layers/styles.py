@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -26,7 +27,8 @@ from tp_planner.ir.plan import Boundary, LayerPlan
 from tp_planner.job.axes import Axis
 from tp_planner.regions.boundaries import cross
 from tp_planner.regions.calls import Frame, Reader, Site, running
-from tp_planner.regions.functions import FunctionCalls, planned_functions
+from tp_planner.regions.functions import FunctionCalls, PlannedFunction, planned_functions
+from tp_planner.regions.left_out import watch_calls
 from tp_planner.storage.log import logger
 from tp_planner.storage.variables import own_shard, read_whole
 
@@ -69,10 +71,27 @@ STYLES: Mapping[str, type[_PlannedStyle]] = {
     "row": KerasRowwiseParallel,
     "vocabulary": KerasVocabularyParallel,
     "batched": KerasShardedParallel,
+    "sequence": KerasShardedParallel,
     "elementwise": KerasShardedParallel,
     "gathered": KerasShardedParallel,
     "replicated": KerasShardedParallel,
 }
+
+
+@dataclass(frozen=True)
+class _PlannedCall:
+    """What a layer's plan for one mode says of its calls, with the places where its boundaries stand."""
+
+    plan: LayerPlan
+    entries: tuple[tuple[int, Boundary, Site], ...]
+    functions: Mapping[tuple[str, int], PlannedFunction]
+    exit: Site | None
+
+    @classmethod
+    def of(cls, plan: LayerPlan) -> _PlannedCall:
+        entries = tuple((position, boundary, _site(plan, "input", boundary)) for position, boundary in plan.inputs)
+        exit_ = None if plan.output is None else _site(plan, "output", plan.output)
+        return cls(plan, entries, planned_functions(plan), exit_)
 
 
 class LayerCalls:
@@ -90,13 +109,14 @@ class LayerCalls:
     ) -> None:
         self.plans, self.readers, self.axis, self.model = plans, readers, axis, model
         self.modal = set(plans) != {""}
-        self.entries = {
-            mode: [(position, boundary, _site(plan, "input", boundary)) for position, boundary in plan.inputs]
-            for mode, plan in plans.items()
+        self.planned = {mode: _PlannedCall.of(plan) for mode, plan in plans.items()}
+        self.where_stream_is_whole = {
+            mode: planned
+            if planned.plan.where_stream_is_whole is planned.plan
+            else _PlannedCall.of(planned.plan.where_stream_is_whole)
+            for mode, planned in self.planned.items()
         }
-        self.functions = {mode: planned_functions(plan) for mode, plan in plans.items()}
         self.warned: set[str] = set()  # of calls outside of these scopes
-        self.exits = {mode: _site(plan, "output", plan.output) for mode, plan in plans.items() if plan.output}
 
     @property
     def change_nothing(self) -> bool:
@@ -105,29 +125,33 @@ class LayerCalls:
 
     def hook(self, layer: keras.Layer, undo: list[Undo]) -> None:
         """Hook the layer; ``undo`` takes what removes the hooks again."""
+        if any(boundary.again for plan in self.plans.values() for _, boundary in plan.inputs):
+            undo += [handle.remove for handle in watch_calls(layer)]
         before = layer.register_forward_pre_hook(self.before, with_kwargs=True)
         after = layer.register_forward_hook(self.after, with_kwargs=True, always_call=True)
         undo += [before.remove, after.remove]
-        if any(plan.sharded_inputs for plan in self.plans.values()):
+        if any(plan.sharded_inputs or _takes_shards(plan) for plan in self.plans.values()):
             relax_input_spec(layer, undo)
 
-    def _plan(self, layer: keras.Layer, args: Any, kwargs: Any) -> LayerPlan | None:
-        return self.plans.get(call_mode(layer, args, kwargs) if self.modal else "")
+    def _planned(self, layer: keras.Layer, args: Any, kwargs: Any) -> _PlannedCall | None:
+        planned = self.where_stream_is_whole if running.stream_is_whole else self.planned
+        return planned.get(call_mode(layer, args, kwargs) if self.modal else "")
 
     def before(self, layer: keras.Layer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         if is_symbolic():
             return None
-        plan = self._plan(layer, args, kwargs)
-        if plan is None:
+        planned = self._planned(layer, args, kwargs)
+        if planned is None:
             if running.watching:  # what it does is not done by the code around it
                 running.frames.append(Frame(self, {}))
             return None
+        plan = planned.plan
         if plan.scope and not running.scopes[self.model, plan.scope]:
             self._begin_alone(layer, plan)
             return None
         frame = Frame(self, self.readers[plan.mode])
         running.frames.append(frame)
-        for position, boundary, site in self.entries[plan.mode]:
+        for position, boundary, site in planned.entries:
             args, kwargs = self._convert(args, kwargs, position, boundary, site)
         if plan.style == "vocabulary":
             args, frame.kept = self._own_rows(layer, args)
@@ -137,7 +161,7 @@ class LayerCalls:
             frame.kept = withhold(layer, plan.epilogue_after_output)
             frame.changed = functools.partial(withheld, layer, plan.epilogue_after_output)
         if plan.functions:
-            frame.functions = FunctionCalls(plan.layer, self.functions[plan.mode], frame, self.axis, self._shared)
+            frame.functions = FunctionCalls(plan.layer, planned.functions, frame, self.axis, self._shared)
             frame.functions.__enter__()
             running.watching += 1
         return args, kwargs
@@ -152,8 +176,8 @@ class LayerCalls:
                 frame.functions.__exit__(None, None, None)
                 if output is not None:
                     frame.functions.check_all_called()
-            plan = self._plan(layer, args, kwargs)
-            return None if plan is None or frame.alone else self._finish(layer, plan, frame, output)
+            planned = self._planned(layer, args, kwargs)
+            return None if planned is None or frame.alone else self._finish(layer, planned, frame, output)
         finally:
             running.frames.pop()
 
@@ -171,7 +195,8 @@ class LayerCalls:
             )
         running.frames.append(Frame(self, dict.fromkeys(self.readers[plan.mode], _read_whole), alone=True))
 
-    def _finish(self, layer: keras.Layer, plan: LayerPlan, frame: Frame, output: Any) -> Any:
+    def _finish(self, layer: keras.Layer, planned: _PlannedCall, frame: Frame, output: Any) -> Any:
+        plan = planned.plan
         if plan.epilogue_after_output:
             give_back(layer, frame.kept)
         if output is None or not isinstance(output, torch.Tensor):
@@ -182,8 +207,8 @@ class LayerCalls:
         elif plan.dropout_order and frame.kept is not None:
             placement = plan.sharded_inputs[0][1]
             result = frame.kept * own_shard(result, placement, self.axis)
-        if plan.output is not None:
-            result = cross(result, plan.output, self.axis, self.exits[plan.mode])
+        if plan.output is not None and planned.exit is not None:
+            result = cross(result, plan.output, self.axis, planned.exit)
         if "bias" in plan.epilogue_after_output and layer.bias is not None:
             result = keras.ops.add(result, layer.bias)
         if plan.epilogue_after_output and layer.activation is not None:
@@ -207,10 +232,14 @@ class LayerCalls:
         crossed = running.entered.setdefault(tensor, {})
         version = 0 if tensor.is_inference() else tensor._version  # one that is written into is another
         key = (boundary.forward, boundary.backward, torch.is_grad_enabled(), version)
-        if key not in crossed:
-            crossed[key] = cross(tensor, boundary, self.axis, site)
-        result: torch.Tensor = crossed[key]
-        return result
+        result, left = crossed.get(key) or (cross(tensor, boundary, self.axis, site), boundary.readers)
+        # Only what is gathered takes memory of its own.
+        if left == 1 and boundary.forward.collective == "all_gather":
+            crossed.pop(key, None)
+        else:
+            crossed[key] = result, left - 1
+        across: torch.Tensor = result
+        return across
 
     def _own_rows(self, layer: keras.Layer, args: Any) -> tuple[Any, torch.Tensor]:
         """Return ids relative to this rank's rows, and the mask of ids that other ranks hold.
@@ -248,6 +277,10 @@ def _runs_again_outside(layer: keras.Layer, scope: str) -> ParallelRuntimeError:
         f"call torch's checkpoint by its full name, torch.utils.checkpoint.checkpoint, and not by one that was "
         f"imported from there before the model was planned"
     )
+
+
+def _takes_shards(plan: LayerPlan) -> bool:
+    return any(isinstance(boundary.forward.source, Shard) for _, boundary in plan.inputs)
 
 
 def _changes_calls(plan: LayerPlan) -> bool:

@@ -1,27 +1,61 @@
-"""Bucket gradients: which gradients replicas average together, so that few collectives do and they start early."""
+"""Bucket gradients: which gradients travel together, so that few collectives do and they start early.
+
+Replicas average the gradients that each of them has. Ranks of the model axis add up those of variables which they hold
+whole and use on shards of the residual stream.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 
-from tp_planner.ir.placement import Shard
-from tp_planner.ir.plan import VariablePlan
+from tp_planner.ir.placement import WHOLE, SequencePartial
+from tp_planner.ir.plan import LayerPlan, Transition, VariablePlan
 
 BUCKET_BYTES = 25 * 2**20  # that of torch's DistributedDataParallel
+Buckets = tuple[tuple[str, ...], ...]
 
 
-def bucket_gradients(variables: Sequence[VariablePlan]) -> tuple[tuple[str, ...], ...]:
+def bucket_gradients(variables: Sequence[VariablePlan], late: Set[str] = frozenset()) -> Buckets:
     """Return the keys of the variables whose gradients every replica has, in buckets of one dtype each.
+
+    Those of ``late`` come behind the others, for they are there when the backward pass ends.
+    """
+
+    def averaged(variable: VariablePlan) -> bool:
+        return _has_gradient(variable) and variable.batch_placement == WHOLE
+
+    early = _buckets(variables, lambda variable: averaged(variable) and variable.key not in late)
+    return early + _buckets(variables, lambda variable: averaged(variable) and variable.key in late)
+
+
+def bucket_summands(variables: Sequence[VariablePlan], layers: Sequence[LayerPlan]) -> Buckets:
+    """Return the keys of the variables stored whole whose gradients are summands, for they are used on the stream."""
+    used = {use.variable for layer in layers for use in layer.uses if _is_summand(use.boundary.backward)}
+    return _buckets(variables, lambda each: _has_gradient(each) and each.key in used and _is_whole(each))
+
+
+def _is_summand(backward: Transition) -> bool:
+    return isinstance(backward.source, SequencePartial) or isinstance(backward.target, SequencePartial)
+
+
+def _has_gradient(variable: VariablePlan) -> bool:
+    return variable.trainable and "float" in variable.dtype
+
+
+def _is_whole(variable: VariablePlan) -> bool:
+    return variable.placement == variable.batch_placement == WHOLE
+
+
+def _buckets(variables: Sequence[VariablePlan], takes: Callable[[VariablePlan], bool]) -> Buckets:
+    """Return the keys of the variables that are taken, in buckets of one dtype each.
 
     The last variables are first, because their gradients are. A bucket is full when one more gradient would make it
     larger than ``BUCKET_BYTES``.
     """
     buckets: list[list[str]] = []
     open_buckets: dict[str, tuple[list[str], int]] = {}  # by dtype: the bucket and its bytes
-    for variable in reversed(variables):
-        if not (variable.trainable and "float" in variable.dtype) or isinstance(variable.batch_placement, Shard):
-            continue
+    for variable in filter(takes, reversed(variables)):
         size = math.prod(variable.local_shape) * variable.itemsize
         bucket, filled = open_buckets.get(variable.dtype, ([], 0))
         if not bucket or filled + size > BUCKET_BYTES:

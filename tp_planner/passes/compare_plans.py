@@ -48,6 +48,8 @@ def _of_plan(plan: Plan) -> Properties:
         "batch axis": plan.mesh.batch_axis or "",
         "inputs": ", ".join(f"{_shape(shape)} {dtype}" for shape, dtype in plan.inputs),
         "buckets of gradients": "; ".join(f"({', '.join(bucket)})" for bucket in plan.buckets),
+        "sequence parallel": "yes" if plan.sequence_parallel else "no",
+        "buckets of summands": "; ".join(f"({', '.join(bucket)})" for bucket in plan.sums),
         "gradients of the inputs": "right" if plan.input_gradients else "not right",
         "optimizer": plan.step.optimizer,
         "loss": plan.step.loss,
@@ -98,6 +100,7 @@ def _of_layer(layer: LayerPlan) -> Properties:
         "output placement": "" if layer.output_placement is None else str(layer.output_placement),
         "after the output's boundary": layer.epilogue_after_output,
         "scope of the region": layer.scope,
+        "sizes in its code": "; ".join(f"{each}: {each.sizes} {each.scales}" for each in layer.functions),
         "order of the dropout mask": _shape(layer.dropout_order) if layer.dropout_order else "",
         "calls": str(layer.calls),
         "class": layer.class_name,
@@ -108,7 +111,8 @@ def _of_layer(layer: LayerPlan) -> Properties:
 def _of_tensor(boundary: Boundary) -> str:
     gradient = "a gradient" if boundary.has_gradient else "no gradient"
     kind = f"{_shape(boundary.shape)} {boundary.dtype} ({boundary.itemsize} bytes)"
-    return f"{boundary.tensor}: {kind}, {gradient}"
+    shared = f", shared by {boundary.readers}" if boundary.readers > 1 else ""
+    return f"{boundary.tensor}: {kind}, {gradient}{shared}{', gathered again' if boundary.again else ''}"
 
 
 def _shape(shape: Shape) -> str:

@@ -12,9 +12,9 @@ and checks at the end (``entering``, ``agreement``), what it writes down (``note
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-from tp_planner.ir.graph import Call, FunctionCall, ModelGraph, Op
+from tp_planner.ir.graph import Call, ModelGraph
 from tp_planner.ir.placement import WHOLE, Placement
 from tp_planner.passes.choose_styles import StyleChoice
 from tp_planner.passes.follow_ops import ShardingRules
@@ -29,6 +29,15 @@ from tp_planner.passes.walk.facts import CallRecord, Closings, LayerMode, Walk
 from tp_planner.passes.walk.known import Known
 from tp_planner.passes.walk.layers import follow_contraction, follow_dropout
 from tp_planner.passes.walk.notes import Notes
+from tp_planner.passes.walk.stream import (
+    NO_STREAM,
+    Stream,
+    change_stream,
+    cross_at_layers,
+    follow_layer_on_stream,
+    share_gathers,
+    takes_stream,
+)
 
 
 def follow_placements(
@@ -38,6 +47,7 @@ def follow_placements(
     closings: Closings,
     rules: ShardingRules,
     parts: int,
+    stream: Stream = NO_STREAM,
 ) -> Walk:
     """Return the placement of every tensor of ``graph`` and the boundaries between them.
 
@@ -48,38 +58,49 @@ def follow_placements(
         closings: where sharding must end at once, from earlier walks.
         rules: answers how an op acts on shards.
         parts: size of the model axis.
+        stream: what becomes of tensors between regions.
     """
-    known = Known(graph, stored, styles, closings, rules, parts)
+    known = Known(graph, stored, styles, closings, rules, parts, stream.is_sharded, stream.layers)
     notes = Notes(known)
-    for step in _steps(known):
-        match step:
-            case Call():
-                _follow_layer(step, known, notes)
-            case FunctionCall():
-                follow_torch_function(step, known, notes)
-            case Op():
-                follow_op(step, known, notes)
+    _follow_all(known, notes)
     _record_sharded_arguments(known, notes)
     enter_tensors_read_with_shards(known, notes)
+    cross_at_layers(known, notes)
+    share_gathers(known, notes, stream.gathers_again)
     require_whole_outputs(known, notes)
     require_one_plan_a_layer(known, notes)
     note_regions_that_cross_blocks(known, notes)
     return notes.walk()
 
 
-def _steps(known: Known) -> Iterator[Call | FunctionCall | Op]:
-    """Yield what is followed as one, in order of execution: calls of some layers, torch functions, all other ops."""
+def _follow_all(known: Known, notes: Notes) -> None:
+    """Follow in order of execution what is one step: calls of some layers, torch functions, all other ops."""
     graph = known.graph
-    layers = {
-        call.ops[0]: call for call in graph.calls.values() if call.ops[0] < call.ops[1] and known.is_one_step(call)
-    }
+    with_ops = [call for call in graph.calls.values() if call.ops[0] < call.ops[1]]
+    layers = {call.ops[0]: call for call in with_ops if known.is_one_step(call)}
+    leaves = {call.ops[0]: call for call in with_ops if call.id not in known.parents | graph.repeats.keys()}
     functions = {function.ops[0]: function for function in graph.functions or ()}
+    returns: dict[int, Call] = {call.ops[1]: call for call in with_ops if known.changes_stream(call)}
     after = 0  # the last step
     for op in graph.ops:
-        if op.id >= after:
-            step = layers.get(op.id) or functions.get(op.id) or op
-            after = op.id + 1 if isinstance(step, Op) else step.ops[1]
-            yield step
+        if op.id < after:
+            continue
+        if op.id in returns:
+            change_stream(returns[op.id], known, notes)
+        leaf = leaves.get(op.id)
+        if op.id in layers:
+            after = layers[op.id].ops[1]
+            _follow_layer(layers[op.id], known, notes)
+        elif leaf is not None and takes_stream(leaf, known) and follow_layer_on_stream(leaf, known, notes):
+            after = leaf.ops[1]
+        elif op.id in functions:
+            after = functions[op.id].ops[1]
+            follow_torch_function(functions[op.id], known, notes)
+        else:
+            after = op.id + 1
+            follow_op(op, known, notes)
+    if len(graph.ops) in returns:
+        change_stream(returns[len(graph.ops)], known, notes)
 
 
 def _follow_layer(call: Call, known: Known, notes: Notes) -> None:

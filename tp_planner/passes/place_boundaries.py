@@ -16,7 +16,7 @@ import networkx as nx
 
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.graph import Call, ModelGraph, Repeat
-from tp_planner.ir.placement import Placement, Replicate
+from tp_planner.ir.placement import Placement, Replicate, SequenceShard
 from tp_planner.ir.plan import Boundary, FunctionPlan, LayerPlan, Style, VariableUse
 from tp_planner.passes.choose_styles import StyleChoice
 from tp_planner.passes.follow_ops import ShardingRules
@@ -30,7 +30,9 @@ from tp_planner.passes.walk.facts import (
     Placed,
     Walk,
     changes_of,
+    on_stream,
 )
+from tp_planner.passes.walk.stream import NO_STREAM, Stream
 
 _QUOTED = re.compile(r"'([^']*)'")
 
@@ -55,6 +57,7 @@ def place_boundaries(
     closings: Closings,
     rules: ShardingRules,
     parts: int,
+    stream: Stream = NO_STREAM,
 ) -> Placing:
     """Return where tensors change their placement.
 
@@ -65,10 +68,11 @@ def place_boundaries(
         closings: where sharding must end from the start.
         rules: answers how an op acts on shards.
         parts: size of the model axis.
+        stream: what becomes of tensors between regions.
     """
     met: list[Conflict] = []
     while True:
-        walks = tuple(follow_placements(graph, stored, styles, closings, rules, parts) for graph in graphs)
+        walks = tuple(follow_placements(graph, stored, styles, closings, rules, parts, stream) for graph in graphs)
         conflicts = [conflict for walk in walks for conflict in walk.conflicts]
         conflicts = conflicts or _disagreements(graphs, walks)
         met += conflicts
@@ -92,9 +96,9 @@ def must_walk_all_blocks(conflicts: Sequence[Conflict], graphs: Sequence[ModelGr
     repeats = [repeat for graph in graphs for repeat in graph.repeats.values()]
     blocks = {frozenset(names) for repeat in repeats for names in zip(*repeat.layers, strict=True)}
     return any(
-        (conflict.layer in block) != (layer in block)
+        (conflict.layer in block) != (key[0] in block)
         for conflict in conflicts
-        for _, (layer, _) in conflict.origins
+        for _, key in conflict.origins
         for block in blocks
     )
 
@@ -175,6 +179,9 @@ def _with_functions(plan: LayerPlan, functions: tuple[FunctionPlan, ...], closin
         reason = f"{reason}, with boundaries at functions inside"
     if sizes is not None and any(function.sizes for function in functions):
         reason = f"{reason}; its code is given the sizes of shards: {sizes}"
+    scaled = [why for argument, why in closings.scales.items() if argument[:2] == (plan.layer, plan.mode)]
+    if scaled:
+        reason = f"{reason}; {scaled[0]}"
     style: Style = "elementwise" if plan.style == "replicated" else plan.style
     return replace(plan, style=style, reason=reason, functions=functions)
 
@@ -260,6 +267,8 @@ def region_scopes(graph: ModelGraph, walk: Walk) -> dict[int, str]:
     for call in graph.calls.values():
         producers.update({tensor: call.id for tensor in call.outputs if call.id in walk.records})
     for tensor, origins in walk.origins.items():
+        if on_stream(origins):
+            continue
         nx.add_path(regions, sorted(origins))
         for origin in origins:
             regions.add_node(origin)
@@ -317,6 +326,8 @@ def _style_and_reason(
         variable = gathered[0].variable
         reason = closings.reads.get((call.layer, variable)) or (choice.reason if choice else "read outside its layer")
         return "gathered", f"stored sharded, gathered at use: {reason}"
+    if record is not None and any(isinstance(each, SequenceShard) for _, each in record.sharded_inputs):
+        return "sequence", record.reason or "its ops act on each part of the sequence alone"
     if record is not None and record.sharded_inputs:
         return "elementwise", record.reason or "its ops act on each shard alone"
     if any(not use.boundary.is_identity or use.boundary.forward.source != Replicate() for use in uses):

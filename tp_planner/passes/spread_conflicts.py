@@ -36,7 +36,7 @@ def spread_conflicts(
     for conflict in conflicts:
         for kind, key in conflict.origins:
             if kind == "sizes" and len(conflict.origins) == 1:
-                found += _in_equal_layers(conflict, key, equal_layers[key[0]], graphs, walks)
+                found += _in_equal_layers(conflict, (key[0], key[1]), equal_layers[key[0]], graphs, walks)
     return found
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from tp_planner.ir.placement import Partial, Replicate, Shard, chunk_sizes
+from tp_planner.ir.errors import ParallelRuntimeError
+from tp_planner.ir.placement import Partial, Replicate, SequenceShard, Shard, chunk_sizes
 from tp_planner.ir.plan import Boundary, Transition
 from tp_planner.job.axes import Axis
 from tp_planner.regions.calls import Site, running, standing_at
+from tp_planner.regions.left_out import LeftOut, can_be_made_again
 
 _OPS = torch.ops._c10d_functional
 
@@ -28,6 +30,11 @@ def change(tensor: torch.Tensor, transition: Transition, axis: Axis, site: Site)
     """
     if transition.source == transition.target:
         return tensor
+    if isinstance(transition.target, SequenceShard) and tensor.shape[transition.target.dim] % axis.size:
+        running.indivisible = tensor.shape[transition.target.dim]
+        raise ParallelRuntimeError(
+            f"a sequence of length {running.indivisible} at {site.layer!r} does not divide by {axis.size}"
+        )
     with standing_at(site):
         return _change(tensor, transition, axis)
 
@@ -45,9 +52,18 @@ def _change(tensor: torch.Tensor, transition: Transition, axis: Axis) -> torch.T
             # A copy: a slice would keep the whole tensor's storage.
             shard = tensor.narrow(dim, axis.rank * length, length)
             return shard.clone(memory_format=torch.contiguous_format)
+        case Shard(dim), Partial():
+            around = torch.zeros(_with_length(tensor, dim, axis.size), dtype=tensor.dtype, device=tensor.device)
+            around.narrow(dim, axis.rank * tensor.shape[dim], tensor.shape[dim]).copy_(tensor)
+            return around
         case Replicate(), Partial():
             return tensor if axis.rank == 0 else torch.zeros_like(tensor)
     raise AssertionError(f"no boundary changes {transition}")
+
+
+def _with_length(shard: torch.Tensor, dim: int, parts: int) -> list[int]:
+    """Return the shape of the whole of equal shards."""
+    return [size * parts if each == dim else size for each, size in enumerate(shard.shape)]
 
 
 def gather(shard: torch.Tensor, dim: int, length: int, axis: Axis) -> torch.Tensor:
@@ -99,27 +115,40 @@ def _reduce_scatter(summand: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor
     return chunk
 
 
+class _Shards:
+    """What is gathered at a boundary, from which it can be gathered again."""
+
+    def __init__(self, part: torch.Tensor, transition: Transition, axis: Axis, site: Site) -> None:
+        self.part, self._transition, self._axis, self._site = part, transition, axis, site
+
+    def whole(self) -> torch.Tensor:
+        with torch.no_grad():
+            return change(self.part, self._transition, self._axis, self._site)
+
+
 class _Boundary(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        tensor: torch.Tensor,
-        forward: Transition,
-        backward: Transition,
-        axis: Axis,
-        site: Site,
+        ctx: torch.autograd.function.FunctionCtx, tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site
     ) -> torch.Tensor:
-        ctx.backward_transition, ctx.axis, ctx.site = backward, axis, site  # type: ignore[attr-defined]
-        changed = change(tensor, forward, axis, site)
+        ctx.transition, ctx.axis, ctx.site = boundary.backward, axis, site  # type: ignore[attr-defined]
+        changed = change(tensor, boundary.forward, axis, site)
+        ctx.left_out = None  # type: ignore[attr-defined]
+        if boundary.again:
+            left_out = LeftOut(_Shards(tensor.detach(), boundary.forward, axis, site))
+            can_be_made_again(changed, left_out)
+            ctx.left_out = left_out  # type: ignore[attr-defined]
         return tensor.view_as(tensor) if changed is tensor else changed
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None, None, None]:
-        changed = change(gradient, ctx.backward_transition, ctx.axis, ctx.site)  # type: ignore[attr-defined]
-        return changed, None, None, None, None
+    ) -> tuple[torch.Tensor, None, None, None]:
+        if ctx.left_out is not None:  # type: ignore[attr-defined]
+            ctx.left_out.let_go()  # type: ignore[attr-defined]
+        changed = change(gradient, ctx.transition, ctx.axis, ctx.site)  # type: ignore[attr-defined]
+        return changed, None, None, None
 
 
 def cross(tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site) -> torch.Tensor:
@@ -131,5 +160,5 @@ def _cross(tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site) -> 
     with running.converting():
         if not (tensor.requires_grad and torch.is_grad_enabled()):
             return change(tensor, boundary.forward, axis, site)
-        result: torch.Tensor = _Boundary.apply(tensor, boundary.forward, boundary.backward, axis, site)
+        result: torch.Tensor = _Boundary.apply(tensor, boundary, axis, site)
         return result

@@ -63,6 +63,8 @@ class _Running(threading.local):
         self.scopes: Counter[tuple[int, str]] = Counter()
         self.entered: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.values: str = "dtensor"
+        self.stream_is_whole = True  # whether every rank has the whole residual stream; in planned calls a shard
+        self.indivisible = 0  # the length of a sequence that was to be sharded, and cannot be
         self.updating = False  # whether an optimizer applies gradients
         self.updated_alone: torch.Tensor | None = None  # what an optimizer updates, where that is but one variable
         self.site: Site | None = None  # where the collectives that run now stand in the plan

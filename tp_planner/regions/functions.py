@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from tp_planner.frontend.functions import function_name
+from tp_planner.frontend.functions import flatten_arguments, function_name, put_arguments_together
 from tp_planner.ir.errors import ParallelRuntimeError
 from tp_planner.ir.placement import Shard
 from tp_planner.ir.plan import Boundary, FunctionPlan, LayerPlan
@@ -90,14 +89,18 @@ class FunctionCalls(TorchFunctionMode):
         return self._call(function, func, args, kwargs)
 
     def _call(self, function: PlannedFunction, func: Any, args: Any, kwargs: Any) -> Any:
-        leaves, structure = tree_flatten((args, kwargs))
+        leaves, structure = flatten_arguments(args, kwargs)
         for position, boundary, site in function.inputs:
             leaves[position] = self.enter(self._expected(leaves, position, boundary, function), boundary, site)
         for position, whole, local in function.plan.sizes:
             if position >= len(leaves) or leaves[position] not in (whole, local):
                 raise self._other_path(function)
             leaves[position] = local
-        args, kwargs = tree_unflatten(leaves, structure)
+        for position in function.plan.scales:
+            if position >= len(leaves) or type(leaves[position]) is not int:
+                raise self._other_path(function)
+            leaves[position] *= self.axis.size
+        args, kwargs = put_arguments_together(leaves, structure)
         result = func(*args, **kwargs)
         if function.output is None:
             return result

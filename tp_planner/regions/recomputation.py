@@ -43,14 +43,15 @@ class NotKept(Exception):
 class OpenCalls:
     """The layer calls of parallel models that are running, innermost last, and the layers inside whose calls they are.
 
-    ``functions`` is how often the innermost layer's code has called each of the torch functions that are counted, and
-    ``of_keras`` what Keras knows of the calls, by name.
+    ``functions`` is how often the innermost layer's code has called each of the torch functions that are counted,
+    ``of_keras`` what Keras knows of the calls, by name, and ``stream_is_whole`` how they have the residual stream.
     """
 
     frames: tuple[Frame, ...]
     scopes: Counter[tuple[int, str]]
     functions: Counter[str] | None
     of_keras: Mapping[str, Any]
+    stream_is_whole: bool
 
     @classmethod
     def now(cls) -> OpenCalls:
@@ -58,13 +59,15 @@ class OpenCalls:
         frames = tuple(frame.copy() for frame in running.frames)
         watched = frames[-1].functions if frames else None
         of_keras = {name: copy.copy(get_global_attribute(name)) for name in OF_KERAS}
-        return cls(frames, running.scopes.copy(), None if watched is None else watched.counts.copy(), of_keras)
+        functions = None if watched is None else watched.counts.copy()
+        return cls(frames, running.scopes.copy(), functions, of_keras, running.stream_is_whole)
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         """Inside, they are what is running on this thread."""
         frames = [frame.copy() for frame in self.frames]
         before = running.frames, running.scopes, running.entered, running.watching, running.recomputable
+        stream, running.stream_is_whole = running.stream_is_whole, self.stream_is_whole
         running.frames, running.scopes, running.entered = frames, self.scopes.copy(), WeakTensorKeyDictionary()
         running.watching, running.recomputable = int(self.functions is not None), True
         try:
@@ -77,6 +80,7 @@ class OpenCalls:
                 yield
         finally:
             running.frames, running.scopes, running.entered, running.watching, running.recomputable = before
+            running.stream_is_whole = stream
 
     @contextlib.contextmanager
     def _known_to_keras(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ second is taped; the others run the tape's program. It makes the same torch func
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from tp_planner.frontend.calling import leaves_no_trace
 from tp_planner.frontend.kept_tensors import kept_tensors
 from tp_planner.regions.calls import run_at_once, running
+from tp_planner.regions.left_out import watching
 from tp_planner.replay.program import Program
 from tp_planner.replay.tape import Tape
 from tp_planner.storage.log import logger
@@ -32,13 +34,16 @@ PLAIN_ARGUMENTS = (bool, int, float, str, type(None))
 REPLAYED = ("call", "call_with_cache", "call_decoder_with_cache")
 
 
-def replaying(model: keras.Model, method: str, layers: Mapping[str, keras.Layer]) -> Callable[..., Any]:
+def replaying(
+    model: keras.Model, method: str, layers: Mapping[str, keras.Layer], gathers_again: bool = False
+) -> Callable[..., Any]:
     """Return what replaces a method of a model, one of ``REPLAYED``.
 
     Args:
         model: a parallel model.
         method: the method's name.
         layers: the model's layers by name.
+        gathers_again: whether what the plan gathers is not to be kept for the backward pass.
     """
     plain = getattr(model, method)
     what = f"model {model.name!r}" if method == "call" else f"{method} of model {model.name!r}"
@@ -57,7 +62,8 @@ def replaying(model: keras.Model, method: str, layers: Mapping[str, keras.Layer]
         if program is not None:
             gradients = torch.is_grad_enabled()
             try:
-                return program(*tensors)
+                with watching() if gathers_again else contextlib.nullcontext():
+                    return program(*tensors)
             except BaseException:
                 torch._C._set_grad_enabled(gradients)  # the program may have switched them off
                 raise

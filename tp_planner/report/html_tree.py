@@ -20,6 +20,7 @@ STYLES = {
     "row": "a contracted dim of the weight is sharded",
     "vocabulary": "the looked-up dim is sharded",
     "batched": "a dim of input, weight and output is sharded",
+    "sequence": "works on shards of the sequence",
     "elementwise": "works on shards as they are",
     "gathered": "stored sharded, gathered at use",
     "replicated": "the same on every rank",

@@ -51,6 +51,8 @@ def heading(plan: Plan) -> list[str]:
         f"traced with inputs {inputs}",
         "R: whole on every rank; S(d): sharded on dim d; P: a summand on every rank",
     ]
+    if plan.shards_stream:
+        lines.append("Seq(d), SeqP: S(d) and P of the residual stream; R in calls whose sequence does not divide")
     if plan.replicas > 1:
         lines[1:2] = [
             f"the batch is split over {plan.mesh.batch_axis!r}: {plan.replicas} replicas, each with its own share",
@@ -190,6 +192,7 @@ def _boundary_cells(layer: LayerPlan, own: Sequence[VariablePlan], crossed: set[
         if function.output is not None:
             cells.append(f"{function} out {_changes(function.output)}")
         cells += [f"{function} size {whole}->{local}" for _, whole, local in function.sizes]
+        cells += [f"{function} size of the whole sequence" for _ in function.scales[:1]]
     if layer.output is not None:
         has_bias = any(variable.key.endswith("/bias") for variable in own)
         bias = ", then bias" if has_bias and layer.epilogue_after_output.startswith("bias") else ""

@@ -31,6 +31,7 @@ _COLOURS = {
     "row": "blue",
     "vocabulary": "magenta",
     "batched": "cyan",
+    "sequence": "cyan",
     "elementwise": "cyan",
     "gathered": "yellow",
     "replicated": "dim",

@@ -28,13 +28,24 @@ from torch.distributed.tensor import Replicate as TorchReplicate
 from torch.distributed.tensor import Shard as TorchShard
 
 from tp_planner.frontend.keras_internals import convert_to_numpy, get_device, to_torch_dtype
-from tp_planner.ir.placement import WHOLE, Partial, Placement, Replicate, Shape, Shard, chunk_sizes, local_shape
+from tp_planner.ir.placement import (
+    WHOLE,
+    Partial,
+    Placement,
+    Replicate,
+    SequencePartial,
+    Shape,
+    Shard,
+    chunk_sizes,
+    local_shape,
+)
 from tp_planner.ir.plan import Boundary, Transition
 from tp_planner.job.axes import Axes, Axis
 from tp_planner.job.rendezvous import meet
 from tp_planner.regions.boundaries import cross, gather, reduce_to_shard
 from tp_planner.regions.calls import Reader, Site, running, standing_at
 from tp_planner.regions.replicas import Replicas
+from tp_planner.regions.summands import Summands
 from tp_planner.storage.parts import Parts, put_together
 
 BackendVariable = type(keras.Variable(0.0, name="probe"))
@@ -268,6 +279,27 @@ def read_as(boundary: Boundary, axis: Axis, site: Site) -> Reader:
         )
         return lambda variable: cross(read_whole(variable, site), cut, axis, site)
     return lambda variable: cross(read_shard(variable, site), boundary, axis, site)
+
+
+def read_on_stream(boundary: Boundary, axis: Axis, site: Site, summands: Summands) -> Reader:
+    """Return the reader of a variable that a layer uses on the residual stream, be that sharded or whole.
+
+    The gradient of one that is stored whole is left to ``summands``, which adds up those of the ranks.
+    """
+    whole, sharded = read_as(boundary.where_stream_is_whole, axis, site), read_as(boundary, axis, site)
+
+    def read(variable: Any) -> torch.Tensor:
+        if running.stream_is_whole:
+            return whole(variable)
+        if is_sharded(variable):
+            return sharded(variable)
+        with running.converting():
+            value = summands.read(variable)
+        value = variable._maybe_autocast(value)
+        return cross(value, cut, axis, site) if isinstance(boundary.forward.target, Shard) else value
+
+    cut = replace(boundary, backward=Transition(boundary.forward.target, SequencePartial()))
+    return read
 
 
 class _LocalShard(torch.autograd.Function):

@@ -28,11 +28,12 @@ class Bucket:
     """Variables of one dtype whose gradients travel together, and behind them a mark for each that has one.
 
     The gradient of a single variable travels as it is. ``always`` says that the bucket travels in every backward pass;
-    else it does only if one of its gradients has arrived.
+    else it does only if one of its gradients has arrived. One that is ``late`` waits for the end of the pass, when the
+    last summands of its gradients have been added.
     """
 
-    def __init__(self, variables: Sequence[Any], site: Site, always: bool) -> None:
-        self.variables, self.site, self.always = tuple(variables), site, always
+    def __init__(self, variables: Sequence[Any], site: Site, always: bool, late: bool = False) -> None:
+        self.variables, self.site, self.always, self.late = tuple(variables), site, always, late
         shapes = [local_tensor(variable).shape for variable in variables]
         ends = list(itertools.accumulate(shape.numel() for shape in shapes))
         self._views = [(end - shape.numel(), end, shape) for end, shape in zip(ends, shapes, strict=True)]
@@ -137,7 +138,15 @@ class Averaging:
         self._replicas.meet(bucket.device)
         bucket.arrived.add(position)
         while self._next < len(self._buckets) and self._buckets[self._next].is_complete:
+            if self._buckets[self._next].late:
+                return
             self._send(self._buckets[self._next])
+
+    def arrive(self, variable: Any) -> None:
+        """Note that the gradient of a variable of a late bucket is in its parameter."""
+        for bucket in self._buckets:
+            if bucket.late:
+                bucket.arrived.update(position for position, each in enumerate(bucket.variables) if each is variable)
 
     def _send(self, bucket: Bucket) -> None:
         self._next += 1

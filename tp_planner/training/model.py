@@ -16,6 +16,7 @@ from tp_planner.layers.generation import generating_together
 from tp_planner.patches import wrap_for_good
 from tp_planner.regions.calls import Site
 from tp_planner.regions.replicas import Replicas
+from tp_planner.regions.summands import site_of
 from tp_planner.replay.replay import REPLAYED, replaying
 from tp_planner.storage.log import logger
 from tp_planner.training.averaging import Averaging, Bucket
@@ -57,6 +58,7 @@ def take_over(model: keras.Model, applied: Applied) -> None:
     _keep_from_distributing(model, applied)
     if hasattr(model, "generate_step"):
         _override(model, "generate", generating_together(model, applied.plan, applied.axes), applied)
+    _add_summands(model, applied)
     if applied.replicas is not None:
         _take_replicas_into_account(model, applied, applied.replicas)
     if has_to_be_fed_alike(applied):
@@ -90,7 +92,9 @@ def _of_its_rank(plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def _take_replicas_into_account(model: keras.Model, applied: Applied, replicas: Replicas) -> None:
     """Average gradients, let losses and metrics be those of the whole batch, and random numbers this replica's."""
-    applied.undo += Averaging(replicas, _buckets(model, applied)).watch()
+    averaging = Averaging(replicas, _buckets(model, applied))
+    applied.undo += averaging.watch()
+    applied.summands.at_sum = averaging.arrive
     _override(model, "get_metrics_result", results_of_all(model, replicas), applied)
     _override(model, "compute_loss", loss_of_share(model, replicas), applied)
     draws = OwnDraws(replicas.axis.rank)
@@ -111,17 +115,34 @@ def _compare_what_it_is_fed(model: keras.Model, applied: Applied) -> None:
     _override(model, "compute_loss", same.of_losses(model, model.compute_loss), applied)
 
 
+def _add_summands(model: keras.Model, applied: Applied) -> None:
+    """Let the backward pass add up the gradients of what is used on shards of the residual stream."""
+    variables = named_variables(model)
+    planned = [(site_of(number), [variables[key] for key in keys]) for number, keys in enumerate(applied.plan.sums)]
+    others = [(Site("", f"summand of {key}"), [variables[key]]) for key in _used_on_stream(applied) - _summed(applied)]
+    applied.summands.wait([*planned, *sorted(others, key=lambda each: each[0].place)])
+
+
+def _summed(applied: Applied) -> set[str]:
+    return {key for keys in applied.plan.sums for key in keys}
+
+
+def _used_on_stream(applied: Applied) -> set[str]:
+    """Return the keys of the variables whose gradients are summands, or would be if they were trained."""
+    return {use.variable for layer in applied.plan.layers for use in layer.uses if use.boundary.is_on_stream}
+
+
 def _buckets(model: keras.Model, applied: Applied) -> list[Bucket]:
     """Return the plan's buckets, and behind them one for each other variable, which may be trained later."""
-    variables = named_variables(model)
+    variables, late = named_variables(model), _used_on_stream(applied)
     planned = [
-        Bucket([variables[key] for key in keys], Site("", f"gradients {number}"), always=True)
+        Bucket([variables[key] for key in keys], Site("", f"gradients {number}"), always=True, late=keys[0] in late)
         for number, keys in enumerate(applied.plan.buckets)
     ]
     known = {key for keys in applied.plan.buckets for key in keys}
     known |= {each.key for each in applied.plan.variables if isinstance(each.batch_placement, Shard)}
     others = [
-        Bucket([variable], Site("", f"gradient {key}"), always=False)
+        Bucket([variable], Site("", f"gradient {key}"), always=False, late=key in late)
         for key, variable in variables.items()
         if key not in known and variable._value.is_floating_point()
     ]
@@ -189,7 +210,9 @@ def _replay_if_asked(model: keras.Model, applied: Applied) -> None:
         logger.warning("[ModelParallel] jit_compile=True does nothing for model %r: variables are in parts", model.name)
         return
     for name in (each for each in REPLAYED if hasattr(model, each)):
-        _override_for_jit_compile(model, name, replaying(model, name, named_layers(model)), applied)
+        _override_for_jit_compile(
+            model, name, replaying(model, name, named_layers(model), applied.plan.gathers_again), applied
+        )
 
 
 def _override_for_jit_compile(model: keras.Model, name: str, function: Callable[..., Any], applied: Applied) -> None:

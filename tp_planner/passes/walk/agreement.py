@@ -5,17 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 from tp_planner.ir.graph import Call
-from tp_planner.ir.placement import WHOLE
-from tp_planner.passes.walk.facts import LayerMode, Origins, changes_of
+from tp_planner.ir.placement import WHOLE, SequenceShard
+from tp_planner.passes.walk.facts import LayerMode, Origins, changes_of, on_stream
 from tp_planner.passes.walk.known import Known
 from tp_planner.passes.walk.notes import Notes
+from tp_planner.passes.walk.stream import end_of_stream
 
 
 def require_whole_outputs(known: Known, notes: Notes) -> None:
     """Every rank holds the outputs of the model whole."""
     for tensor in known.graph.outputs:
         if known.placements.get(tensor, WHOLE) != WHOLE:
-            notes.conflict(0, known.origins[tensor], "it is an output of the model, which every rank holds whole")
+            origins = known.origins[tensor]
+            origins = end_of_stream(tensor, known) if on_stream(origins) else origins
+            notes.conflict(0, origins, "it is an output of the model, which every rank holds whole")
+
+
+def _on_stream(call: Call, known: Known) -> dict[int, int]:
+    """Return the tensors that arrive at a call as shards of the stream, by position."""
+    parent = call.id if call.parent is None else call.parent
+    return {
+        position: tensor
+        for position, tensor in call.inputs
+        if isinstance(known.placement(tensor, parent), SequenceShard)
+    }
 
 
 def require_one_plan_a_layer(known: Known, notes: Notes) -> None:
@@ -44,6 +57,12 @@ def _origins_at(one: Call, other: Call, known: Known, notes: Notes) -> Origins:
     """Return where all shards come from that two calls of one layer meet; the layer itself, if it is a sharded one."""
     calls, key = (one, other), (one.layer, one.mode)
     ids = {call.id for call in calls}
+    streams = [_on_stream(call, known) for call in calls]
+    if streams[0].keys() == streams[1].keys() != set() and key not in known.closings.gathers:
+        return Origins({("gather", key)})
+    if streams[0] or streams[1]:
+        tensors = {*streams[0].values(), *streams[1].values()}
+        return Origins().union(*(end_of_stream(tensor, known) for tensor in tensors))
     given = (known.origins_of([tensor for _, tensor in call.inputs], call.id) for call in calls)
     met = (meeting.origins for (call, _), meeting in notes.meetings.items() if call in ids)
     in_functions = (origins for call, origins in notes.function_origins.items() if call in ids)

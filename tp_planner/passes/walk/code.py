@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from tp_planner.ir.graph import REPEAT, FunctionCall, Op, Repeat
-from tp_planner.ir.placement import WHOLE
+from tp_planner.ir.placement import WHOLE, Partial, Placement, SequencePartial, SequenceShard
 from tp_planner.passes.follow_ops import FunctionFollowed, Refused, follow_function, sizes_in_arguments
-from tp_planner.passes.walk.crossings import cut, summed
-from tp_planner.passes.walk.facts import Origins
-from tp_planner.passes.walk.known import OWN_GRADIENT, Known
+from tp_planner.passes.walk.crossings import cut, entering, gathered, summed
+from tp_planner.passes.walk.facts import Origins, is_mixed, on_stream
+from tp_planner.passes.walk.known import OWN_GRADIENT, Known, as_shards, as_stream
 from tp_planner.passes.walk.notes import Notes
+from tp_planner.passes.walk.stream import gather_for_function, mismatch_of_stream
+
+MIXED = "would combine shards of the sequence with other ones"
 
 
 def follow_op(op: Op, known: Known, notes: Notes) -> None:
@@ -22,14 +27,15 @@ def follow_op(op: Op, known: Known, notes: Notes) -> None:
     if all(placement == WHOLE for placement in inputs.values()):
         notes.reads_whole(call, op.inputs)
         return
-    origins, followed = known.origins_of(op.inputs, call), known.follow(op, inputs)
+    origins = known.origins_of(op.inputs, call)
+    followed = Refused(MIXED) if is_mixed(origins) else known.follow(op, inputs)
     if isinstance(followed, Refused):
         reason = f"{op.name} in {known.graph.calls[call].layer!r} {followed.reason}"
         notes.conflict(call, origins, reason, in_code=op.id not in known.graph.own_gradients)
         return
     notes.followed[op.id] = followed
     for tensor, placement in zip(op.outputs, followed.outputs, strict=True):
-        known.place(tensor, placement, origins)
+        known.place(tensor, as_stream(placement) if on_stream(origins) else placement, origins)
     for tensor, placement in inputs.items():
         if placement == WHOLE:
             notes.meets_shards(call, tensor, origins, None)
@@ -38,7 +44,10 @@ def follow_op(op: Op, known: Known, notes: Notes) -> None:
 def _follow_block(repeat: Repeat, known: Known, notes: Notes) -> None:
     """Let a block that does what another did make the same shards, if it is given the same."""
     given = [(known.placement(twin, repeat.twin), known.placement(own, repeat.call)) for twin, own in repeat.inputs]
-    if any(twin != own for twin, own in given):
+    if origins := mismatch_of_stream(repeat, known):
+        reason = f"the block {repeat.block!r}, and one that it is like, take it in different ways"
+        notes.conflict(0, origins, reason)
+    elif any(twin != own for twin, own in given):
         notes.blocks_differ = True
     for twin, own in repeat.outputs:
         if twin in known.placements:
@@ -52,7 +61,7 @@ def _origins_again(output: int, repeat: Repeat, known: Known) -> Origins:
     """
     names = dict(repeat.layers) | dict(repeat.variables)
     origins = known.origins[output]
-    inside = {(kind, (names[layer], names.get(other, other))) for kind, (layer, other) in origins if layer in names}
+    inside = {(kind, (names[key[0]], names.get(key[1], key[1]))) for kind, key in origins if key[0] in names}
     before = (
         known.origins_of([own], repeat.call)
         for twin, own in repeat.inputs
@@ -64,6 +73,8 @@ def _origins_again(output: int, repeat: Repeat, known: Known) -> Origins:
 def follow_torch_function(function: FunctionCall, known: Known, notes: Notes) -> None:
     """Follow the ops of a torch function together: tensors can change before it and after it."""
     graph, call = known.graph, function.call
+    if scales := known.scales_of(function):
+        notes.scale(function, scales)
     ops = graph.ops[slice(*function.ops)]
     made = {tensor for op in ops for tensor in op.outputs}
     taken = {tensor: known.placement(tensor, call) for op in ops for tensor in op.inputs if tensor not in made}
@@ -75,16 +86,22 @@ def follow_torch_function(function: FunctionCall, known: Known, notes: Notes) ->
     if not graph.own_gradients.isdisjoint(range(*function.ops)):
         notes.conflict(call, origins, f"{function.name} in {graph.calls[call].layer!r} {OWN_GRADIENT}")
         return
-    found = follow_function(function, graph, taken, known.weights, known.rules, known.parts)
+    found = _follow(function, taken, origins, known)
+    if isinstance(found, Refused) and (without := gather_for_function(function, taken)) is not None:
+        origins = frozenset(origin for origin in origins if not on_stream(frozenset({origin})))
+        found = _follow(function, without, origins, known)
+        if isinstance(found, FunctionFollowed):
+            _gather_ends(function, taken, found, known, notes)
+            taken = without
     if isinstance(found, Refused):
-        notes.conflict(call, origins, found.reason, in_code=True)
+        notes.conflict(call, origins or known.origins_of(taken, call), found.reason, in_code=True)
         return
     for tensor, placement in found.placements.items():
         if tensor not in found.summed:
-            known.place(tensor, placement, origins)
+            known.place(tensor, as_stream(placement) if on_stream(origins) else placement, origins)
     notes.followed.update(found.followed)
     notes.function_origins[call] = notes.function_origins.get(call, frozenset()) | origins
-    _change_ends(function, found, known, notes)
+    _change_ends(function, found, origins, known, notes)
     _change_sizes(function, found, known, notes)
     for tensor, placement in taken.items():
         if tensor in found.entering:
@@ -94,15 +111,50 @@ def follow_torch_function(function: FunctionCall, known: Known, notes: Notes) ->
             notes.reads_whole(call, [tensor])
 
 
-def _change_ends(function: FunctionCall, found: FunctionFollowed, known: Known, notes: Notes) -> None:
-    """Write down the inputs that are cut and the outputs that are summed."""
+def _follow(
+    function: FunctionCall, taken: Mapping[int, Placement], origins: Origins, known: Known
+) -> FunctionFollowed | Refused:
+    if is_mixed(origins):
+        return Refused(f"{function.name} in {known.graph.calls[function.call].layer!r} {MIXED}")
+    if all(placement == WHOLE for placement in taken.values()):
+        return FunctionFollowed()
+    found = follow_function(function, known.graph, as_shards(taken), known.weights, known.rules, known.parts)
+    if isinstance(found, Refused) or not on_stream(origins):
+        return found
+    # In a call that keeps the stream whole, sizes are those that the code writes.
+    if sizes_in_arguments(function, known.graph, found, known.parts):
+        return Refused(f"{function.name} in {known.graph.calls[function.call].layer!r} is given sizes of the whole")
+    return found
+
+
+def _gather_ends(
+    function: FunctionCall, taken: Mapping[int, Placement], found: FunctionFollowed, known: Known, notes: Notes
+) -> None:
+    """Write down the inputs of a function that are gathered from the stream."""
     for position, tensor in function.inputs:
-        if tensor in found.cuts:
-            notes.cross_into(function, position, tensor, cut(known.outside(tensor), found.cuts[tensor]))
+        outside = taken.get(tensor, WHOLE)
+        if isinstance(outside, SequenceShard):
+            enters = tensor in found.entering
+            notes.cross_into(function, position, tensor, entering(outside) if enters else gathered(outside, WHOLE))
+            found.entering.discard(tensor)
+            for op in known.graph.ops[slice(*function.ops)]:
+                notes.reads_as(op, tensor, WHOLE)
+
+
+def _change_ends(function: FunctionCall, found: FunctionFollowed, origins: Origins, known: Known, notes: Notes) -> None:
+    """Write down the inputs that are cut and the outputs that are summed."""
+    cuts = {tensor: as_stream(shard) if on_stream(origins) else shard for tensor, shard in found.cuts.items()}
+    for position, tensor in function.inputs:
+        if tensor in cuts:
+            notes.cross_into(function, position, tensor, cut(WHOLE, cuts[tensor]))
     for op in range(*function.ops):
-        notes.cut_for.update({(op, tensor): shard for tensor, shard in found.cuts.items()})
+        notes.cut_for.update({(op, tensor): shard for tensor, shard in cuts.items()})
+    layer = known.graph.calls[function.call]
     for tensor in found.summed:
-        notes.cross_out_of(function, tensor, summed(known.outside(tensor)))
+        outside = WHOLE if on_stream(origins) else known.outside_of_sum(tensor, layer)
+        notes.cross_out_of(function, tensor, summed(outside, SequencePartial() if on_stream(origins) else Partial()))
+        if outside != WHOLE:
+            known.place(tensor, outside, frozenset({("stream", (layer.layer, layer.mode))}))
 
 
 def _change_sizes(function: FunctionCall, found: FunctionFollowed, known: Known, notes: Notes) -> None:

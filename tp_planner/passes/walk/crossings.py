@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tp_planner.ir.graph import ModelGraph, VariableInfo
-from tp_planner.ir.placement import WHOLE, Partial, Placement
+from tp_planner.ir.placement import WHOLE, Partial, Placement, SequencePartial, SequenceShard
 from tp_planner.ir.plan import Boundary, Transition
+
+SUMMAND = Partial()
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +22,9 @@ class Crossing:
     backward: Transition
 
 
-def entering(outside: Placement) -> Crossing:
+def entering(outside: Placement, summand: Partial = SUMMAND) -> Crossing:
     """Return how a tensor enters a region that reads it whole: every rank has a summand of its gradient."""
-    return Crossing(Transition(outside, WHOLE), Transition(Partial(), outside))
+    return Crossing(Transition(outside, WHOLE), Transition(summand, outside))
 
 
 def cut(outside: Placement, inside: Placement) -> Crossing:
@@ -32,9 +34,9 @@ def cut(outside: Placement, inside: Placement) -> Crossing:
     return Crossing(Transition(outside, inside), Transition(gradient, outside))
 
 
-def summed(outside: Placement) -> Crossing:
+def summed(outside: Placement, summand: Partial = SUMMAND) -> Crossing:
     """Return how a tensor leaves a region in which every rank has a summand of it."""
-    return Crossing(Transition(Partial(), outside), Transition(outside, WHOLE))
+    return Crossing(Transition(summand, outside), Transition(outside, WHOLE))
 
 
 def gathered(inside: Placement, outside: Placement) -> Crossing:
@@ -45,6 +47,11 @@ def gathered(inside: Placement, outside: Placement) -> Crossing:
 def used(stored: Placement, use: Placement, gradient: Placement) -> Crossing:
     """Return how a variable gets from where it is stored to its use."""
     return Crossing(Transition(stored, use), Transition(gradient, stored))
+
+
+def used_on_stream(use: SequenceShard) -> Crossing:
+    """Return how a whole variable gets to its use as a shard of the stream; its gradient there is part of a summand."""
+    return Crossing(Transition(WHOLE, use), Transition(use, SequencePartial()))
 
 
 def boundary_of_tensor(graph: ModelGraph, tensor: int, crossing: Crossing) -> Boundary:

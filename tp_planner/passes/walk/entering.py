@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import Counter
 
 from tp_planner.ir.graph import ModelGraph
-from tp_planner.ir.placement import WHOLE, Partial
+from tp_planner.ir.placement import WHOLE, Partial, SequencePartial
 from tp_planner.passes.walk.crossings import entering
-from tp_planner.passes.walk.facts import Origins
+from tp_planner.passes.walk.facts import Origins, on_stream
 from tp_planner.passes.walk.known import SAME_VALUES, Known
 from tp_planner.passes.walk.notes import Meeting, Notes
 
@@ -39,7 +39,7 @@ def _use_with_shards(call: int, tensor: int, variable: str, origins: Origins, kn
         reason = f"{layer!r} reads {variable!r} both with sharded and with whole tensors"
         notes.conflict(call, origins, reason, in_code=True)
     else:
-        notes.use(call, variable, WHOLE, Partial())
+        notes.use(call, variable, WHOLE, _summand(origins))
 
 
 def _use_shards(known: Known, notes: Notes) -> None:
@@ -61,7 +61,8 @@ def _enter(call: int, tensor: int, meeting: Meeting, sources: _Sources, known: K
     if positions and not read_whole and not {tensor, source} & set(known.graph.calls[call].outputs):
         if "float" in known.graph.tensors[source].dtype:
             for position in positions:
-                notes.cross(call, "input", position, source, entering(known.outside(source)))
+                outside, summand = known.outside(source, call), _summand(meeting.origins)
+                notes.cross(call, "input", position, source, entering(outside, summand))
     elif not info.requires_grad and tensor not in sources.from_inputs:
         return
     elif None not in meeting.at:
@@ -74,6 +75,11 @@ def _enter(call: int, tensor: int, meeting: Meeting, sources: _Sources, known: K
         notes.input_gradients = False
 
 
+def _summand(origins: Origins) -> Partial:
+    """Return what the gradient is of a tensor that meets these shards."""
+    return SequencePartial() if on_stream(origins) else Partial()
+
+
 def _positions_among_arguments(graph: ModelGraph, call: int, tensor: int) -> list[int]:
     return [position for position, given in graph.calls[call].inputs if given == tensor]
 
@@ -83,7 +89,8 @@ def _enter_functions(tensor: int, meeting: Meeting, known: Known, notes: Notes) 
         assert function is not None
         for position, given in function.inputs:
             if given == tensor:
-                notes.cross_into(function, position, tensor, entering(known.outside(tensor)))
+                outside, summand = known.outside(tensor, function.call), _summand(meeting.origins)
+                notes.cross_into(function, position, tensor, entering(outside, summand))
 
 
 class _Sources:

@@ -12,10 +12,28 @@ from tp_planner.passes.follow_ops import Followed
 
 LayerMode = tuple[str, str]  # layer name, mode
 VariableRead = tuple[str, str]  # name of the layer in whose call it is read, variable key
+Argument = tuple[str, str, str, int, int]  # layer, mode, name of a torch function, which of its calls, position
 # What a conflict can change: sharding ends where it comes from, at a layer's output or a variable's use, or in all of
-# a layer ("whole"); or a layer whose code writes sizes of whole tensors is given those of shards ("sizes").
-Origin = tuple[Literal["layer", "whole", "sizes"], LayerMode] | tuple[Literal["read"], VariableRead]
+# a layer ("whole"); or a layer whose code writes sizes of whole tensors is given those of shards ("sizes"). The
+# residual stream comes from a layer that leaves it sharded ("stream"), is gathered where a layer takes it ("gather") or
+# its output ends the model ("end"), and begins at a layer whose whole output is cut to shards of it ("begin").
+# Code that reads sizes of its shards has them made sizes of the whole where it makes whole tensors of them ("scale").
+Origin = (
+    tuple[Literal["layer", "whole", "sizes", "stream", "gather", "begin", "end"], LayerMode]
+    | tuple[Literal["read"], VariableRead]
+    | tuple[Literal["scale"], Argument]
+)
 Origins = frozenset[Origin]
+
+
+def on_stream(origins: Origins) -> bool:
+    """Whether shards are of the residual stream, and of no region."""
+    return bool(origins) and all(kind == "stream" for kind, _ in origins)
+
+
+def is_mixed(origins: Origins) -> bool:
+    """Whether shards of the residual stream meet those of a region."""
+    return len({on_stream(frozenset({origin})) for origin in origins}) > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +41,21 @@ class Closings:
     """Where sharding has to end at its origin: layers whose output is gathered, variables gathered for use.
 
     ``whole`` are layers that compute on whole tensors only, ``sizes`` those that are given the sizes of shards where
-    their code writes sizes of whole tensors. All with the reason.
+    their code writes sizes of whole tensors. ``streams`` are layers whose output is no shard of the
+    residual stream, ``gathers`` those that take the stream gathered, ``ends`` those whose output is, and
+    ``begins`` those whose whole output is cut to shards of it. ``scales`` are arguments of functions that are given
+    sizes of the whole stream, where code has read those of shards. All with the reason.
     """
 
     layers: Mapping[LayerMode, str] = field(default_factory=dict)
     reads: Mapping[VariableRead, str] = field(default_factory=dict)
     whole: Mapping[LayerMode, str] = field(default_factory=dict)
     sizes: Mapping[LayerMode, str] = field(default_factory=dict)
+    streams: Mapping[LayerMode, str] = field(default_factory=dict)
+    gathers: Mapping[LayerMode, str] = field(default_factory=dict)
+    ends: Mapping[LayerMode, str] = field(default_factory=dict)
+    begins: Mapping[LayerMode, str] = field(default_factory=dict)
+    scales: Mapping[Argument, str] = field(default_factory=dict)
 
     def closing(self, origin: Origin, reason: str) -> Closings:
         match origin:
@@ -39,6 +65,16 @@ class Closings:
                 return replace(self, whole={key: reason, **self.whole})
             case "sizes", key:
                 return replace(self, sizes={key: reason, **self.sizes})
+            case "stream", key:
+                return replace(self, streams={key: reason, **self.streams})
+            case "gather", key:
+                return replace(self, gathers={key: reason, **self.gathers})
+            case "end", key:
+                return replace(self, ends={key: reason, **self.ends})
+            case "scale", argument:
+                return replace(self, scales={argument: reason, **self.scales})
+            case "begin", key:
+                return replace(self, begins={key: reason, **self.begins})
             case _, key:
                 return replace(self, reads={key: reason, **self.reads})
 
@@ -96,7 +132,8 @@ class Walk:
     functions: Mapping[int, tuple[FunctionPlan, ...]]  # by call, in order
     function_origins: Mapping[int, Origins]  # of the shards they meet, by call
     followed: Mapping[int, Followed]  # by op
-    cut_for: Mapping[tuple[int, int], Placement]  # (op, whole tensor): read as this
+    cut_for: Mapping[tuple[int, int], Placement]  # (op, tensor): read or made as this, and not as it is placed
+    taken: Mapping[tuple[int, int], Placement]  # (call, tensor): arrives as this, and not as it is placed
     reads: Mapping[VariableRead, Placement]  # of variables that ops read sharded
     writes_sizes: frozenset[LayerMode]  # layers that could be given the sizes of shards
     skipped_ops: frozenset[int]  # of calls that are one step
@@ -114,6 +151,7 @@ def changes_of(functions: Sequence[FunctionPlan]) -> list[Any]:
             [(position, boundary.forward, boundary.backward) for position, boundary in function.inputs],
             function.output and (function.output.forward, function.output.backward),
             function.sizes,
+            function.scales,
         )
         for function in functions
     ]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from tp_planner.ir.graph import Call, ModelGraph, Op
-from tp_planner.ir.placement import WHOLE, Partial, Placement, divides
+from tp_planner.ir.graph import Call, FunctionCall, ModelGraph, Op
+from tp_planner.ir.placement import WHOLE, Partial, Placement, SequenceShard, Shard, divides
 from tp_planner.passes.choose_styles import StyleChoice
 from tp_planner.passes.follow_ops import Followed, Refused, ShardingRules
 from tp_planner.passes.walk.facts import Closings, LayerMode, Origins, VariableRead
@@ -20,6 +20,22 @@ SAME_VALUES = {
 OWN_GRADIENT = "runs in a function that says what its gradient is, which may mix the shards"
 
 
+SEQUENCE = 1  # the dim of the residual stream, (batch, sequence, width), that is sharded
+
+
+def as_stream(placement: Placement) -> Placement:
+    """Return the placement of what an op makes of shards of the stream."""
+    return SequenceShard(placement.dim) if isinstance(placement, Shard) else placement
+
+
+def as_shards(inputs: Mapping[int, Placement]) -> dict[int, Placement]:
+    """Return the placements as sharding rules know them, to which a shard is a shard."""
+    return {
+        tensor: Shard(placement.dim) if isinstance(placement, SequenceShard) else placement
+        for tensor, placement in inputs.items()
+    }
+
+
 @dataclass(frozen=True)
 class Known:
     """The model and what was decided before the walk; ``placements`` and ``origins`` grow with every step."""
@@ -30,6 +46,8 @@ class Known:
     closings: Closings
     rules: ShardingRules
     parts: int
+    sequence_parallel: bool = False
+    on_sequence: frozenset[str] = frozenset()  # layers that return shards of the stream, if not all do
     placements: dict[int, Placement] = field(default_factory=dict)
     origins: dict[int, Origins] = field(default_factory=dict)
 
@@ -38,15 +56,72 @@ class Known:
         self.placements[tensor] = placement
         self.origins[tensor] = origins
 
-    def outside(self, tensor: int) -> Placement:
-        """Return the placement of a tensor between regions, from which it enters one and to which it leaves one."""
-        return WHOLE
+    def scales_of(self, function: FunctionCall) -> tuple[int, ...]:
+        """Return the positions of the function's arguments that are given sizes of the whole stream."""
+        if not self.closings.scales:
+            return ()
+        layer = self.graph.calls[function.call]
+        if not any(isinstance(self.placement(tensor, layer.id), SequenceShard) for tensor in self._seen_by(layer)):
+            return ()  # its code reads sizes of the whole
+        key = (layer.layer, layer.mode, function.name, function.number)
+        return tuple(sorted(argument[4] for argument in self.closings.scales if argument[:4] == key))
+
+    def _seen_by(self, call: Call) -> Iterator[int]:
+        """Yield the tensors that a call's own code sees: what it takes, what calls and ops in it return."""
+        yield from (tensor for _, tensor in call.inputs)
+        for inner in self.graph.calls.values():
+            if inner.parent == call.id:
+                yield from inner.outputs
+        yield from (tensor for op in self.graph.ops[slice(*call.ops)] if op.call == call.id for tensor in op.outputs)
+
+    def forget(self, tensor: int) -> None:
+        """Learn that a tensor is whole from now on."""
+        del self.placements[tensor], self.origins[tensor]
+
+    def outside(self, tensor: int, call: int) -> Placement:
+        """Return the placement between regions of a tensor that ``call`` takes: whole, or a shard of the stream."""
+        placement = self.placement(tensor, call)
+        return placement if isinstance(placement, SequenceShard) else WHOLE
+
+    def outside_of_sum(self, tensor: int, call: Call) -> Placement:
+        """Return the placement in which a sum over the ranks leaves its region, that of the stream where it can."""
+        wanted = self.sequence_parallel or call.layer in self.on_sequence
+        closed = (call.layer, call.mode) in self.closings.streams
+        return SequenceShard(SEQUENCE) if wanted and not closed and self.can_be_on_stream(tensor) else WHOLE
+
+    def can_be_on_stream(self, tensor: int) -> bool:
+        """Whether a tensor has a sequence that divides."""
+        info = self.graph.tensors[tensor]
+        return (
+            len(info.shape) > SEQUENCE + 1
+            and "float" in info.dtype
+            and divides(info.shape, SequenceShard(SEQUENCE), self.parts)
+        )
+
+    def changes_stream(self, call: Call) -> bool:
+        """Whether the stream begins or ends at what a call returns."""
+        key = (call.layer, call.mode)
+        return key in self.closings.begins or key in self.closings.ends
+
+    def entered_as(self, call: Call, outside: Placement) -> Placement:
+        """Return how a call's own code has an input that arrives as ``outside``."""
+        gathers = isinstance(outside, SequenceShard) and (call.layer, call.mode) in self.closings.gathers
+        return WHOLE if gathers else outside
+
+    def _as_entered(self, tensor: int, call: int) -> Placement:
+        """Return how ``call`` has a tensor, after what the calls around it make of it where they take it."""
+        placement = self.placements.get(tensor, WHOLE)
+        if self.closings.gathers and isinstance(placement, SequenceShard):
+            for outer in self.graph.enclosing(call):
+                if any(given == tensor for _, given in outer.inputs):
+                    placement = self.entered_as(outer, placement)
+        return placement
 
     def placement(self, tensor: int, call: int) -> Placement:
         """Return how a tensor is placed when an op of ``call`` reads it."""
         variable = self.graph.tensors[tensor].variable
         if variable is None:
-            return self.placements.get(tensor, WHOLE)
+            return self._as_entered(tensor, call)
         layer = self.graph.calls[call]
         if self.read_of(call, variable) in self.closings.reads or (layer.layer, layer.mode) in self.closings.whole:
             return WHOLE
@@ -61,8 +136,10 @@ class Known:
 
     def _origins(self, tensor: int, call: int) -> Origins:
         variable = self.graph.tensors[tensor].variable
+        if variable is None and tensor in self.origins:
+            return self.origins[tensor] if self.placement(tensor, call) != WHOLE else frozenset()
         if variable is None:
-            return self.origins.get(tensor, frozenset())
+            return frozenset()
         if self.placement(tensor, call) == WHOLE:
             return frozenset()
         return frozenset({("read", self.read_of(call, variable))})
@@ -75,7 +152,7 @@ class Known:
         """Return what an op makes of inputs placed so: shards and whole tensors, or nothing."""
         if op.id in self.graph.own_gradients:
             return Refused(OWN_GRADIENT)
-        followed = self.rules.follow(op, self.graph.tensors, inputs)
+        followed = self.rules.follow(op, self.graph.tensors, as_shards(inputs))
         if isinstance(followed, Followed) and Partial() in followed.outputs:
             return Refused("leaves a sum over the shards")
         return followed

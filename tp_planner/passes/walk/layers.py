@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tp_planner.ir.graph import Call, TensorInfo
-from tp_planner.ir.placement import WHOLE, Partial, Placement, Shard, divides
+from tp_planner.ir.placement import WHOLE, Partial, Placement, SequencePartial, SequenceShard, Shard, divides
 from tp_planner.passes.choose_styles import StyleChoice, input_placement, output_dim, weight_uses
 from tp_planner.passes.follow_ops import Refused
 from tp_planner.passes.walk.crossings import cut, entering, gathered, summed
@@ -38,14 +38,20 @@ def _memory_order(info: TensorInfo) -> tuple[int, ...]:
 def follow_contraction(call: Call, choice: StyleChoice, known: Known, notes: Notes) -> None:
     """Follow a contraction: its input as its style takes it, its weights, and an output that is shards or a sum."""
     sharded_inputs = _take_input(call, choice, known, notes)
-    for key, use in weight_uses(choice).items():
-        gradient: Placement = Partial() if use.gradient_is_partial else use.placement
-        notes.use(call.id, key, use.placement, gradient)
     core = call.outputs[0] if call.core_output is None else call.core_output
     dim = output_dim(choice, len(known.graph.tensors[core].shape))
+    outside = _outside_of_sum(call, core, known) if dim is None else WHOLE
+    assert choice.contraction is not None
+    for key, use in weight_uses(choice).items():
+        gradient: Placement = Partial() if use.gradient_is_partial else use.placement
+        if outside != WHOLE and key == choice.contraction.bias:  # it is added to shards of the sequence
+            gradient = SequencePartial()
+        notes.use(call.id, key, use.placement, gradient)
     if dim is None:
-        notes.cross(call.id, "output", 0, core, summed(known.outside(core)))
-        notes.record(_record_of_sum(call, choice, known, core, sharded_inputs))
+        notes.cross(call.id, "output", 0, core, summed(outside))
+        notes.record(_record_of_sum(call, choice, outside, sharded_inputs))
+        if outside != WHOLE:
+            known.place(call.outputs[0], outside, frozenset({("stream", (call.layer, call.mode))}))
     else:
         notes.record(_shard_output(call, choice, core, Shard(dim), sharded_inputs, known, notes))
 
@@ -53,7 +59,7 @@ def follow_contraction(call: Call, choice: StyleChoice, known: Known, notes: Not
 def _take_input(call: Call, choice: StyleChoice, known: Known, notes: Notes) -> ShardedInputs:
     """Place the boundary at the input that the style needs; return the input if it arrives as the shards it takes."""
     position, tensor = call.inputs[0]
-    info, outside = known.graph.tensors[tensor], known.outside(tensor)
+    info, outside = known.graph.tensors[tensor], known.outside(tensor, call.id)
     arrives, wanted = known.placement(tensor, call.id), input_placement(choice, len(info.shape))
     if arrives == wanted != WHOLE:
         return ((position, arrives),)
@@ -67,12 +73,19 @@ def _take_input(call: Call, choice: StyleChoice, known: Known, notes: Notes) -> 
     return ()
 
 
-def _record_of_sum(
-    call: Call, choice: StyleChoice, known: Known, core: int, sharded_inputs: ShardedInputs
-) -> CallRecord:
+def _outside_of_sum(call: Call, core: int, known: Known) -> Placement:
+    """Return what the sum that a layer makes becomes: a shard of the stream, if its activation can run on that."""
+    outside = known.outside_of_sum(core, call)
+    if not isinstance(outside, SequenceShard):
+        return WHOLE
+    final = _after_activation(call, core, Shard(outside.dim), known)
+    return outside if final == Shard(outside.dim) else WHOLE
+
+
+def _record_of_sum(call: Call, choice: StyleChoice, outside: Placement, sharded_inputs: ShardedInputs) -> CallRecord:
     assert choice.contraction is not None
     after = choice.contraction.bias is not None or choice.contraction.has_activation
-    return CallRecord(call.id, sharded_inputs, known.outside(core), "bias+activation" if after else "", choice.reason)
+    return CallRecord(call.id, sharded_inputs, outside, "bias+activation" if after else "", choice.reason)
 
 
 def _shard_output(
@@ -85,7 +98,7 @@ def _shard_output(
     notes: Notes,
 ) -> CallRecord:
     """Let a region begin at the output, or place the boundary that gathers it; return how the call is computed."""
-    output, outside = call.outputs[0], known.outside(core)
+    output, outside = call.outputs[0], WHOLE
     origin: Origin = ("layer", (call.layer, call.mode))
     closing = known.closings.layers.get((call.layer, call.mode))
     final = _after_activation(call, core, placement, known)

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from tp_planner.ir.graph import FunctionCall
-from tp_planner.ir.placement import WHOLE, Partial, Placement
+from tp_planner.ir.graph import FunctionCall, Op
+from tp_planner.ir.placement import WHOLE, Partial, Placement, SequenceShard
 from tp_planner.ir.plan import FunctionPlan
 from tp_planner.passes.follow_ops import Followed
-from tp_planner.passes.walk.crossings import Crossing, boundary_of_tensor, boundary_of_variable, used
+from tp_planner.passes.walk.crossings import Crossing, boundary_of_tensor, boundary_of_variable, used, used_on_stream
 from tp_planner.passes.walk.facts import CallRecord, Conflict, LayerMode, Origins, Placed, VariableRead, Walk
 from tp_planner.passes.walk.known import Known
 
@@ -38,6 +38,7 @@ class Notes:
     records: dict[int, CallRecord] = field(default_factory=dict)
     followed: dict[int, Followed] = field(default_factory=dict)
     cut_for: dict[tuple[int, int], Placement] = field(default_factory=dict)
+    taken: dict[tuple[int, int], Placement] = field(default_factory=dict)
     function_origins: dict[int, Origins] = field(default_factory=dict)
     writes_sizes: set[LayerMode] = field(default_factory=set)
     reads: dict[VariableRead, Placement] = field(default_factory=dict)
@@ -68,6 +69,10 @@ class Notes:
         meeting.origins |= origins
         meeting.at[function] = None
 
+    def reads_as(self, op: Op, tensor: int, placement: Placement) -> None:
+        """An op reads a tensor, or makes it, as something else than it is placed as."""
+        self.cut_for[op.id, tensor] = placement
+
     # --- boundaries ------------------------------------------------------------------------------------
 
     def cross(
@@ -82,9 +87,16 @@ class Notes:
         stored = self.known.stored[variable]
         if stored == use == WHOLE and not isinstance(gradient, Partial):
             return
+        self._use(call, variable, used(stored, use, gradient))
+
+    def use_shard_of_stream(self, call: int, variable: str, use: SequenceShard) -> None:
+        """A layer reads a whole variable as a shard of the residual stream."""
+        self._use(call, variable, used_on_stream(use))
+
+    def _use(self, call: int, variable: str, crossing: Crossing) -> None:
         if (call, variable) not in self._used:
             self._used.add((call, variable))
-            boundary = boundary_of_variable(self.known.graph.variables[variable], used(stored, use, gradient))
+            boundary = boundary_of_variable(self.known.graph.variables[variable], crossing)
             self.boundaries.append(Placed(call, "variable", 0, variable, boundary))
 
     # --- functions -------------------------------------------------------------------------------------
@@ -102,6 +114,10 @@ class Notes:
     def resize(self, function: FunctionCall, sizes: tuple[tuple[int, int, int], ...]) -> None:
         """A torch function is given sizes of shards."""
         self._change(function, sizes=sizes)
+
+    def scale(self, function: FunctionCall, positions: tuple[int, ...]) -> None:
+        """A torch function is given sizes of the whole stream where its caller has read those of shards."""
+        self._change(function, scales=positions)
 
     @property
     def functions(self) -> dict[int, tuple[FunctionPlan, ...]]:
@@ -130,6 +146,7 @@ class Notes:
             function_origins=self.function_origins,
             followed=self.followed,
             cut_for=self.cut_for,
+            taken=self.taken,
             reads=self.reads,
             writes_sizes=frozenset(self.writes_sizes),
             skipped_ops=frozenset(self.skipped_ops),

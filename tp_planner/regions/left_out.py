@@ -1,0 +1,121 @@
+"""Left out: tensors that autograd does not keep for the backward pass, because they can be made again there.
+
+While a layer's call runs whose tensors are watched, what it would keep of them is replaced by a note of how to make
+them. They are made again by communicating, so when that happens depends on what the layer's code does, which is the
+same on all ranks, and on nothing that may still be alive on one of them.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import keras
+import torch
+from torch.distributed.tensor import DTensor
+
+from tp_planner.regions.calls import running
+
+
+class Source(Protocol):
+    """What a tensor can be made of again: ``part``, without gradient history."""
+
+    part: torch.Tensor
+
+    def whole(self) -> torch.Tensor:
+        """Return the tensor, made anew."""
+        ...
+
+
+class LeftOut:
+    """One tensor that is left out of what autograd keeps, made again for the first of those who ask for it."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._left_out = 0  # how many tensors are left out of what autograd keeps
+        self._put_back = 0  # how many of them the running backward pass has asked for
+        self._whole: torch.Tensor | None = None  # from the first of these to the last
+
+    def leave_out(self) -> None:
+        """Note that autograd will ask for the tensor once more."""
+        self._left_out += 1
+
+    def put_back(self) -> torch.Tensor:
+        """Return the tensor for one of those that were left out."""
+        whole = self.source.whole() if self._whole is None else self._whole
+        self._put_back += 1
+        self._whole = whole
+        if self._put_back == self._left_out:
+            self.let_go()
+        return whole
+
+    def let_go(self) -> None:
+        """Make the tensor anew for the next who asks for it."""
+        self._put_back, self._whole = 0, None
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """A view of a tensor that is left out."""
+
+    of: LeftOut
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: Any
+
+
+class _Running(threading.local):
+    def __init__(self) -> None:
+        self.known: dict[int, tuple[LeftOut, weakref.ref[Any]]] = {}  # by storage, as long as that is there
+
+
+_running = _Running()
+
+
+def can_be_made_again(tensor: torch.Tensor, left_out: LeftOut) -> None:
+    """Let watched calls leave a tensor out of what autograd keeps."""
+    storage, known = tensor.untyped_storage(), _running.known
+    key = storage._cdata
+    known[key] = left_out, weakref.ref(storage, lambda _: known.pop(key, None))
+
+
+def watching() -> torch.autograd.graph.saved_tensors_hooks:
+    """Return a context inside which autograd keeps nothing that can be made again."""
+    return torch.autograd.graph.saved_tensors_hooks(_leave_out, _put_back)
+
+
+def watch_calls(layer: keras.Layer) -> list[Any]:
+    """Watch what the layer's calls keep for the backward pass; return handles that end this."""
+    open_calls: list[torch.autograd.graph.saved_tensors_hooks | None] = []
+
+    def begin(layer: keras.Layer, args: Any) -> None:
+        # Of a call that the backward pass runs again nothing is kept.
+        open_calls.append(None if running.recomputable else watching())
+        if open_calls[-1] is not None:
+            open_calls[-1].__enter__()
+
+    def end(layer: keras.Layer, args: Any, output: Any) -> None:
+        if open_calls and (hooks := open_calls.pop()) is not None:
+            hooks.__exit__()
+
+    before = layer.register_forward_pre_hook(begin)
+    after = layer.register_forward_hook(end, always_call=True)
+    return [before, after]
+
+
+def _leave_out(tensor: torch.Tensor) -> torch.Tensor | _View:
+    if isinstance(tensor, DTensor) or tensor.untyped_storage()._cdata not in _running.known:
+        return tensor
+    left_out, _ = _running.known[tensor.untyped_storage()._cdata]
+    left_out.leave_out()
+    return _View(left_out, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _put_back(kept: torch.Tensor | _View) -> torch.Tensor:
+    if isinstance(kept, torch.Tensor):
+        return kept
+    if running.looking:
+        return kept.of.source.part
+    return kept.of.put_back().as_strided(kept.size, kept.stride, kept.offset)
