@@ -28,6 +28,7 @@ from tp_planner.readable_plan import Plan
 from tp_planner.storage.log import log_sharding, logger
 from tp_planner.training.checking import Recorder, check_first_step, recording
 from tp_planner.training.model import applied_to, let_go, take_over
+from tp_planner.training.torch_optimizers import gather_states
 
 
 def plan(
@@ -176,6 +177,7 @@ def restore(model: keras.Model) -> keras.Model:
         raise PlanError(f"model {model.name!r} is not parallelized; there is nothing to restore")
     meet("tp_planner.restore")
     let_go(model, applied)
+    gather_states(placed.variable for placed in applied.placed.values())
     applied.revert(model, gathered_value)
     return model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,6 @@ from torch.distributed.tensor import Shard as TorchShard
 from torch.distributed.tensor.parallel import parallelize_module
 
 from tp_planner.frontend.layer_tree import named_layers, named_variables, own_variables
-from tp_planner.frontend.torch_modules import parameter_holders
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.placement import Replicate, Shard
 from tp_planner.ir.plan import Boundary, LayerPlan, Plan, VariablePlan
@@ -32,6 +32,7 @@ from tp_planner.regions.left_out import watch_calls
 from tp_planner.regions.recomputation import follow_recomputation
 from tp_planner.regions.replicas import Replicas
 from tp_planner.regions.summands import Summands
+from tp_planner.storage.forwarding import Content, forward, revive
 from tp_planner.storage.regularization import parallel_constraint, parallel_regularizer
 from tp_planner.storage.torch_modules import follow_variables
 from tp_planner.storage.variables import (
@@ -53,8 +54,8 @@ Scatter = Callable[[Any, Sharding], torch.Tensor]
 class PlacedVariable:
     """What undoing the placement of one variable needs.
 
-    ``old`` is the parameter it had, ``data`` the values of a parameter that it kept; both are let go once the
-    whole model is placed.
+    ``old`` is the parameter it had, ``content`` what was in it if it kept it; both are let go once the whole model is
+    placed. ``former`` is the parameter that it had then, as long as somebody else holds it.
     """
 
     variable: Any
@@ -63,7 +64,8 @@ class PlacedVariable:
     regularizer: Any
     constraint: Any
     old: torch.nn.Parameter | None
-    data: torch.Tensor | None
+    content: Content | None
+    former: Callable[[], torch.nn.Parameter | None] = lambda: None
 
 
 @dataclass
@@ -76,6 +78,7 @@ class Applied:
     summands: Summands = field(init=False)
     placed: dict[str, PlacedVariable] = field(default_factory=dict)
     undo: list[Undo] = field(default_factory=list)
+    committed: bool = False
 
     def __post_init__(self) -> None:
         self.summands = Summands(self.axis, self.replicas)
@@ -87,8 +90,12 @@ class Applied:
 
     def commit(self) -> None:
         """Let go of the whole values; from now on they are spread over the ranks."""
+        self.committed = True
         for placed in self.placed.values():
-            placed.old = placed.data = None
+            if placed.old is not None and placed.old is not placed.variable._value:
+                forward(placed.old, placed.variable)
+                placed.former = weakref.ref(placed.old)
+            placed.old = placed.content = None
 
     def revert(self, model: keras.Model, values: Callable[[str, PlacedVariable], torch.nn.Parameter]) -> None:
         """Undo everything, last change first; ``values`` gives each variable its parameter."""
@@ -98,10 +105,13 @@ class Applied:
         for key in reversed(list(self.placed)):
             placed = self.placed[key]
             value, variable = values(key, placed), placed.variable
-            rebind(variable._value, value)
+            former = variable._value
+            rebind(former, value)
             if placed.parallel:
                 make_plain(variable, value)
             variable._value = value
+            if self.committed and former is not value:
+                forward(former, variable)
             variable._regularizer, variable._constraint = placed.regularizer, placed.constraint
             del self.placed[key]
 
@@ -109,8 +119,8 @@ class Applied:
 def old_value(key: str, placed: PlacedVariable) -> torch.nn.Parameter:
     """Return the parameter that the variable had before; only before ``commit``."""
     assert placed.old is not None
-    if placed.data is not None:
-        placed.old.data = placed.data
+    if placed.content is not None:
+        placed.content.fill(placed.old)
     return placed.old
 
 
@@ -119,7 +129,8 @@ def gathered_value(key: str, placed: PlacedVariable) -> torch.nn.Parameter:
     parameter: torch.nn.Parameter = placed.variable._value
     value = whole_tensor(placed.variable).to(placed.device)
     if isinstance(parameter, DTensor):
-        return torch.nn.Parameter(value, requires_grad=parameter.requires_grad)
+        plain: torch.nn.Parameter = revive(placed.former(), value, parameter.requires_grad)
+        return plain
     parameter.data = value
     return parameter
 
@@ -191,16 +202,19 @@ def _scopes(plan: Plan, layers: Mapping[str, Any]) -> set[str]:
 
 
 class Rebinding:
-    """Replaces a parameter wherever it is held beside its variable: in the dict of every layer around, in a module."""
+    """Replaces a parameter wherever torch modules of the model hold it beside its variable.
+
+    A layer is such a module, and may have a dict of the parameters of all layers inside. There are modules inside of it
+    that are no layers of the model to Keras: the Functional model that a Sequential runs, the module of a wrapper.
+    """
 
     def __init__(self, model: keras.Model) -> None:
         self._holders: dict[int, list[tuple[Any, str]]] = {}
+        seen: set[torch.nn.Module] = set()
         for layer in named_layers(model).values():
-            if not hasattr(layer, "_torch_params"):
-                layer._track_variables()
-            parameters = layer._torch_params
-            for holder, key in (*((parameters, key) for key in parameters), *parameter_holders(layer)):
-                self._holders.setdefault(id(holder[key]), []).append((holder, key))
+            for _, module in layer.named_modules(seen):
+                for name, parameter in module._parameters.items():
+                    self._holders.setdefault(id(parameter), []).append((module._parameters, name))
 
     def __call__(self, old: torch.nn.Parameter, new: torch.nn.Parameter) -> None:
         holders = self._holders.pop(id(old), [])
@@ -275,21 +289,19 @@ class _Placer:
         sharding = Sharding(axes, plan.placement, plan.batch_placement)
         local = self.scatter(variable, sharding)
         trainable = old.requires_grad and old.is_floating_point()
-        if sharding.cuts:
-            kept = isinstance(old, DTensor) and old.device_mesh == axes.mesh and old._local_tensor is local
-            new = old if kept else sharded_parameter(local, plan.shape, sharding, trainable)
-        elif isinstance(local, FakeTensor) or isinstance(old, DTensor):
-            new = torch.nn.Parameter(local, requires_grad=trainable)
-        else:
-            new = old  # the same object: a torch module inside the model may hold it too
-        replaced = new is not old or isinstance(old, DTensor)
+        content = Content.of(old) if _stays(old, local, sharding) else None
+        new = (
+            sharded_parameter(local, plan.shape, sharding, trainable)
+            if sharding.cuts
+            else torch.nn.Parameter(local, requires_grad=trainable)
+        )
         parallel = self._is_parallel(key)
         regularizer, constraint = variable._regularizer, variable._constraint
-        self.applied.placed[key] = PlacedVariable(
-            variable, old.device, parallel, regularizer, constraint, old, None if replaced else old.data
-        )
-        if not replaced:
-            old.data = local
+        self.applied.placed[key] = PlacedVariable(variable, old.device, parallel, regularizer, constraint, old, content)
+        if content is not None:  # the same object: modules and optimizers of torch's may hold it too
+            gradient = _gradient_in_shards(old, sharding)
+            Content.of(new).fill(old)
+            old.grad, new = gradient, old
         if parallel:
             make_parallel(variable, new, sharding, self.applied.replicas)
         else:
@@ -306,6 +318,20 @@ class _Placer:
                 regularizer, plan.placement, self.applied.axis, penalty
             )
             variable._constraint = constraint and parallel_constraint(constraint, limit)
+
+
+def _stays(parameter: torch.nn.Parameter, local: torch.Tensor, sharding: Sharding) -> bool:
+    """Whether a parameter can be given what this rank stores: it is no fake, and stays a DTensor or stays none."""
+    return not isinstance(local, FakeTensor) and isinstance(parameter, DTensor) == bool(sharding.cuts)
+
+
+def _gradient_in_shards(parameter: torch.nn.Parameter, sharding: Sharding) -> torch.Tensor | None:
+    """Return the gradient of a parameter that stays, in the layout that the parameter will have."""
+    gradient = parameter.grad
+    if not isinstance(gradient, DTensor):
+        return gradient
+    local = _part_of_shards(gradient, sharding)
+    return sharded_parameter(local, tuple(gradient.shape), sharding, requires_grad=False).detach()
 
 
 def scatter_from_rank_zero(device: torch.device, mesh: Mesh) -> Scatter:

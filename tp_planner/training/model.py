@@ -30,6 +30,7 @@ from tp_planner.training.optimizer import (
     release_optimizers_of,
 )
 from tp_planner.training.same_data import SameData, has_to_be_fed_alike
+from tp_planner.training.torch_optimizers import follow_parameters
 from tp_planner.training.totals import results_of_all
 from tp_planner.training.writing import write_together
 
@@ -64,6 +65,7 @@ def take_over(model: keras.Model, applied: Applied) -> None:
     if has_to_be_fed_alike(applied):
         _compare_what_it_is_fed(model, applied)
     adopt_at_first_use()
+    follow_parameters()
     if getattr(model, "optimizer", None) is not None:
         adopt_optimizer(model.optimizer, applied.axes)
 
