@@ -31,13 +31,17 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"frontend", "ir", "dryrun", "job", "layers", "passes", "patches", "regions", "storage", "training"},
         {"keras", "torch"},
     ),
+    "checkpoints": (
+        {"checkpoints", "frontend", "ir", "job", "layers", "patches", "storage", "training"},
+        {"h5py", "keras", "numpy", "torch"},
+    ),
     "readable_plan": ({"ir", "report"}, set()),
     "planner": ({"dryrun", "frontend", "ir", "job", "layers", "passes", "progress", "readable_plan"}, {"keras"}),
     "explain": ({"ir", "passes", "frontend", "planner"}, {"keras"}),
     "linter": ({"ir", "passes", "frontend", "planner"}, {"keras"}),
     "sweep": ({"ir", "passes", "frontend", "planner"}, {"keras"}),
     "api": (
-        {"frontend", "ir", "job", "layers", "planner", "readable_plan", "storage", "training"},
+        {"checkpoints", "frontend", "ir", "job", "layers", "planner", "readable_plan", "storage", "training"},
         {"keras", "torch"},
     ),
     "keras_distribution": (
@@ -46,9 +50,9 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "patches": (set(), set()),
     "progress": (set(), set()),
-    "__init__": ({"api", "ir", "keras_distribution", "linter", "readable_plan", "training"}, set()),
+    "__init__": ({"api", "checkpoints", "ir", "keras_distribution", "linter", "readable_plan", "training"}, set()),
     "cli": (
-        {"__init__", "cli", "explain", "ir", "frontend", "linter", "passes", "planner", "progress"}
+        {"__init__", "checkpoints", "cli", "explain", "ir", "frontend", "linter", "passes", "planner", "progress"}
         | {"readable_plan", "report", "sweep"},
         {"keras", "rich", "torch", "typer"},
     ),

@@ -351,7 +351,7 @@ REFUSALS_IN_A_JOB = {
     ),
     "model without values": (
         "model 'small' was built on the meta device, so that 'up/kernel' and 3 other variables hold no values; "
-        "build it under keras.device('cpu') to parallelize it"
+        "give parallelize weights=, or build the model under tp_planner.deferred_init() to have initializers run"
     ),
     "mesh too small": (
         "the mesh has 1 devices, the job has 2 processes; "

@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tp_planner.api import parallelize, plan, record, restore
+    from tp_planner.checkpoints.callback import Checkpoint
+    from tp_planner.checkpoints.initial import deferred_init
+    from tp_planner.checkpoints.progress import Progress
+    from tp_planner.checkpoints.saving import load_checkpoint, save_checkpoint
     from tp_planner.ir.contract import Recording
     from tp_planner.ir.errors import ContractError, ParallelRuntimeError, PlanError, TpPlannerError
     from tp_planner.ir.finding import Finding
@@ -18,40 +22,50 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Checkpoint",
     "ContractError",
     "Finding",
     "ParallelRuntimeError",
     "Plan",
     "PlanError",
+    "Progress",
     "Recording",
     "TpPlannerError",
     "Verification",
+    "deferred_init",
     "disable_keras_distribution",
     "enable_keras_distribution",
     "lint",
+    "load_checkpoint",
     "parallelize",
     "plan",
     "record",
     "restore",
+    "save_checkpoint",
     "verify_model_parallel",
 ]
 
 _HOMES = {
+    "Checkpoint": "tp_planner.checkpoints.callback",
     "ContractError": "tp_planner.ir.errors",
     "Finding": "tp_planner.ir.finding",
     "ParallelRuntimeError": "tp_planner.ir.errors",
     "Plan": "tp_planner.readable_plan",
     "PlanError": "tp_planner.ir.errors",
+    "Progress": "tp_planner.checkpoints.progress",
     "Recording": "tp_planner.ir.contract",
     "TpPlannerError": "tp_planner.ir.errors",
     "Verification": "tp_planner.training.verify",
+    "deferred_init": "tp_planner.checkpoints.initial",
     "disable_keras_distribution": "tp_planner.keras_distribution.install",
     "enable_keras_distribution": "tp_planner.keras_distribution.install",
     "lint": "tp_planner.linter",
+    "load_checkpoint": "tp_planner.checkpoints.saving",
     "parallelize": "tp_planner.api",
     "plan": "tp_planner.api",
     "record": "tp_planner.api",
     "restore": "tp_planner.api",
+    "save_checkpoint": "tp_planner.checkpoints.saving",
     "verify_model_parallel": "tp_planner.training.verify",
 }
 

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import keras
 import torch.distributed as dist
 
+from tp_planner.checkpoints.initial import initial_values
+from tp_planner.checkpoints.values import lacks_values, values_from
 from tp_planner.frontend.fingerprint import fingerprint
-from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.frontend.layout_map import read_layout_map
 from tp_planner.frontend.trace import CallArguments, require_built
 from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import Layout
 from tp_planner.ir.mesh import Mesh
+from tp_planner.job.axes import Axes
 from tp_planner.job.process_group import job_axes, require_process_group, this_device
 from tp_planner.job.random_state import share_random_state
 from tp_planner.job.rendezvous import exchange, meet
-from tp_planner.layers.apply import apply_layers, gathered_value, scatter_from_rank_zero
+from tp_planner.job.together import together
+from tp_planner.layers.apply import Applied, apply_layers, gathered_value, old_value, scatter_from_rank_zero
 from tp_planner.planner import make_plan
 from tp_planner.readable_plan import Plan
 from tp_planner.storage.log import log_sharding, logger
@@ -93,11 +97,16 @@ def parallelize(
     batch_axis: str | None = None,
     sequence_parallel: bool | None = None,
     gather_again: bool | None = None,
+    weights: str | Path | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> keras.Model:
     """Shard ``model`` over the devices of its mesh and return it; every process of the job has to call it.
 
     Starts the process group from torchrun's environment where there is none. Rank 0's weights are the truth;
     random number generators of all ranks continue from rank 0's state.
+
+    A model that fits nowhere is built under ``keras.device("meta")``, and its weights come from a file; or it is built
+    under ``deferred_init``, and its initializers run. Each rank makes its own shards and never holds the model whole.
 
     Args:
         model: a built, plain Keras model.
@@ -109,10 +118,16 @@ def parallelize(
             the ranks of one replica on the same; gradients are averaged over the samples of all.
         sequence_parallel: as for ``plan``; a plan has decided it.
         gather_again: as for ``plan``; a plan has decided it.
+        weights: a file or folder that all ranks read, each its own shards: ``.weights.h5``, ``.weights.json``,
+            ``.keras``, ``.safetensors``, a folder with an index of many, or one of torch.distributed.checkpoint. The
+            model may hold values already; they are not used.
+        names: names of tensors in that file by the variables' keys (as ``plan.variables`` has them), where they are
+            named otherwise. In Keras's own files tensors are found by their place in the model, in others by the key.
 
     Raises:
         PlanError: if the layout cannot be planned, the plan does not fit the model, the number of processes is
-            not the size of the mesh, or ranks made different plans. The model is then as before on all ranks.
+            not the size of the mesh, or ranks made different plans; if variables are not in the file of weights, or do
+            not fit, with all of them. The model is then as before on all ranks.
     """
     given = layout_map_or_plan
     if isinstance(given, Plan) and batch_axis not in (None, given.mesh.batch_axis):
@@ -135,7 +150,7 @@ def parallelize(
         inputs = _as_on_rank_zero(inputs, layout.mesh)
     chosen = _agree(lambda: _choose(model, layout, inputs))
     share_random_state()
-    applied = apply_layers(model, chosen, axes, scatter_from_rank_zero(this_device(), chosen.mesh))
+    applied = _apply(model, chosen, axes, weights, names)
     applied.commit()
     for variable in chosen.variables:
         log_sharding(variable, applied.placed[variable.key].variable, axes.model)
@@ -212,13 +227,26 @@ def _require_fit(model: keras.Model, chosen: Plan) -> None:
         )
 
 
-def _require_values(model: keras.Model) -> None:
-    empty = [key for key, variable in named_variables(model).items() if variable._value.is_meta]
-    if empty:
-        raise PlanError(
-            f"model {model.name!r} was built on the meta device, so that {empty[0]!r} and {len(empty) - 1} other "
-            f"variables hold no values; build it under keras.device('cpu') to parallelize it"
+def _apply(
+    model: keras.Model, chosen: Plan, axes: Axes, weights: str | Path | None, names: Mapping[str, str] | None
+) -> Applied:
+    """Apply the plan with values from the file, the initializers, or rank 0; on all ranks or none."""
+    scatter = scatter_from_rank_zero(this_device(), chosen.mesh)
+    if weights is None:
+        return apply_layers(
+            model, chosen, axes, initial_values(model, scatter, this_device()) if lacks_values(model) else scatter
         )
+    what = "reading weights in tp_planner.parallelize"
+    with contextlib.ExitStack() as opened:
+        values = together(what, lambda: opened.enter_context(values_from(model, Path(weights), names, this_device())))
+        applied: list[Applied] = []
+        try:
+            together(what, lambda: applied.append(apply_layers(model, chosen, axes, values)))
+        except BaseException:
+            for each in applied:
+                each.revert(model, old_value)
+            raise
+    return applied[0]
 
 
 def _choose(model: keras.Model, layout_or_plan: Layout | Plan, inputs: Any) -> Plan:
@@ -227,7 +255,6 @@ def _choose(model: keras.Model, layout_or_plan: Layout | Plan, inputs: Any) -> P
     _require_plain(model)
     chosen = layout_or_plan if isinstance(layout_or_plan, Plan) else plan(model, layout_or_plan, inputs)
     _require_fit(model, chosen)
-    _require_values(model)
     return chosen
 
 

@@ -3,6 +3,7 @@
 Keras and torch are imported inside the commands: ``--help`` stays quick, and Keras's backend can still be chosen.
 """
 
+from tp_planner.cli import checkpoint as _checkpoint
 from tp_planner.cli import diff as _diff
 from tp_planner.cli import explain as _explain
 from tp_planner.cli import lint as _lint
@@ -21,6 +22,7 @@ _COMMANDS = (
     _sweep,
     _lint,
     _run,
+    _checkpoint,
     _selftest,
 )  # importing a command's module adds the command to the application
 

@@ -93,8 +93,9 @@ class Applied:
         self.committed = True
         for placed in self.placed.values():
             if placed.old is not None and placed.old is not placed.variable._value:
+                if not placed.old.is_meta:  # which can never hold a value
+                    placed.former = weakref.ref(placed.old)
                 forward(placed.old, placed.variable)
-                placed.former = weakref.ref(placed.old)
             placed.old = placed.content = None
 
     def revert(self, model: keras.Model, values: Callable[[str, PlacedVariable], torch.nn.Parameter]) -> None:
@@ -295,9 +296,10 @@ class _Placer:
             if sharding.cuts
             else torch.nn.Parameter(local, requires_grad=trainable)
         )
+        home = local.device if old.is_meta else old.device
         parallel = self._is_parallel(key)
         regularizer, constraint = variable._regularizer, variable._constraint
-        self.applied.placed[key] = PlacedVariable(variable, old.device, parallel, regularizer, constraint, old, content)
+        self.applied.placed[key] = PlacedVariable(variable, home, parallel, regularizer, constraint, old, content)
         if content is not None:  # the same object: modules and optimizers of torch's may hold it too
             gradient = _gradient_in_shards(old, sharding)
             Content.of(new).fill(old)
@@ -321,8 +323,10 @@ class _Placer:
 
 
 def _stays(parameter: torch.nn.Parameter, local: torch.Tensor, sharding: Sharding) -> bool:
-    """Whether a parameter can be given what this rank stores: it is no fake, and stays a DTensor or stays none."""
-    return not isinstance(local, FakeTensor) and isinstance(parameter, DTensor) == bool(sharding.cuts)
+    """Whether a parameter can be given what this rank stores: neither lacks values, and it is a DTensor before as after."""
+    return not (isinstance(local, FakeTensor) or parameter.is_meta) and isinstance(parameter, DTensor) == bool(
+        sharding.cuts
+    )
 
 
 def _gradient_in_shards(parameter: torch.nn.Parameter, sharding: Sharding) -> torch.Tensor | None:

@@ -12,6 +12,7 @@ batch axis: then the parts are put together before each use, and let go after it
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -51,6 +52,17 @@ from tp_planner.storage.parts import Parts, put_together
 BackendVariable = type(keras.Variable(0.0, name="probe"))
 
 
+Span = tuple[int, int]  # the first index, and the one after the last
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block that lies in one piece both in a whole tensor and in a rank's part of it; a span for each dim."""
+
+    of_whole: tuple[Span, ...]
+    of_part: tuple[Span, ...]
+
+
 @dataclass(frozen=True)
 class Sharding:
     """How a variable is cut: over the model axis, then each piece over the batch axis."""
@@ -76,6 +88,22 @@ class Sharding:
         for placement, axis in self.cuts:
             value = own_shard(value, placement, axis)
         return value
+
+    def pieces(self, shape: Shape) -> tuple[Piece, ...]:
+        """Return the blocks of a tensor of ``shape`` of which this rank's part is made, as ``own`` cuts them."""
+        by_dim = [_runs(self._indices(dim, shape)) for dim in range(len(shape))]
+        return tuple(
+            Piece(tuple(whole for whole, _ in runs), tuple(part for _, part in runs))
+            for runs in itertools.product(*by_dim)
+        )
+
+    def _indices(self, dim: int, shape: Shape) -> torch.Tensor:
+        """Return which indices of a dim this rank stores, in the order in which it does."""
+        indices = torch.arange(shape[dim]).reshape([-1 if each == dim else 1 for each in range(len(shape))])
+        for placement, axis in self.cuts:
+            if placement.dim == dim:
+                indices = own_shard(indices, placement, axis)
+        return indices.flatten()
 
     def whole(self, part: torch.Tensor, shape: Shape) -> torch.Tensor:
         """Return the whole tensor of ``shape``, gathered from all ranks; no gradient flows through it."""
@@ -250,6 +278,17 @@ def sharded_parameter(
         mesh, placements = sharding.axes.model.mesh, placements[:1]
     whole = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
     return torch.nn.Parameter(whole, requires_grad=requires_grad)
+
+
+def _runs(indices: torch.Tensor) -> list[tuple[Span, Span]]:
+    """Return (indices of the whole, places in the part) for each run of consecutive indices."""
+    if not indices.numel():
+        return []
+    breaks = torch.nonzero(indices.diff() != 1).flatten() + 1
+    starts = [0, *breaks.tolist()]
+    ends = [*starts[1:], indices.numel()]
+    first = indices[starts].tolist()
+    return [((whole, whole + b - a), (a, b)) for whole, a, b in zip(first, starts, ends, strict=True)]
 
 
 def own_shard(value: Any, placement: Placement, axis: Axis) -> Any:

@@ -1,0 +1,159 @@
+"""Models that are built without values and get them from files or initializers, each rank its own shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import torch
+
+import tp_planner
+from tests.checkpoints.files import WRITERS, tensors_of, write_all
+from tests.models import CASES
+from tests.workers import WorkerPool, layout_map
+from tp_planner.frontend.layer_tree import named_variables
+from tp_planner.storage.variables import local_tensor, whole_tensor
+
+FORMATS = {"gpt": tuple(WRITERS), "tied": ("h5", "torch"), "llama": ("keras", "safetensors")}
+Arrays = dict[str, np.ndarray]
+
+
+def whole(model: keras.Model) -> Arrays:
+    return {key: whole_tensor(variable).numpy().copy() for key, variable in named_variables(model).items()}
+
+
+# On the ranks
+
+
+def load(name: str, path: str, rename: bool = False) -> tuple[Arrays, np.ndarray, set[str]]:
+    """Return the whole weights of a model that was built without values, what it computes, and where its shards are."""
+    case = CASES[name]
+    with keras.device("meta"):
+        model = case.build("float32")
+    names = {key: f"renamed.{key}" for key in named_variables(model)} if rename else None
+    tp_planner.parallelize(model, layout_map(case.rules), weights=path, names=names)
+    x, _ = case.batch(np.random.default_rng(0), 2)
+    devices = {str(local_tensor(variable).device) for variable in named_variables(model).values()}
+    return whole(model), model(x).detach().numpy(), devices
+
+
+def load_all(paths: dict[str, dict[str, str]]) -> dict[tuple[str, str], Any]:
+    return {(name, kind): load(name, path) for name, kinds in paths.items() for kind, path in kinds.items()}
+
+
+def seeded(seed: int) -> keras.Model:
+    """Return a model with initializers of all kinds."""
+    keras.utils.set_random_seed(seed)
+    inputs = keras.Input((16,), name="x")
+    x = keras.layers.Dense(24, name="up", bias_initializer="normal", activation="relu")(inputs)
+    x = keras.layers.Dropout(0.5, name="drop")(x)
+    x = keras.layers.Dense(16, name="down", kernel_initializer="orthogonal", bias_initializer=_counting)(x)
+    x = keras.layers.BatchNormalization(name="norm")(x)
+    return keras.Model(inputs, x, name="seeded")
+
+
+def _counting(shape: Any, dtype: Any = None) -> Any:
+    return keras.ops.arange(shape[0], dtype=dtype)
+
+
+RULES = {"up/kernel": (None, "model"), "up/bias": ("model",), "down/kernel": ("model", None)}
+
+
+def initialize() -> tuple[Arrays, dict[str, tuple[int, ...]], Arrays]:
+    """Return the whole weights of a model whose initializers ran in shards, their shapes here, and it restored."""
+    rank = torch.distributed.get_rank()
+    with tp_planner.deferred_init():
+        model = seeded(7 + rank)  # rank 0's is the truth
+    tp_planner.parallelize(model, layout_map(RULES))
+    shapes = {key: tuple(local_tensor(variable).shape) for key, variable in named_variables(model).items()}
+    values = whole(model)
+    model.compile("adam", "mse")
+    model.train_on_batch(np.ones((4, 16)), np.ones((4, 16)))
+    after = whole(model)
+    tp_planner.restore(model)
+    restored = {key: variable.numpy() for key, variable in named_variables(model).items()}
+    np.testing.assert_equal(restored, after)
+    return values, shapes
+
+
+def refusals(path: str, cut: str) -> list[str]:
+    """Return what is said about models that get no values; each is as before afterwards."""
+    case, messages = CASES["gpt"], []
+    with keras.device("meta"):
+        model = case.build("float32")
+        small = case.build("float32", vocabulary=60)
+    attempts: list[tuple[keras.Model, dict[str, Any]]] = [
+        (model, {}),
+        (model, {"weights": path + "x"}),
+        (model, {"weights": path, "names": {"haed/kernel": "w"}}),
+        (small, {"weights": path}),
+        # Only rank 1's file is cut off.
+        (model, {"weights": cut if torch.distributed.get_rank() else path}),
+    ]
+    for attempt, options in attempts:
+        with pytest.raises(tp_planner.PlanError) as refusal:
+            tp_planner.parallelize(attempt, layout_map(case.rules), **options)
+        messages.append(str(refusal.value))
+        assert all(variable._value.is_meta for variable in named_variables(attempt).values())
+    tp_planner.parallelize(model, layout_map(case.rules), weights=path)
+    return messages
+
+
+# In the test's process
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, keras.Model], dict[str, dict[str, str]]]:
+    models, paths = {}, {}
+    for name in FORMATS:
+        models[name] = CASES[name].build("float32", seed=3)
+        written = write_all(models[name], tmp_path_factory.mktemp(name))
+        paths[name] = {kind: written[kind] for kind in FORMATS[name]}
+    return models, paths
+
+
+def test_every_format_is_read_in_shards(workers: WorkerPool, written: Any) -> None:
+    """A model that is built on the meta device has the file's weights, bit for bit, and computes what it should."""
+    models, paths = written
+    if workers.size == 4:
+        paths = {"gpt": {kind: paths["gpt"][kind] for kind in ("h5", "torch")}}
+    for answers in workers.run(load_all, paths):
+        for (name, _), (weights, output, devices) in answers.items():
+            np.testing.assert_equal(weights, {key: each.numpy() for key, each in tensors_of(models[name]).items()})
+            x, _ = CASES[name].batch(np.random.default_rng(0), 2)
+            np.testing.assert_allclose(output, models[name](x).detach().numpy(), rtol=1e-5, atol=1e-5)
+            assert devices == {"cpu"}
+
+
+def test_initializers_run_in_shards(workers: WorkerPool) -> None:
+    """The values are those of a model that is built on one device from the seed of rank 0."""
+    expected = {key: each.numpy() for key, each in tensors_of(seeded(7)).items()}
+    size = workers.size
+    for values, shapes in workers.run(initialize):
+        np.testing.assert_equal(values, expected)
+        assert shapes["up/kernel"] == (16, 24 // size)
+
+
+def test_refusals_name_all_that_is_wrong(pools: Any, written: Any, tmp_path: Path) -> None:
+    """Nothing is applied where values are missing, do not fit, or one rank cannot read them."""
+    path = written[1]["gpt"]["safetensors"]
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(Path(path).read_bytes()[:-5])
+    first, second = pools(2).run(refusals, path, str(cut))
+    expected = (
+        "model 'gpt' was built on the meta device, so that 'token_embedding/embeddings' and 37 other variables hold no "
+        "values; give parallelize weights=, or build the model under tp_planner.deferred_init() to have initializers run",
+        f"{path}x: no such file or folder of weights",
+        "names= has 'haed/kernel', which is no variable of model 'gpt'; closest: 'head/kernel'",
+        f"2 problems:\n  - {path}: tensor 'token_embedding/embeddings' has shape (64, 32), not the (60, 32) of variable "
+        f"'token_embedding/embeddings'\n  - {path}: tensor 'head/kernel' has shape (32, 64), not the (32, 60) of variable "
+        f"'head/kernel'",
+    )
+    for messages in (first, second):
+        assert tuple(messages[:4]) == expected
+    damage = f"{cut}: tensor 'token_embedding/embeddings' ends at byte 123904, the file at 123899; it is cut off: copy it again"
+    assert first[4] == f"rank 1: {damage}"
+    assert second[4] == damage

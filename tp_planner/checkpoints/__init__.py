@@ -1,0 +1,1 @@
+"""Files of weights: read shard by shard, written shard by shard."""

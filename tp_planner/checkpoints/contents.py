@@ -1,0 +1,109 @@
+"""What a sharded checkpoint holds of a model: variables, its optimizer's too, by name, and how each is stored here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from tp_planner.frontend.layer_tree import named_variables
+from tp_planner.storage.variables import ParallelVariable, Piece, local_tensor
+from tp_planner.training.optimizer import slots_of
+
+MODEL, OPTIMIZER = "model/", "optimizer/"  # what names begin with
+
+
+def contents_of(model: keras.Model) -> dict[str, Any]:
+    """Return all variables that a checkpoint has of a model, by name; the optimizer's are those that exist.
+
+    A slot is named for its variable, so that names are the same however Keras numbers optimizers.
+    """
+    keys = {id(variable): key for key, variable in named_variables(model).items()}
+    found = {MODEL + key: variable for key, variable in named_variables(model).items()}
+    optimizer = getattr(model, "optimizer", None)
+    for name, variable in _optimizer_variables(optimizer, keys) if optimizer is not None else ():
+        unique, count = name, 1
+        while unique in found:
+            count += 1
+            unique = f"{name}#{count}"
+        found[unique] = variable
+    return found
+
+
+def _optimizer_variables(optimizer: Any, keys: Mapping[int, str]) -> list[tuple[str, Any]]:
+    """Return the optimizer's variables with the names that they should have."""
+    inner = getattr(optimizer, "inner_optimizer", None)
+    holders = [optimizer] if inner is None else [optimizer, inner]
+    owners: dict[int, tuple[Any, Any]] = {}
+    for holder in holders:
+        trained = [each for each in getattr(holder, "_trainable_variables", ()) if id(each) in keys]
+        owners |= {id(slot): (owner, slot) for owner, slot in slots_of(holder, trained)}
+    named = []
+    for variable in {id(each): each for holder in holders for each in holder.variables}.values():
+        if id(variable) in owners:
+            owner, _ = owners[id(variable)]
+            suffix = variable.name.removeprefix(owner.path.replace("/", "_") + "_")
+            named.append((f"{OPTIMIZER}{keys[id(owner)]}/{suffix}", variable))
+        else:
+            named.append((OPTIMIZER + str(variable.name), variable))
+    return named
+
+
+def pieces_of(variable: Any) -> tuple[Piece, ...]:
+    """Return the blocks of a variable's whole value that this rank stores."""
+    shape, value = tuple(variable.shape), variable._value
+    if isinstance(variable, ParallelVariable):
+        return variable._stored.sharding.pieces(shape)
+    if isinstance(value, DTensor):
+        sizes, offsets = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
+        begins = [(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True)]
+        return (Piece(tuple(begins), tuple((0, size) for size in sizes)),) if all(sizes) else ()
+    spans = tuple((0, size) for size in shape)
+    return (Piece(spans, spans),)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank stores of a tensor, as ``torch.distributed.checkpoint`` asks for it."""
+
+    local: torch.Tensor
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @classmethod
+    def of(cls, variable: Any, copied: bool) -> Part:
+        """Return a variable's part; ``copied`` to the host if it may change before it is written."""
+        local = local_tensor(variable)
+        if copied:
+            local = local.to("cpu", copy=True)
+        return cls(local, tuple(variable.shape), pieces_of(variable))
+
+    def __create_write_items__(self, name: str, part: Any) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(name, [start for start, _ in piece.of_whole]),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=ChunkStorageMetadata(
+                        torch.Size([start for start, _ in piece.of_whole]),
+                        torch.Size([stop - start for start, stop in piece.of_whole]),
+                    ),
+                    properties=TensorProperties.create_from_tensor(self.local),
+                    size=torch.Size(self.shape),
+                ),
+            )
+            for piece in self.pieces
+        ]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        for piece in self.pieces:
+            if tuple(start for start, _ in piece.of_whole) == tuple(index.offset or ()):
+                return self.local[tuple(slice(*span) for span in piece.of_part)].contiguous()
+        raise AssertionError(f"{index} is no piece of this rank")

@@ -1,0 +1,113 @@
+"""Values for a model from a file of weights.
+
+Each rank makes its own shards, one variable after the other, and has nothing else in memory but what it reads at the
+moment. What is missing, or does not fit, is found before anything is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import torch
+
+from tp_planner.checkpoints.formats.opening import is_of_keras, open_weights
+from tp_planner.checkpoints.formats.stored import StoredTensor, Weights
+from tp_planner.frontend.keras_files import places_in_files
+from tp_planner.frontend.layer_tree import named_variables
+from tp_planner.ir.errors import PlanError
+from tp_planner.storage.variables import Sharding
+
+# Returns this rank's stored tensor of a variable: (variable, sharding) -> local tensor
+Values = Callable[[Any, Sharding], torch.Tensor]
+Names = Mapping[str, str]  # the key of a variable, and the name of its tensor in a file
+KEPT_APART = "model/"  # what stands before keys in checkpoints that hold more than a model
+
+
+def lacks_values(model: keras.Model) -> bool:
+    """Whether some of the model's variables were built on the meta device."""
+    return any(variable._value.is_meta for variable in named_variables(model).values())
+
+
+@contextlib.contextmanager
+def values_from(model: keras.Model, path: Path, names: Names | None, device: torch.device) -> Iterator[Values]:
+    """Yield what reads this rank's part of each variable from a file, to the device.
+
+    Args:
+        model: a built model, plain, on any device.
+        path: a file or folder of weights.
+        names: names in the file by the variables' keys, where they are others than those that the format gives: in
+            Keras's files the place in the model, in others the key.
+        device: of this rank.
+
+    Raises:
+        PlanError: with every variable that the file has not, or has with another shape or kind of number.
+    """
+    with open_weights(path) as weights:
+        found = _find(model, weights, _names_in(model, weights, dict(names or {})))
+        seen = {id(variable): found[key] for key, variable in named_variables(model).items()}
+        yield lambda variable, sharding: read_part(seen[id(variable)], variable, sharding, device)
+
+
+def read_part(tensor: StoredTensor, variable: Any, sharding: Sharding, device: torch.device) -> torch.Tensor:
+    """Return this rank's part of a variable, read from where it is stored."""
+    shape = tuple(variable.shape)
+    part = torch.empty(sharding.local_shape(shape), dtype=variable._value.dtype, device=device)
+    with torch.no_grad():
+        for piece in sharding.pieces(shape):
+            tensor.read(piece.of_whole, part[tuple(slice(*span) for span in piece.of_part)])
+    return part
+
+
+def _names_in(model: keras.Model, weights: Weights, given: dict[str, str]) -> dict[str, str]:
+    """Return the name of each variable's tensor in a file, by the variable's key."""
+    variables = named_variables(model)
+    if unknown := sorted(set(given) - set(variables)):
+        close = difflib.get_close_matches(unknown[0], variables, 1)
+        raise PlanError(
+            f"names= has {unknown[0]!r}, which is no variable of model {model.name!r}"
+            + (f"; closest: {close[0]!r}" if close else "")
+        )
+    if is_of_keras(weights.path):
+        return _places(model, variables) | given
+    apart = not any(key in weights.tensors for key in variables)
+    return {key: KEPT_APART + key if apart else key for key in variables} | given
+
+
+def _places(model: keras.Model, variables: Mapping[str, Any]) -> dict[str, str]:
+    keys = {id(variable): key for key, variable in variables.items()}
+    keys |= {id(variable._value): key for key, variable in variables.items()}
+    return {keys[id(value)]: place for place, value in places_in_files(model).items() if id(value) in keys}
+
+
+def _find(model: keras.Model, weights: Weights, names: Mapping[str, str]) -> dict[str, StoredTensor]:
+    """Return each variable's tensor; raise PlanError with all that is wrong."""
+    found, problems = {}, []
+    for key, variable in named_variables(model).items():
+        name = names.get(key, key)
+        tensor = weights.tensors.get(name)
+        if tensor is None:
+            close = difflib.get_close_matches(name, weights.tensors, 1, 0.5)
+            closest = f"; closest: {close[0]!r}, which names= can say" if close else ""
+            problems.append(f"{weights.path} has no tensor {name!r} for variable {key!r}{closest}")
+        elif problem := misfit(tensor, variable):
+            problems.append(f"{weights.path}: tensor {name!r} {problem} of variable {key!r}")
+        else:
+            found[key] = tensor
+    if problems:
+        raise PlanError(problems)
+    return found
+
+
+def misfit(tensor: StoredTensor, variable: Any) -> str:
+    """Return why a stored tensor cannot be the value of a variable, as the middle of a sentence; "" if it can."""
+    wanted: torch.dtype = variable._value.dtype
+    if tensor.shape != tuple(variable.shape):
+        return f"has shape {tensor.shape}, not the {tuple(variable.shape)}"
+    if tensor.dtype.is_floating_point != wanted.is_floating_point:
+        return f"is of {tensor.dtype}, not the {wanted}"
+    return ""
