@@ -143,17 +143,19 @@ def test_refusals_name_all_that_is_wrong(pools: Any, written: Any, tmp_path: Pat
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(Path(path).read_bytes()[:-5])
     first, second = pools(2).run(refusals, path, str(cut))
+    misfit = f"{path}: tensor '{{}}' has shape {{}}, not the {{}} of variable '{{}}'"
+    embeddings, head = "token_embedding/embeddings", "head/kernel"
     expected = (
-        "model 'gpt' was built on the meta device, so that 'token_embedding/embeddings' and 37 other variables hold no "
-        "values; give parallelize weights=, or build the model under tp_planner.deferred_init() to have initializers run",
+        f"model 'gpt' was built on the meta device, so that '{embeddings}' and 37 other variables hold no values; "
+        f"give parallelize weights=, or build the model under tp_planner.deferred_init() to have initializers run",
         f"{path}x: no such file or folder of weights",
         "names= has 'haed/kernel', which is no variable of model 'gpt'; closest: 'head/kernel'",
-        f"2 problems:\n  - {path}: tensor 'token_embedding/embeddings' has shape (64, 32), not the (60, 32) of variable "
-        f"'token_embedding/embeddings'\n  - {path}: tensor 'head/kernel' has shape (32, 64), not the (32, 60) of variable "
-        f"'head/kernel'",
+        f"3 problems:\n  - {misfit.format(embeddings, (64, 32), (60, 32), embeddings)}"
+        f"\n  - {misfit.format(head, (32, 64), (32, 60), head)}"
+        f"\n  - {misfit.format('head/bias', (64,), (60,), 'head/bias')}",
     )
     for messages in (first, second):
         assert tuple(messages[:4]) == expected
-    damage = f"{cut}: tensor 'token_embedding/embeddings' ends at byte 123904, the file at 123899; it is cut off: copy it again"
+    damage = f"{cut}: tensor '{embeddings}' ends at byte 123904, the file at 123899; it is cut off: copy it again"
     assert first[4] == f"rank 1: {damage}"
     assert second[4] == damage

@@ -109,7 +109,7 @@ def test_checkpoints_are_read_on_any_mesh(pools: Any, tmp_path: Path) -> None:
                 for loaded, after, progress in answers.values():
                     np.testing.assert_equal(loaded, saved)
                     assert progress == (2, 3, 1)
-                    np.testing.assert_allclose(after, losses, rtol=1e-10)
+                    np.testing.assert_allclose(after, losses, rtol=1e-6)  # Keras tracks losses in float32
         state = {name: torch.empty(value.shape, dtype=torch.from_numpy(value).dtype) for name, value in saved.items()}
         dcp.load(state, checkpoint_id=next(Path(path).glob("0*")), no_dist=True)
         np.testing.assert_equal({name: value.numpy() for name, value in state.items()}, saved)

@@ -19,12 +19,11 @@ import keras
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from tp_planner.checkpoints import shelf as shelves
-from tp_planner.checkpoints.contents import MODEL, OPTIMIZER, Part, contents_of, pieces_of
+from tp_planner.checkpoints.contents import MODEL, OPTIMIZER, Part, PartPlanner, contents_of, pieces_of
 from tp_planner.checkpoints.formats.stored import StoredTensor
 from tp_planner.checkpoints.formats.torch_dcp import INDEX, open_dcp
 from tp_planner.checkpoints.manifest import check_hashes, hashed, read_manifest, write_manifest
@@ -139,7 +138,7 @@ def _write(parts: dict[str, Part], about: About, shelf: Path, keep: int | None, 
 
 def _write_parts(parts: dict[str, Part], aside: Path, group: Any) -> None:
     writer = FileSystemWriter(aside, overwrite=True)
-    planner = DefaultSavePlanner(flatten_state_dict=False)
+    planner = PartPlanner(flatten_state_dict=False)
     try:
         save(
             dict(parts), storage_writer=writer, planner=planner, process_group=group, no_dist=not dist.is_initialized()
