@@ -323,10 +323,10 @@ class _Placer:
 
 
 def _stays(parameter: torch.nn.Parameter, local: torch.Tensor, sharding: Sharding) -> bool:
-    """Whether a parameter can be given what this rank stores: neither lacks values, and it is a DTensor before as after."""
-    return not (isinstance(local, FakeTensor) or parameter.is_meta) and isinstance(parameter, DTensor) == bool(
-        sharding.cuts
-    )
+    """Whether a parameter can be given what this rank stores: both hold values, and it is a DTensor before as after."""
+    if isinstance(local, FakeTensor) or parameter.is_meta:
+        return False
+    return isinstance(parameter, DTensor) == bool(sharding.cuts)
 
 
 def _gradient_in_shards(parameter: torch.nn.Parameter, sharding: Sharding) -> torch.Tensor | None:
