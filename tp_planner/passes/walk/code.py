@@ -121,6 +121,8 @@ def _follow(
     found = follow_function(function, known.graph, as_shards(taken), known.weights, known.rules, known.parts)
     if isinstance(found, Refused) or not on_stream(origins):
         return found
+    if any("float" not in known.graph.tensors[tensor].dtype for tensor in found.summed):
+        return Refused(f"{function.name} in {known.graph.calls[function.call].layer!r} leaves a sum that is no number")
     # In a call that keeps the stream whole, sizes are those that the code writes.
     if sizes_in_arguments(function, known.graph, found, known.parts):
         return Refused(f"{function.name} in {known.graph.calls[function.call].layer!r} is given sizes of the whole")
