@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-import machine
+from showing import machine
 
 HERE = Path(__file__).resolve().parent
 COMMANDS = (

@@ -24,9 +24,9 @@ os.environ["KERAS_BACKEND"] = "torch"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import keras
-import machine
 import numpy as np
 import torch
+from showing import machine
 
 from tests.families import FAMILIES
 from tp_planner.frontend.layer_tree import named_layers

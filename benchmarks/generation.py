@@ -20,14 +20,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import keras
-import machine
 import numpy as np
 import torch
 import torch.distributed as dist
-from handwritten_llama import Llama, Shape
-from keras_llama import keras_llama
-from measure import Step, count_collectives, measure
-from report import HANDWRITTEN, PLANNED, REPLAYED, SINGLE, VERSION_HEAD, version_rows
+from models.keras_llama import keras_llama
+from peers.handwritten_llama import Llama, Shape
+from processes.measure import Step, count_collectives, measure
+from showing import machine
+from showing.report import HANDWRITTEN, PLANNED, REPLAYED, SINGLE, VERSION_HEAD, version_rows
 
 import tp_planner
 from tests.models import randomize

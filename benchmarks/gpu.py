@@ -29,11 +29,11 @@ os.environ["KERAS_BACKEND"] = "torch"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import keras
-import machine
 import torch
 import torch.distributed as dist
-from handwritten_llama import Llama, Shape
-from keras_llama import keras_llama
+from models.keras_llama import keras_llama
+from peers.handwritten_llama import Llama, Shape
+from showing import machine
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import tp_planner

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "benchmarks" / "one_script.py"
+SCRIPT = ROOT / "benchmarks" / "processes" / "one_script.py"
 JAX = ROOT / ".venv-jax" / "bin" / "python"
 MODELS = ("gpt", "llama", "gemma")
 MESHES = ("1x1", "2x1", "1x2", "2x2", "1x4")

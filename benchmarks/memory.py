@@ -22,8 +22,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import keras
-import machine
 import numpy as np
+from showing import machine
 
 import tp_planner
 from tests.dryrun.test_simulation import metered_step, metered_training, size_of

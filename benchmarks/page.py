@@ -16,10 +16,20 @@ from typing import Any
 import bench
 import communication
 import memory
-import pictures
 import plan_time
 import vs_keras_nightly
-from report import HANDWRITTEN, KERAS_SHARD, PLANNED, REPLAYED, TARGETS, TORCH_SHARD, VERSION_HEAD, WORKS, version_rows
+from showing import pictures
+from showing.report import (
+    HANDWRITTEN,
+    KERAS_SHARD,
+    PLANNED,
+    REPLAYED,
+    TARGETS,
+    TORCH_SHARD,
+    VERSION_HEAD,
+    WORKS,
+    version_rows,
+)
 
 Row = Mapping[str, Any]
 Results = Mapping[str, Any]  # by benchmark, what it wrote

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import machine
+from showing import machine
 
 HERE = Path(__file__).resolve().parent
 MESH = "model=8"

@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch import environment, free_port
-from report import FOOTNOTE, heading, table
+from processes.launch import environment, free_port
+from showing.report import FOOTNOTE, heading, table
 
 HERE = Path(__file__).resolve().parent
 PROCESSES = 2
@@ -32,7 +32,7 @@ def run(size: str, repeat: int, shard_floor: bool) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        command = [sys.executable, str(HERE / "measure.py"), "--size", size, "--repeat", str(repeat)]
+        command = [sys.executable, str(HERE / "processes" / "measure.py"), "--size", size, "--repeat", str(repeat)]
         command += ["--result", str(result), *(["--shard-floor"] if shard_floor else [])]
         port = free_port()
         workers = [subprocess.Popen(command, env=environment(rank, PROCESSES, port)) for rank in range(PROCESSES)]

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch import ROOT, environment, free_port
+from processes.launch import ROOT, environment, free_port
 
 NIGHTLY = ROOT / ".venv-nightly" / "bin" / "python"
 INSTALL = """\
@@ -30,7 +30,7 @@ INSTALL = """\
   .venv-nightly/bin/pip install --no-deps keras-hub-nightly==0.33.0.dev202610250352
   .venv-nightly/bin/pip install regex kagglehub tokenizers sentencepiece safetensors
   .venv-nightly/bin/pip install pytest scipy hypothesis jsonschema"""
-SCRIPT = ROOT / "benchmarks" / "one_side.py"
+SCRIPT = ROOT / "benchmarks" / "processes" / "one_side.py"
 MODELS = ("MLP", "GPT", "Llama", "Llama, unfused", "Llama, its own map", "Gemma", "Gemma, its own map")
 SINGLE, KERAS, OURS = "single", "keras", "tp_planner"
 PROCESSES = {SINGLE: 1, KERAS: 2, OURS: 2}

@@ -8,8 +8,8 @@ from typing import Any
 
 import keras
 import numpy as np
-from gpt import BLOCKS, RULES, VOCABULARY, Size, draw_batch, draw_weights, keras_gpt
-from one_script import hub_layout, with_logits
+from models.gpt import BLOCKS, RULES, VOCABULARY, Size, draw_batch, draw_weights, keras_gpt
+from processes.one_script import hub_layout, with_logits
 
 Layout = Callable[[keras.distribution.DeviceMesh], keras.distribution.LayoutMap]
 Batch = tuple[Any, np.ndarray]

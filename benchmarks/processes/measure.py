@@ -22,9 +22,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from gpt import BLOCKS, RULES, SIZES, VOCABULARY, Size, Weights, draw_batch, draw_weights, keras_gpt, own_weights
-from handwritten import AdamW, Gpt, make_all_dtensors, parallelize_with_stock_styles
-from report import (
+from models.gpt import BLOCKS, RULES, SIZES, VOCABULARY, Size, Weights, draw_batch, draw_weights, keras_gpt, own_weights
+from peers.handwritten import AdamW, Gpt, make_all_dtensors, parallelize_with_stock_styles
+from showing.report import (
     DTENSORS,
     HANDWRITTEN,
     KERAS_SHARD,

@@ -13,7 +13,7 @@ matplotlib.use("svg")
 
 from matplotlib import pyplot
 from memory import KINDS, MIB
-from report import HANDWRITTEN, WORKS
+from showing.report import HANDWRITTEN, WORKS
 
 Row = Mapping[str, Any]
 

@@ -25,9 +25,9 @@ import keras_hub
 import numpy as np
 import torch
 import torch.distributed as dist
-from distributed_models import CASES, Layout
-from gpt import BLOCKS, SIZES
-from measure import CollectiveCounter
+from models.distributed_models import CASES, Layout
+from models.gpt import BLOCKS, SIZES
+from processes.measure import CollectiveCounter
 
 import tp_planner
 from tp_planner.ir.errors import in_one_line

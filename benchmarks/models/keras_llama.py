@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keras
 import keras_hub
-from handwritten_llama import NORM_EPSILON, ROPE_WAVELENGTH, Shape
+from peers.handwritten_llama import NORM_EPSILON, ROPE_WAVELENGTH, Shape
 
 
 def keras_llama(shape: Shape, dtype: str = "float32") -> keras.Model:

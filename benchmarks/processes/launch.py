@@ -6,12 +6,12 @@ import os
 import socket
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(rank: int, processes: int, port: int) -> dict[str, str]:
-    """Return torchrun's variables, one thread for the process, and this checkout's tp_planner first."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    """Return torchrun's variables, one thread for the process, and this checkout's packages first."""
+    paths = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
         "RANK": str(rank),
