@@ -13,7 +13,7 @@ NIGHTLY_TESTS := tests/test_parity.py tests/regions/test_collectives.py tests/tr
 export KERAS_BACKEND := torch
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check demo selftest sweep bench bench-gpu jax-parity vs-keras-nightly keras-nightly-tests \
+.PHONY: help setup test check demo selftest sweep bench bench-gpu picture jax-parity vs-keras-nightly keras-nightly-tests \
 	keras-distribution-tests clean
 
 help: ## Show this list
@@ -56,6 +56,9 @@ bench: $(INSTALLED) ## Run all benchmarks and write their results page, in about
 
 bench-gpu: $(INSTALLED) ## Compare with hand-written torch code on one NVIDIA GPU; says so where there is none
 	$(PYTHON) benchmarks/gpu.py
+
+picture: $(INSTALLED) ## Take README's picture of a plan's page; needs Chromium and its driver
+	$(PYTHON) docs/picture.py
 
 jax-parity: $(INSTALLED) ## Train one script on JAX and on torch and compare; skipped without JAX in .venv-jax
 	$(PYTHON) benchmarks/jax_parity.py
