@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 
@@ -143,3 +145,59 @@ def test_two_machines(script: Path, dies: int | None, does: str, hears: str) -> 
         died = next(float(line.split()[1]) for line in ended[dies][0].splitlines() if line.startswith("dies"))
         assert after - died < 30
         assert hears in ended[1 - dies][1]
+
+
+TRAINING = """
+import json, os, signal, sys
+import keras, numpy as np
+import tp_planner
+
+size = int(os.environ["WORLD_SIZE"])
+mesh = keras.distribution.DeviceMesh((1, size), ("batch", "model"))
+layouts = keras.distribution.LayoutMap(mesh)
+layouts["up/kernel"] = (None, "model")
+layouts["up/bias"] = ("model",)
+layouts["down/kernel"] = ("model", None)
+keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch"))
+keras.utils.set_random_seed(0)
+inputs = keras.Input((8,), name="x")
+outputs = keras.layers.Dense(4, name="down")(keras.layers.Dense(16, activation="relu", name="up")(inputs))
+model = keras.Model(inputs, outputs, name="net")
+model.compile("adam", "mse")
+
+
+class Killed(keras.callbacks.Callback):
+    def on_train_batch_begin(self, batch, logs=None):
+        first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if first and "killed" in sys.argv and os.environ["RANK"] == "1" and model.optimizer.iterations == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+rng = np.random.default_rng(0)
+x, y = rng.standard_normal((16, 8)).astype("float32"), rng.standard_normal((16, 4)).astype("float32")
+checkpoint = tp_planner.Checkpoint(sys.argv[1], keep=2)
+history = model.fit(x, y, batch_size=4, epochs=int(sys.argv[2]), verbose=0, callbacks=[checkpoint, Killed()])
+if os.environ["RANK"] == "0":
+    with open(sys.argv[1] + ".json", "w") as file:
+        json.dump(history.history["loss"], file)
+"""
+
+
+@pytest.mark.slow
+def test_restarts_go_on_from_the_last_checkpoint(script: Path) -> None:
+    """A rank that is killed in mid-step costs an epoch, and no more; losses go on alike with fewer ranks."""
+    script.write_text(TRAINING)
+    runs = (
+        ("2", "0", "undisturbed", "4"),
+        ("2", "1", "restarted", "4", "killed"),
+        ("4", "0", "elastic", "2"),
+        ("2", "0", "elastic", "4"),
+    )
+    losses = {}
+    for devices, restarts, name, *rest in runs:
+        process = start(script, "--devices", devices, "--max-restarts", restarts, "train.py", name, *rest)
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+        losses[name] = json.loads((script.parent / f"{name}.json").read_text())
+    assert losses["restarted"] == losses["undisturbed"][1:]
+    np.testing.assert_allclose(losses["elastic"], losses["undisturbed"][2:], rtol=1e-5)

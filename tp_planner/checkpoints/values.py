@@ -84,6 +84,27 @@ def _places(model: keras.Model, variables: Mapping[str, Any]) -> dict[str, str]:
     return {keys[id(value)]: place for place, value in places_in_files(model).items() if id(value) in keys}
 
 
+def renamed(weights: Weights, model: keras.Model | None, of_keras: bool, to_keras: bool) -> dict[str, StoredTensor]:
+    """Return tensors of a model by the names that another file has: Keras's places in the model, or the keys.
+
+    Raises PlanError if names have to change and there is no model to tell how, or the model has others.
+    """
+    apart = any(name.startswith(KEPT_APART) for name in weights.tensors)
+    if of_keras == to_keras and not apart:
+        return dict(weights.tensors)
+    if not of_keras and not to_keras:
+        kept = {name: tensor for name, tensor in weights.tensors.items() if name.startswith(KEPT_APART)}
+        return {name.removeprefix(KEPT_APART): tensor for name, tensor in kept.items()}
+    if model is None:
+        raise PlanError(
+            f"{weights.path}: names in Keras's files are places in a model, others are those of variables; "
+            f"give --model, which tells which is which"
+        )
+    variables = named_variables(model)
+    found, places = _find(model, weights, _names_in(model, weights, {})), _places(model, variables)
+    return {places[key] if to_keras else key: tensor for key, tensor in found.items()}
+
+
 def _find(model: keras.Model, weights: Weights, names: Mapping[str, str]) -> dict[str, StoredTensor]:
     """Return each variable's tensor; raise PlanError with all that is wrong."""
     found, problems = {}, []

@@ -4,6 +4,7 @@ Keras and torch are imported inside the commands: ``--help`` stays quick, and Ke
 """
 
 from tp_planner.cli import checkpoint as _checkpoint
+from tp_planner.cli import convert as _convert
 from tp_planner.cli import diff as _diff
 from tp_planner.cli import explain as _explain
 from tp_planner.cli import lint as _lint
@@ -23,6 +24,7 @@ _COMMANDS = (
     _lint,
     _run,
     _checkpoint,
+    _convert,
     _selftest,
 )  # importing a command's module adds the command to the application
 

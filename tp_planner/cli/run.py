@@ -26,15 +26,20 @@ def run_command(
         str | None, typer.Option(metavar="HOST", help="Address of machine 0, for more than one.")
     ] = None,
     master_port: Annotated[int, typer.Option(metavar="PORT", help="A free port there, the same on all.")] = 29500,
+    max_restarts: Annotated[
+        int, typer.Option(metavar="N", min=0, help="How often to start all processes again if one fails.")
+    ] = 0,
 ) -> None:
     """Run SCRIPT on every device, as torchrun does, with Keras on torch and keras.distribution enabled.
 
-    If one process fails, the others are stopped, and the exit code is 1.
+    If one process fails, the others are stopped, and the exit code is 1. With --max-restarts all begin again: a script
+    whose fit has the callback tp_planner.Checkpoint goes on from the newest complete checkpoint.
     """
     with mistakes_reported():
         if not Path(script).is_file():
             raise mistake(f"{script}: no such file; give the path of a Python script")
         settings = torchrun_settings(devices, nodes, node_rank, master_addr, master_port)
+        settings.append(f"--max-restarts={max_restarts}")
         if failed := launch(settings, ["tp_planner.keras_distribution", script, *(arguments or [])], script):
             typer.echo(f"error: {failed}", err=True)
             raise typer.Exit(1)
