@@ -35,12 +35,13 @@ def whole(tensor: torch.Tensor) -> np.ndarray:
 # On the ranks
 
 
-def output_and_gradients(name: str, seed: int) -> tuple[float, dict[str, float]]:
+def output_and_gradients(name: str, seed: int, sequence_parallel: bool) -> tuple[float, dict[str, float]]:
     """Return the relative error of the output, and of each gradient against the largest of all."""
     case = CASES[name]
     models = [case.build("float64") for _ in range(2)]
     x, y = case.batch(np.random.default_rng(seed), 3)
-    tp_planner.parallelize(models[1], layout_map(random_rules(models[0], seed)))
+    rules = layout_map(random_rules(models[0], seed))
+    tp_planner.parallelize(models[1], rules, sequence_parallel=sequence_parallel)
     outputs, gradients = [], []
     for model in models:
         output = model(keras.tree.map_structure(keras.ops.convert_to_tensor, x), training=True)
@@ -59,10 +60,11 @@ def _error(outputs: list[Any]) -> float:
 # In the parent
 
 
+@pytest.mark.parametrize("sequence_parallel", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
-def test_random_layout(workers: WorkerPool, name: str, seed: int) -> None:
+def test_random_layout(workers: WorkerPool, name: str, seed: int, sequence_parallel: bool) -> None:
     """Output and every gradient are those of the single device."""
-    error, gradients = workers.run(output_and_gradients, name, seed)[0]
+    error, gradients = workers.run(output_and_gradients, name, seed, sequence_parallel)[0]
     assert error < 1e-12
     assert {key: value for key, value in gradients.items() if value > 1e-11} == {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tp_planner.frontend.survey import survey
 from tp_planner.ir.plan import Plan
 from tp_planner.passes.choose_styles import choose_styles
 from tp_planner.passes.resolve_rules import resolve_rules
+from tp_planner.planner import make_plan
 
 TOLERANCE = 1e-5
 STEPS = 3
@@ -139,6 +140,17 @@ def test_same_function(pools: Pools, name: str) -> None:
 def test_same_function_on_four_processes(pools: Pools, name: str) -> None:
     """So it does on more processes, where some dims do not divide any more."""
     assert_same_function(pools(4).run(train_both, name, plan_of(name, 4)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_same_function_with_sequence_parallelism(pools: Pools, name: str, size: int) -> None:
+    """So it does with the residual stream sharded over the sequence."""
+    family = FAMILIES[name]
+    layout = replace(family.layout(size), sequence_parallel=True)
+    plan = make_plan(family.build(), layout, family.batch(np.random.default_rng(0), 2)[0])
+    assert_same_function(pools(size).run(train_both, name, plan))
 
 
 VARIANTS = {
