@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import keras
 import numpy as np
@@ -14,6 +15,7 @@ import tp_planner
 from tests.checkpoints.files import WRITERS, tensors_of, write_all
 from tests.models import CASES
 from tests.workers import WorkerPool, layout_map
+from tp_planner.checkpoints.formats import stored
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.storage.variables import local_tensor, whole_tensor
 
@@ -79,6 +81,33 @@ def initialize() -> tuple[Arrays, dict[str, tuple[int, ...]], Arrays]:
     return values, shapes
 
 
+def memory(path: str) -> tuple[int, int, int]:
+    """Return in bytes how much memory loading took at its peak, this rank's shards, and the largest of them."""
+    with keras.device("meta"):
+        model = wide()
+    plan = tp_planner.plan(
+        model, layout_map({"wide_[13]/kernel": (None, "model"), "wide_[02]/kernel": ("model", None)})
+    )
+    status = Path("/proc/self/status")
+
+    def figure(name: str) -> int:
+        return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith(name))
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from now on
+    before = figure("VmRSS")
+    with mock.patch.object(stored, "LARGEST_READ", 2**20):
+        tp_planner.parallelize(model, plan, weights=path)
+    sizes = [local_tensor(variable).nbytes for variable in model.variables]
+    return figure("VmHWM") - before, sum(sizes), max(sizes)
+
+
+def wide() -> keras.Model:
+    x = inputs = keras.Input((2048,), name="x")
+    for number in range(4):
+        x = keras.layers.Dense(2048, use_bias=False, name=f"wide_{number}")(x)
+    return keras.Model(inputs, x, name="wide")
+
+
 def refusals(path: str, cut: str) -> list[str]:
     """Return what is said about models that get no values; each is as before afterwards."""
     case, messages = CASES["gpt"], []
@@ -135,6 +164,16 @@ def test_initializers_run_in_shards(workers: WorkerPool) -> None:
     for values, shapes in workers.run(initialize):
         np.testing.assert_equal(values, expected)
         assert shapes["up/kernel"] == (16, 24 // size)
+
+
+@pytest.mark.parametrize("kind", ["h5", "safetensors", "torch"])
+def test_no_rank_holds_more_than_its_shards(pools: Any, tmp_path: Path, kind: str) -> None:
+    """Loading takes a rank's shards, and beside them less than the largest of these and one read."""
+    name, write = WRITERS[kind]
+    write(wide(), tmp_path / name)
+    for peak, own, largest in pools(2).run(memory, str(tmp_path / name)):
+        assert own == 4 * 2048 * 2048 * 4 // 2
+        assert peak < own + largest + 2 * 2**20
 
 
 def test_refusals_name_all_that_is_wrong(pools: Any, written: Any, tmp_path: Path) -> None:
