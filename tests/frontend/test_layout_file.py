@@ -63,7 +63,7 @@ def test_reads_name_description_and_rules_in_order(tmp_path: Path) -> None:
 
 def test_reads_the_example_of_the_readme(tmp_path: Path) -> None:
     """What plans/README.md shows as the format is a layout file."""
-    readme = Path(__file__).parent.parent / "plans" / "README.md"
+    readme = ROOT / "plans" / "README.md"
     example = readme.read_text(encoding="utf-8").split("```toml\n")[1].split("```")[0]
 
     assert read_layout_file(write(tmp_path, example)).rules == (
