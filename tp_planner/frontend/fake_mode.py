@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from tp_planner.frontend.dispatch import with_tensors_replaced
+from tp_planner.frontend.dispatch import tensors_in, with_tensors_replaced
+
+CONSTANT_SIZE = 64  # how many whole numbers are few
 
 
 class FakeCpuMode(FakeTensorMode):
     """Runs ops on fake CPU tensors.
 
     Tensors that a model made while it was built on the meta device are taken for fake CPU tensors. Other real
-    tensors are refused unless ``allow_non_fake_inputs``.
+    tensors are refused unless ``allow_non_fake_inputs``. Then what is made of a few whole numbers alone is computed:
+    Keras's ops turn indices and sizes into tensors, and read what they made of them.
     """
+
+    def __init__(self, *, allow_non_fake_inputs: bool = False) -> None:
+        super().__init__(allow_non_fake_inputs=allow_non_fake_inputs)
+        self._computed: Any = WeakTensorKeyDictionary()  # those that may be written to, for nobody else has them
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _is_plain_view(func) and not kwargs and self.is_our_fake(args[0]) and args[0].constant is None:
@@ -25,9 +34,27 @@ class FakeCpuMode(FakeTensorMode):
             if view is not None:
                 return view
         if any(map(_is_real, args)):
+            if self.allow_non_fake_inputs and self._is_of_constants(func, tuple(tensors_in((args, kwargs)))):
+                return self._compute(func, args, kwargs or {})
             with self:
                 args = with_tensors_replaced(args, _on_cpu)
         return self.dispatch(func, types, args, kwargs or {})
+
+    def _is_of_constants(self, func: Any, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether an op makes its result of a few whole numbers alone, and changes none that others may have."""
+        if not isinstance(func, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in func.tags:
+            return False
+        if func._schema.name.startswith("aten::new_"):  # of any size
+            return False
+        if func._schema.is_mutable and not all(tensor in self._computed for tensor in tensors):
+            return False
+        return all(map(_is_few_whole_numbers, tensors))
+
+    def _compute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        result = func(*args, **kwargs)
+        if not (func.is_view or func._schema.is_mutable):
+            self._computed.update((tensor, True) for tensor in tensors_in(result))
+        return result
 
     def _view(self, func: Any, args: Any) -> FakeTensor | None:
         """Return a view as torch's own kernel makes it of a tensor without values; None if it refuses.
@@ -61,6 +88,11 @@ def _is_real(leaf: Any) -> bool:
     """Whether an argument is, or holds, a tensor that is not fake."""
     kind = type(leaf)
     return kind is torch.Tensor or kind is torch.nn.Parameter or (kind in (list, tuple) and any(map(_is_real, leaf)))
+
+
+def _is_few_whole_numbers(tensor: torch.Tensor) -> bool:
+    whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized)
+    return type(tensor) is torch.Tensor and whole and tensor.device.type == "cpu" and tensor.numel() <= CONSTANT_SIZE
 
 
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
