@@ -20,7 +20,7 @@ from tp_planner.frontend.calling import without_distribution
 from tp_planner.ir.errors import PlanError
 from tp_planner.keras_distribution import backend, births, data, models
 from tp_planner.patches import Patch, added, replaced, wrapped
-from tp_planner.training import callbacks, writing
+from tp_planner.training import callbacks, exporting, writing
 
 logger = logging.getLogger("tp_planner")
 
@@ -72,6 +72,7 @@ def _patches() -> Iterator[Patch]:
     yield wrapped(torch_backend.Variable, "_initialize_with_initializer", births.born_with_initializer, born)
     planned = "a model is planned and sharded before it is used"
     yield wrapped(keras.Model, "_maybe_build", models.planned_when_built, planned)
+    yield wrapped(keras.Model, "export", exporting.exported_whole, "no format holds shards")
     yield wrapped(keras.Model, "_symbolic_build", models.checked_before_training, planned)
     creation = functools.partial(models.with_other_entries, _wrap_too)
     yield wrapped(torch_trainer.TorchTrainer, "__init__", creation, "models have entries of their own")

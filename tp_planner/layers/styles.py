@@ -26,7 +26,7 @@ from tp_planner.ir.placement import Shard
 from tp_planner.ir.plan import Boundary, LayerPlan
 from tp_planner.job.axes import Axis
 from tp_planner.regions.boundaries import cross
-from tp_planner.regions.calls import Frame, Reader, Site, running
+from tp_planner.regions.calls import Frame, Reader, Site, end_with_call, running
 from tp_planner.regions.functions import FunctionCalls, PlannedFunction, planned_functions
 from tp_planner.regions.left_out import watch_calls
 from tp_planner.storage.log import logger
@@ -127,6 +127,7 @@ class LayerCalls:
         """Hook the layer; ``undo`` takes what removes the hooks again."""
         if any(boundary.again for plan in self.plans.values() for _, boundary in plan.inputs):
             undo += [handle.remove for handle in watch_calls(layer)]
+        undo.append(end_with_call(layer))
         before = layer.register_forward_pre_hook(self.before, with_kwargs=True)
         after = layer.register_forward_hook(self.after, with_kwargs=True, always_call=True)
         undo += [before.remove, after.remove]
@@ -158,12 +159,13 @@ class LayerCalls:
         elif plan.dropout_order:
             args, frame.kept = self._whole_mask(plan, args, kwargs)
         elif plan.epilogue_after_output:
-            frame.kept = withhold(layer, plan.epilogue_after_output)
+            frame.undo.append(functools.partial(give_back, layer, withhold(layer, plan.epilogue_after_output)))
             frame.changed = functools.partial(withheld, layer, plan.epilogue_after_output)
         if plan.functions:
             frame.functions = FunctionCalls(plan.layer, planned.functions, frame, self.axis, self._shared)
             frame.functions.__enter__()
             running.watching += 1
+            frame.undo.append(functools.partial(_stop_watching, frame.functions))
         return args, kwargs
 
     def after(self, layer: keras.Layer, args: Any, kwargs: Any, output: Any) -> Any:
@@ -171,11 +173,11 @@ class LayerCalls:
             return None
         frame = running.frames[-1]
         try:
+            frame.leave()
+            if output is None:  # the call has failed
+                return None
             if frame.functions is not None:
-                running.watching -= 1
-                frame.functions.__exit__(None, None, None)
-                if output is not None:
-                    frame.functions.check_all_called()
+                frame.functions.check_all_called()
             planned = self._planned(layer, args, kwargs)
             return None if planned is None or frame.alone else self._finish(layer, planned, frame, output)
         finally:
@@ -197,9 +199,7 @@ class LayerCalls:
 
     def _finish(self, layer: keras.Layer, planned: _PlannedCall, frame: Frame, output: Any) -> Any:
         plan = planned.plan
-        if plan.epilogue_after_output:
-            give_back(layer, frame.kept)
-        if output is None or not isinstance(output, torch.Tensor):
+        if not isinstance(output, torch.Tensor):
             return None
         result = output
         if plan.style == "vocabulary":
@@ -292,6 +292,11 @@ def _site(plan: LayerPlan, place: str, boundary: Boundary) -> Site:
     return Site(plan.layer, f"{place} ({boundary.tensor})")
 
 
+def _stop_watching(functions: FunctionCalls) -> None:
+    running.watching -= 1
+    functions.__exit__(None, None, None)
+
+
 def withhold(layer: keras.Layer, epilogue: str) -> dict[str, Any]:
     """Take bias and activation away from a layer for the length of one call."""
     names = ["activation", "bias"] if "bias" in epilogue else ["activation"]
@@ -337,6 +342,7 @@ def open_scope(layer: keras.Layer, model: int, name: str, undo: list[Undo]) -> N
         if not running.scopes:
             running.entered.clear()
 
+    undo.append(end_with_call(layer))
     undo.append(layer.register_forward_pre_hook(before, prepend=True).remove)
     undo.append(layer.register_forward_hook(after, always_call=True).remove)
 

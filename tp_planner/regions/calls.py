@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ METRICS = Site("", "metrics")  # what they and losses communicate depends on how
 class Frame:
     """One running call: whose it is, a reader for each variable it uses, what its hooks keep until it returns."""
 
-    __slots__ = ("alone", "cache", "changed", "functions", "kept", "owner", "readers")
+    __slots__ = ("alone", "cache", "changed", "functions", "kept", "owner", "readers", "undo")
 
     def __init__(self, owner: object, readers: dict[int, Reader], alone: bool = False) -> None:
         self.owner, self.readers = owner, readers
@@ -38,6 +39,12 @@ class Frame:
         self.changed: Callable[[], AbstractContextManager[None]] = nullcontext  # what the layer is while it runs
         self.cache: dict[tuple[Any, ...], torch.Tensor] = {}
         self.kept: Any = None
+        self.undo: list[Callable[[], object]] = []  # what gives back what the call has changed, last change last
+
+    def leave(self) -> None:
+        """Give back what the call has changed."""
+        while self.undo:
+            self.undo.pop()()
 
     def copy(self) -> Frame:
         """Return the call as it is now; what is read in the copy is not read in the call."""
@@ -59,6 +66,8 @@ def run_at_once(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tens
 class _Running(threading.local):
     def __init__(self) -> None:
         self.frames: list[Frame] = []
+        self.guarded = False  # whether a call runs that ends all that calls inside of it leave open
+        self.open: dict[object, Callable[[], object]] = {}  # what ends what calls have begun beside their frames
         self.watching = 0  # how many running calls have their own code watched
         self.scopes: Counter[tuple[int, str]] = Counter()
         self.entered: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -76,6 +85,36 @@ class _Running(threading.local):
 
 
 running = _Running()
+
+
+def end_with_call(layer: Any) -> Callable[[], None]:
+    """Let calls of the layer that are inside no other end what they have begun, if they fail; return what undoes this.
+
+    torch tells its hooks of an exception only if it is no interrupt, and not at all while it traces.
+    """
+    layer.__dict__["_call_impl"] = MethodType(_call_and_end, layer)  # a method, which a copy has of its own
+    return lambda: layer.__dict__.pop("_call_impl", None)
+
+
+def _call_and_end(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    plain = type(layer)._call_impl
+    if running.guarded:
+        return plain(layer, *args, **kwargs)
+    frames, opened, scopes, watching = len(running.frames), len(running.open), +running.scopes, running.watching
+    running.guarded = True
+    try:
+        return plain(layer, *args, **kwargs)
+    except BaseException:
+        while len(running.frames) > frames:
+            running.frames.pop().leave()
+        while len(running.open) > opened:
+            running.open.popitem()[1]()
+        running.scopes, running.watching = scopes, watching
+        if not scopes:
+            running.entered.clear()
+        raise
+    finally:
+        running.guarded = False
 
 
 @contextmanager

@@ -7,6 +7,7 @@ same on all ranks, and on nothing that may still be alive on one of them.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from dataclasses import dataclass
@@ -88,17 +89,18 @@ def watching() -> torch.autograd.graph.saved_tensors_hooks:
 
 def watch_calls(layer: keras.Layer) -> list[Any]:
     """Watch what the layer's calls keep for the backward pass; return handles that end this."""
-    open_calls: list[torch.autograd.graph.saved_tensors_hooks | None] = []
+    open_calls: list[object] = []
 
     def begin(layer: keras.Layer, args: Any) -> None:
-        # Of a call that the backward pass runs again nothing is kept.
-        open_calls.append(None if running.recomputable else watching())
-        if open_calls[-1] is not None:
-            open_calls[-1].__enter__()
+        call, hooks = object(), contextlib.ExitStack()
+        if not running.recomputable:  # of a call that the backward pass runs again nothing is kept
+            hooks.enter_context(watching())
+        open_calls.append(call)
+        running.open[call] = hooks.close
 
     def end(layer: keras.Layer, args: Any, output: Any) -> None:
-        if open_calls and (hooks := open_calls.pop()) is not None:
-            hooks.__exit__()
+        if open_calls and (close := running.open.pop(open_calls.pop(), None)) is not None:
+            close()
 
     before = layer.register_forward_pre_hook(begin)
     after = layer.register_forward_hook(end, always_call=True)

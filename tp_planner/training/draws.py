@@ -17,6 +17,7 @@ import keras
 import torch
 
 from tp_planner.frontend.calling import is_symbolic
+from tp_planner.regions.calls import running
 
 STRIDE = 0x9E3779B1  # far from the seeds of the steps that follow
 
@@ -43,11 +44,16 @@ class OwnDraws:
             stack.enter_context(torch.random.fork_rng(devices))
             torch.manual_seed(int.from_bytes(state) + self._calls * STRIDE + self._replica)
         self._running.append(stack)
+        running.open[stack] = functools.partial(self._close, stack)
 
     def end(self, model: keras.Model, args: Any, output: Any) -> None:
         """After it, whether it failed or not."""
         if self._running:
-            self._running.pop().close()
+            running.open.pop(self._running[-1], lambda: None)()
+
+    def _close(self, stack: contextlib.ExitStack) -> None:
+        self._running.remove(stack)
+        stack.close()
 
 
 def own_seeds(generator: keras.random.SeedGenerator, replica: int) -> None:

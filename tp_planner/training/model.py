@@ -22,6 +22,7 @@ from tp_planner.storage.log import logger
 from tp_planner.training.averaging import Averaging, Bucket
 from tp_planner.training.draws import OwnDraws, own_seeds
 from tp_planner.training.entries import PHASES, entering
+from tp_planner.training.exporting import refuse_export
 from tp_planner.training.losses import loss_of_share
 from tp_planner.training.optimizer import (
     adopt_at_first_use,
@@ -50,6 +51,7 @@ def take_over(model: keras.Model, applied: Applied) -> None:
     applied.undo.append(lambda: model.__dict__.pop(ATTRIBUTE))
     _forget_compiled_functions(model)
     applied.undo += write_together(model)
+    applied.undo += refuse_export(model)
     for name in PHASES:
         _override(model, name, entering(model, name, applied), applied)
     _override(model, "compile", _compiling(model, applied), applied)
