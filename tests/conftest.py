@@ -12,22 +12,18 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from tests.workers import Pools, WorkerPool  # imports Keras, which reads the environment once
 
-# Models of the zoo that `make test` trains in both dtypes on both numbers of processes; the others in float64 on two,
-# and in float32 on four, but variants of them, which have a space in their names, on two alone.
-EVERYWHERE = {"mlp", "gpt", "llama", "handwritten"}
-NAMED_ON_FOUR = {"test_any_layout.py", "test_storage.py"}  # whose other models run on two processes alone
+# Models of the zoo that `make test` trains in both dtypes on both numbers of processes; the others in float64 on two.
+EVERYWHERE = {"gpt", "handwritten"}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave some of what a fixture multiplies to `make sweep`."""
+    """Leave some of what a fixture multiplies to `make sweep`: most of what runs on four processes runs on two, too."""
     for item in items:
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        trained = {"model", "dtype", "workers"} <= params.keys() and params["model"] not in EVERYWHERE
-        halved = trained and (params["dtype"], params["workers"]) in {("float32", 2), ("float64", 4)}
-        variant = " " in str(params.get("model", ""))
-        named = item.path.name in NAMED_ON_FOUR and params.get("name") not in EVERYWHERE
-        if halved or (params.get("workers") == 4 and (variant or named)):
+        trained = {"model", "dtype", "workers"} <= params.keys()
+        everywhere = trained and params["model"] in EVERYWHERE
+        if not everywhere and (params.get("workers") == 4 or (trained and params["dtype"] == "float32")):
             item.add_marker(pytest.mark.slow)
 
 

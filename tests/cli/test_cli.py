@@ -152,15 +152,6 @@ def test_plan_is_shown_as_text(shop: Path) -> None:
     assert (code, stderr) == (0, "building\n")
 
 
-def test_readme_shows_what_the_tool_says() -> None:
-    """The plan in the README is the one that its command shows, up to the reasons."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    command = next(line.split()[1:] for line in readme.splitlines() if line.strip().startswith("tp-planner plan "))
-    code, stdout, _ = run(*command)
-    assert code == 0
-    assert f"```\n{stdout.partition('why layers')[0].rstrip()}\n```" in readme
-
-
 @pytest.mark.parametrize("name", ["mlp", "gpt", "encoder", "vit", "llama"])
 def test_json_is_the_plan_of_the_model_on_a_device(name: str) -> None:
     """A model built on the meta device has the same plan as one with weights, byte for byte."""

@@ -104,7 +104,7 @@ ONE_PROBLEM = {
     ),
     "unknown key of the file": (
         "version = 1\n" + GOOD_RULE,
-        "version: unknown key; known keys: name, description, rules",
+        "version: unknown key; known keys: name, description, sequence_parallel, rules",
     ),
     "misspelt key of a rule": (
         GOOD_RULE + "axis = []",
