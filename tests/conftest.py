@@ -10,6 +10,8 @@ import pytest
 os.environ["KERAS_BACKEND"] = "torch"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import keras
+
 from tests.workers import Pools, WorkerPool  # imports Keras, which reads the environment once
 
 # Models of the zoo that `make test` trains in both dtypes on both numbers of processes; the others in float64 on two.
@@ -25,6 +27,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         everywhere = trained and params["model"] in EVERYWHERE
         if not everywhere and (params.get("workers") == 4 or (trained and params["dtype"] == "float32")):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def _afresh() -> None:
+    """Begin every test with Keras's default dtypes and the same random state, whatever the one before has set."""
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+    keras.utils.set_random_seed(0)
 
 
 @pytest.fixture(scope="session")

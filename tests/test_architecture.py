@@ -40,8 +40,20 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "explain": ({"ir", "passes", "frontend", "planner"}, {"keras"}),
     "linter": ({"ir", "passes", "frontend", "planner"}, {"keras"}),
     "sweep": ({"ir", "passes", "frontend", "planner"}, {"keras"}),
+    "agreement": ({"frontend", "ir", "job", "readable_plan"}, {"keras"}),
     "api": (
-        {"checkpoints", "frontend", "ir", "job", "layers", "planner", "readable_plan", "storage", "training"},
+        {
+            "agreement",
+            "checkpoints",
+            "frontend",
+            "ir",
+            "job",
+            "layers",
+            "planner",
+            "readable_plan",
+            "storage",
+            "training",
+        },
         {"keras", "torch"},
     ),
     "keras_distribution": (

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,19 +11,19 @@ from typing import Any, Literal
 import keras
 import torch.distributed as dist
 
+from tp_planner.agreement import agree, agree_on_mesh, as_on_rank_zero
 from tp_planner.checkpoints.initial import initial_values
 from tp_planner.checkpoints.values import lacks_values, values_from
 from tp_planner.frontend.fingerprint import fingerprint
 from tp_planner.frontend.layout_map import read_layout_map
-from tp_planner.frontend.trace import CallArguments, require_built
+from tp_planner.frontend.trace import require_built
 from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import Layout
-from tp_planner.ir.mesh import Mesh
 from tp_planner.job.axes import Axes
 from tp_planner.job.process_group import job_axes, require_process_group, this_device
 from tp_planner.job.random_state import share_random_state
-from tp_planner.job.rendezvous import exchange, meet
+from tp_planner.job.rendezvous import meet
 from tp_planner.job.together import together
 from tp_planner.layers.apply import Applied, apply_layers, gathered_value, old_value, scatter_from_rank_zero
 from tp_planner.planner import make_plan
@@ -129,26 +128,21 @@ def parallelize(
             not the size of the mesh, or ranks made different plans; if variables are not in the file of weights, or do
             not fit, with all of them. The model is then as before on all ranks.
     """
-    given = layout_map_or_plan
-    if isinstance(given, Plan) and batch_axis not in (None, given.mesh.batch_axis):
-        raise PlanError(
-            f"batch_axis is {batch_axis!r}, the plan was made for {given.mesh.batch_axis!r}; "
-            f"give batch_axis= to tp_planner.plan"
-        )
-    if isinstance(given, Plan) and (sequence_parallel, gather_again) != (None, None):
-        raise PlanError("sequence_parallel and gather_again are decided in a plan; give them to tp_planner.plan")
-    layout: Plan | Layout = given
-    if not isinstance(given, Plan):
-        layout = _with_stream(read_layout(given, batch_axis), sequence_parallel, gather_again)
     if check not in (None, "first_step"):
         raise PlanError(f"check is {check!r}; it is 'first_step' or None")
-    devices = None if isinstance(layout, Plan) else layout.devices
+    layout: Plan | Layout
+    if isinstance(layout_map_or_plan, Plan):
+        layout, devices = layout_map_or_plan, None
+        _require_as_planned(layout, batch_axis, sequence_parallel, gather_again)
+    else:
+        layout = _with_stream(read_layout(layout_map_or_plan, batch_axis), sequence_parallel, gather_again)
+        devices = layout.devices
     require_process_group(layout.mesh.size, devices)
-    _agree_on_mesh(layout.mesh)
+    agree_on_mesh(layout.mesh)
     axes = job_axes(layout.mesh)
     if inputs is not None:
-        inputs = _as_on_rank_zero(inputs, layout.mesh)
-    chosen = _agree(lambda: _choose(model, layout, inputs))
+        inputs = as_on_rank_zero(inputs, layout.mesh)
+    chosen = agree(lambda: _choose(model, layout, inputs))
     share_random_state()
     applied = _apply(model, chosen, axes, weights, names)
     applied.commit()
@@ -219,6 +213,18 @@ def _require_plain(model: keras.Model) -> None:
         raise PlanError(f"model {model.name!r} is parallelized already; call tp_planner.restore(model) first")
 
 
+def _require_as_planned(
+    chosen: Plan, batch_axis: str | None, sequence_parallel: bool | None, gather_again: bool | None
+) -> None:
+    if batch_axis not in (None, chosen.mesh.batch_axis):
+        raise PlanError(
+            f"batch_axis is {batch_axis!r}, the plan was made for {chosen.mesh.batch_axis!r}; "
+            f"give batch_axis= to tp_planner.plan"
+        )
+    if (sequence_parallel, gather_again) != (None, None):
+        raise PlanError("sequence_parallel and gather_again are decided in a plan; give them to tp_planner.plan")
+
+
 def _require_fit(model: keras.Model, chosen: Plan) -> None:
     if fingerprint(model) != chosen.fingerprint:
         raise PlanError(
@@ -255,65 +261,4 @@ def _choose(model: keras.Model, layout_or_plan: Layout | Plan, inputs: Any) -> P
     _require_plain(model)
     chosen = layout_or_plan if isinstance(layout_or_plan, Plan) else plan(model, layout_or_plan, inputs)
     _require_fit(model, chosen)
-    return chosen
-
-
-def _agree_on_mesh(mesh: Mesh) -> None:
-    """Raise PlanError on all ranks unless they have the same mesh, for which process groups are made together."""
-    mine = f"({mesh})" + (f", the batch over {mesh.batch_axis!r}" if mesh.batch_axis else "")
-    answers = exchange("tp_planner.parallelize", mine)
-    if len(set(answers)) > 1:
-        meshes = "; ".join(f"rank {rank}: {answer}" for rank, answer in enumerate(answers))
-        raise PlanError(f"ranks have different meshes ({meshes}); give all of them the same")
-
-
-def _as_on_rank_zero(inputs: Any, mesh: Mesh) -> Any:
-    """Return the inputs as rank 0 has them, for which all ranks plan: replicas may have shares of different sizes.
-
-    Raises PlanError on all ranks if two of one replica have different inputs.
-    """
-    arguments = CallArguments.of(inputs)
-    mine = [[list(leaf.shape), keras.backend.standardize_dtype(leaf.dtype)] for leaf in arguments.tensors]
-    all_specs = [json.loads(text) for text in exchange("the inputs of tp_planner.parallelize", json.dumps(mine))]
-    _require_alike_in_replicas(all_specs, mesh)
-    first = all_specs[0]
-    if len(first) != len(mine):
-        return inputs  # ranks will make different plans, and hear of it
-    specs = iter([keras.InputSpec(shape=tuple(shape), dtype=dtype) for shape, dtype in first])
-    return arguments.map(lambda leaf: next(specs))
-
-
-def _require_alike_in_replicas(all_specs: list[Any], mesh: Mesh) -> None:
-    firsts: dict[int, int] = {}  # the first rank of each replica
-    for rank, specs in enumerate(all_specs):
-        replica = 0 if mesh.batch_axis is None else mesh.coordinate(rank, mesh.batch_axis)
-        first = firsts.setdefault(replica, rank)
-        if specs != all_specs[first]:
-            words = "; ".join(f"rank {each}: {_words(all_specs[each])}" for each in (first, rank))
-            raise PlanError(
-                f"ranks {first} and {rank} hold parts of one replica and were given different inputs ({words}); "
-                f"give all ranks of a replica the same data"
-            )
-
-
-def _words(specs: list[Any]) -> str:
-    return ", ".join(f"{tuple(shape)} {dtype}" for shape, dtype in specs)
-
-
-def _agree(choose: Callable[[], Plan]) -> Plan:
-    """Return the plan that all ranks chose; if one could not, or they differ, all raise PlanError."""
-    try:
-        chosen = choose()
-    except PlanError as refusal:
-        exchange("tp_planner.parallelize", f"problem {refusal}")
-        raise
-    answers = exchange("tp_planner.parallelize", f"plan {chosen.hash}")
-    for rank, answer in enumerate(answers):
-        if answer.startswith("problem "):
-            raise PlanError(f"rank {rank} cannot parallelize the model: {answer.removeprefix('problem ')}")
-    if len(set(answers)) > 1:
-        hashes = ", ".join(f"rank {rank}: {answer.removeprefix('plan ')[:12]}" for rank, answer in enumerate(answers))
-        raise PlanError(
-            f"ranks made different plans ({hashes}); build the same model with the same layout on all of them"
-        )
     return chosen
