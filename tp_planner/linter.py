@@ -10,6 +10,7 @@ import keras
 
 from tp_planner.frontend.blocks import find_blocks
 from tp_planner.frontend.layout_map import read_layout_map
+from tp_planner.frontend.quick_rules import require_quick_rules
 from tp_planner.frontend.survey import survey
 from tp_planner.frontend.trace import require_built, trace
 from tp_planner.ir.errors import PlanError
@@ -62,6 +63,7 @@ def examine(
     require_built(model)
     layout = read_layout_map(layout_map)
     layers, variables = survey(model)
+    require_quick_rules(layout.rules, layers, variables)
     found = check_rules(layout, variables, {name: layer.path for name, layer in layers.items()})
     findings = lint_rules(layout, layers, variables, found)
     plan = None

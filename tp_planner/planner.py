@@ -16,6 +16,7 @@ from tp_planner.frontend.blocks import Blocks, find_blocks, find_equal_layers
 from tp_planner.frontend.fingerprint import fingerprint
 from tp_planner.frontend.kept_tensors import no_fakes_left
 from tp_planner.frontend.layer_tree import named_layers, naming_once
+from tp_planner.frontend.quick_rules import require_quick_rules
 from tp_planner.frontend.survey import survey
 from tp_planner.frontend.trace import require_built, trace
 from tp_planner.frontend.training_loss import TrainingLoss
@@ -62,6 +63,7 @@ def make_plan(
     layout = layout.across(layout.mesh.batch_axis)
     with naming_once(model), without_collector(), no_fakes_left(model):
         layers, variables = survey(model)
+        require_quick_rules(layout.rules, layers, variables)
         resolution = resolve_rules(layout, variables, {name: layer.path for name, layer in layers.items()})
         job = _Job(model, layout, inputs, optimizer, loss, layers, variables, resolution)
         found = job.plan(find_blocks(model, job.planned_alike)) or job.unrolled_plan()

@@ -21,9 +21,9 @@ from tp_planner.cli import app
 from tp_planner.frontend.layout_file import find_layout_file, read_layout_file
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh, parse_mesh
+from tp_planner.ir.names import fold_names, without_numbers_of
 from tp_planner.planner import make_plan
 from tp_planner.readable_plan import Plan
-from tp_planner.report.names import fold_names, without_numbers_of
 from tp_planner.report.rows import layer_rows
 from tp_planner.report.terminal import plan_to_renderable
 
@@ -278,6 +278,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "mesh": (
         ["shop:pair", "--mesh", "eight"],
         "mesh 'eight' is not of the form axis=size[,axis=size...], e.g. batch=1,model=8",
+    ),
+    "mesh that is too large": (
+        ["shop:pair", "--mesh", "model=1000000"],
+        "mesh (model=1000000) has 1000000 devices; plans are for 65536 at most",
     ),
     "output": (
         ["shop:pair", "--output", "gone/plan.json"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from functools import cache
@@ -16,10 +17,11 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 from tests.models import CASES
+from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.plan import Boundary, FunctionPlan, LayerPlan, Plan, Style, VariablePlan
-from tp_planner.ir.plan_json import FORMAT_VERSION
+from tp_planner.ir.plan_json import FORMAT_VERSION, plan_from_json
 from tp_planner.ir.step import Collective, CollectiveKind, Memory, MemoryUse, Phase, Step, Work
 from tp_planner.planner import make_plan
 
@@ -40,6 +42,24 @@ def plan_text(name: str, parts: int = 2) -> str:
 
 def test_schema_is_a_schema() -> None:
     Draft202012Validator.check_schema(SCHEMA)
+
+
+def test_documents_name_the_format() -> None:
+    """The page about plans names the version that is written."""
+    page = (FILE.parent / "README.md").read_text(encoding="utf-8")
+    assert f"JSON Schema (2020-12) of `Plan.to_json`, format version {FORMAT_VERSION}." in page
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"format_version": NaN}', "plan is not JSON: NaN is no number of JSON; write plans with plan.to_json()"),
+        ("[" * 200_000, "plan is not JSON: it is nested too deeply; write plans with plan.to_json()"),
+    ],
+)
+def test_what_no_json_has_is_refused(text: str, message: str) -> None:
+    with pytest.raises(PlanError, match=f"^{re.escape(message)}$"):
+        plan_from_json(text)
 
 
 @pytest.mark.parametrize(("name", "parts"), [*((name, 2) for name in CASES), ("llama", 1), ("gpt", 3), ("vit", 8)])

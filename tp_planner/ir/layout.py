@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from tp_planner.ir.mesh import Mesh
@@ -11,6 +12,8 @@ from tp_planner.ir.mesh import Mesh
 DeviceType = Literal["cpu", "cuda"]
 
 AxisSpec = str | None | tuple[str, ...]
+
+_compiled = lru_cache(maxsize=2**14)(re.compile)  # Python's own cache is too small for a long layout
 
 BATCH = "batch"  # what Keras calls an axis over which the batch is split, where nobody gives it a name
 
@@ -30,7 +33,7 @@ class LayoutRule:
 
     def matches(self, path: str) -> bool:
         """Whether the rule's pattern is the path, or matches it as a whole, as Keras asks."""
-        return path == self.pattern or re.fullmatch(self.pattern, path) is not None
+        return path == self.pattern or _compiled(self.pattern).fullmatch(path) is not None
 
     def __str__(self) -> str:
         return f"{self.pattern!r} -> ({', '.join(str(axis) for axis in self.axes)})"

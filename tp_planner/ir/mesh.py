@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from tp_planner.ir.errors import PlanError
 
+LARGEST = 2**16  # devices; what is planned is one of them, but what is uneven is planned for each
+
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
@@ -27,6 +29,8 @@ class Mesh:
         for name, size in self.axes:
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 problems.append(f"mesh axis {name!r} has size {size!r}; sizes are integers of at least 1")
+        if not problems and self.size > LARGEST:
+            problems.append(f"mesh ({self}) has {self.size} devices; plans are for {LARGEST} at most")
         names = [name for name, _ in self.axes]
         for name in sorted({n for n in names if names.count(n) > 1}):
             problems.append(f"mesh axis {name!r} is named twice; axis names are unique")

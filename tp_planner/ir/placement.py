@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import groupby
 
 from tp_planner.ir.step import CollectiveKind
 
 Shape = tuple[int, ...]
+
+LISTED = 8  # chunks of which each is named
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +101,24 @@ def chunk_sizes(length: int, parts: int) -> tuple[int, ...]:
     >>> chunk_sizes(10, 4)
     (3, 3, 3, 1)
     """
+    return tuple(_chunk_size(length, parts, rank) for rank in range(parts))
+
+
+def chunk_sizes_text(length: int, parts: int) -> str:
+    """Return the sizes of the chunks to be read, equal ones of many parts counted.
+
+    >>> chunk_sizes_text(10, 4), chunk_sizes_text(10, 16)
+    ('3, 3, 3, 1', '10 x 1, 6 x 0')
+    """
+    sizes = chunk_sizes(length, parts)
+    if parts <= LISTED:
+        return ", ".join(map(str, sizes))
+    return ", ".join(f"{len(list(equal))} x {size}" for size, equal in groupby(sizes))
+
+
+def _chunk_size(length: int, parts: int, rank: int) -> int:
     full = -(-length // parts)
-    return tuple(max(0, min(full, length - rank * full)) for rank in range(parts))
+    return max(0, min(full, length - rank * full))
 
 
 def divides(shape: Shape, placement: Placement, parts: int) -> bool:
@@ -111,7 +130,7 @@ def local_shape(shape: Shape, placement: Placement, parts: int, rank: int = 0) -
     """Return the shape of what rank ``rank`` of ``parts`` holds of a tensor of ``shape``."""
     if not isinstance(placement, Shard | StridedShard):
         return shape
-    local = chunk_sizes(shape[placement.dim], parts)[rank]
+    local = _chunk_size(shape[placement.dim], parts, rank)
     return (*shape[: placement.dim], local, *shape[placement.dim + 1 :])
 
 

@@ -42,9 +42,11 @@ def plan_from_json(text: str) -> Plan:
     Raises PlanError for text that is not a plan, or a plan of another format version.
     """
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
+        data = json.loads(text, parse_constant=_refuse)
+    except ValueError as error:
         raise PlanError(f"plan is not JSON: {error}; write plans with plan.to_json()") from None
+    except RecursionError:
+        raise PlanError("plan is not JSON: it is nested too deeply; write plans with plan.to_json()") from None
     if not isinstance(data, dict) or "format_version" not in data:
         raise PlanError("JSON document is not a plan: it has no format_version; write plans with plan.to_json()")
     if data["format_version"] != FORMAT_VERSION:
@@ -58,6 +60,10 @@ def plan_from_json(text: str) -> Plan:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PlanError(f"plan is damaged ({type(error).__name__}: {error}); plan the model again") from None
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def _encode_transition(transition: Transition) -> list[str]:

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tp_planner.ir.finding import Finding, Severity
 from tp_planner.ir.graph import VariableInfo
 from tp_planner.ir.layout import Layout, LayoutRule
+from tp_planner.ir.names import fold_names
+from tp_planner.ir.placement import Shape
+
+NAMED = 20  # rules that match nothing, each with what is closest; more are counted
 
 
 def check_rules(
@@ -27,14 +31,17 @@ def check_rules(
     """
     malformed = [finding for rule in layout.rules for finding in _malformed(rule, layout)]
     rules = well_formed(layout)
-    conflicts = [finding for variable in variables.values() for finding in _of_variable(variable, rules)]
-    for path in layer_paths.values():
-        matching = matching_rules(rules, f"{path}/output")
-        if len(matching) > 1:
-            conflicts.append(_ambiguous("output", f"{path}/output", matching))
+    conflicts = [
+        *_ambiguous("variable", (variable.path for variable in variables.values()), rules),
+        *_wrong_ranks(variables.values(), rules),
+        *_ambiguous("output", (f"{path}/output" for path in layer_paths.values()), rules),
+    ]
     unmatched = _unmatched_rules(rules, variables, layer_paths)
     severity: Severity = "error" if rules and len(unmatched) == len(rules) else "warning"
-    nothing = [_unmatched(rule, variables, severity) for rule in unmatched]
+    nothing = [_unmatched(rule, variables, severity) for rule in unmatched[:NAMED]]
+    if len(unmatched) > NAMED:
+        problem = f"{len(unmatched) - NAMED} more layout rules match no variable"
+        nothing.append(Finding("unmatched-rule", severity, problem, "mend those above first"))
     return (*malformed, *conflicts, *nothing)
 
 
@@ -66,22 +73,35 @@ def _malformed(rule: LayoutRule, layout: Layout) -> Iterator[Finding]:
             yield Finding("repeated-axis", "error", problem, "an axis can shard one dim of a tensor", rule.pattern)
 
 
-def _of_variable(variable: VariableInfo, rules: Sequence[LayoutRule]) -> Iterator[Finding]:
-    matching = matching_rules(rules, variable.path)
-    if len(matching) > 1:
-        yield _ambiguous("variable", variable.path, matching)
-    if matching and len(matching[0].axes) != len(variable.shape):
-        problem = (
-            f"layout rule {matching[0]} has {len(matching[0].axes)} entries, variable {variable.path!r} of shape "
-            f"{variable.shape} has {len(variable.shape)} dims"
-        )
-        yield Finding("wrong-rank", "error", problem, "write one entry per dim", matching[0].pattern, (variable.path,))
+def _ambiguous(kind: str, paths: Iterable[str], rules: Sequence[LayoutRule]) -> Iterator[Finding]:
+    """Yield one finding for all equal paths that the same rules match."""
+    groups: dict[tuple[LayoutRule, ...], list[str]] = {}
+    for path in paths:
+        matching = tuple(matching_rules(rules, path))
+        if len(matching) > 1:
+            groups.setdefault(matching, []).append(path)
+    for matching, matched in groups.items():
+        patterns = ", ".join(repr(rule.pattern) for rule in matching)
+        for name in fold_names(matched):
+            problem = f"{kind} {str(name)!r} matches {len(matching)} layout rules: {patterns}"
+            advice = "make each path match at most one"
+            yield Finding("ambiguous-path", "error", problem, advice, matching[0].pattern, name.members)
 
 
-def _ambiguous(kind: str, path: str, rules: Sequence[LayoutRule]) -> Finding:
-    patterns = ", ".join(repr(rule.pattern) for rule in rules)
-    problem = f"{kind} {path!r} matches {len(rules)} layout rules: {patterns}"
-    return Finding("ambiguous-path", "error", problem, "make each path match at most one", rules[0].pattern, (path,))
+def _wrong_ranks(variables: Iterable[VariableInfo], rules: Sequence[LayoutRule]) -> Iterator[Finding]:
+    """Yield one finding for all variables of a shape that a rule has too many or too few entries for."""
+    groups: dict[tuple[LayoutRule, Shape], list[str]] = {}
+    for variable in variables:
+        rule = next(iter(matching_rules(rules, variable.path)), None)
+        if rule is not None and len(rule.axes) != len(variable.shape):
+            groups.setdefault((rule, variable.shape), []).append(variable.path)
+    for (rule, shape), paths in groups.items():
+        for name in fold_names(paths):
+            problem = (
+                f"layout rule {rule} has {len(rule.axes)} entries, variable {str(name)!r} of shape {shape} has "
+                f"{len(shape)} dims"
+            )
+            yield Finding("wrong-rank", "error", problem, "write one entry per dim", rule.pattern, name.members)
 
 
 def _unmatched_rules(

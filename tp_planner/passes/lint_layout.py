@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tp_planner.ir.finding import SEVERITIES, Finding, VariableEffect, count_of, some_of
 from tp_planner.ir.graph import LayerInfo, VariableInfo
 from tp_planner.ir.layout import Layout
-from tp_planner.ir.placement import Placement, Replicate, Shape, Shard, chunk_sizes, divides
+from tp_planner.ir.placement import Placement, Replicate, Shape, Shard, chunk_sizes_text, divides
 from tp_planner.ir.plan import Plan, VariablePlan
 from tp_planner.ir.step import Collective
 from tp_planner.passes.check_rules import matching_rules, well_formed
@@ -144,7 +144,7 @@ def _short(plan: Plan, rule: str, dim: int, length: int, members: Sequence[Varia
 
 def _indivisible(plan: Plan, rule: str, dim: int, length: int, members: Sequence[VariablePlan]) -> Finding:
     paths = tuple(variable.path for variable in members)
-    sizes = ", ".join(map(str, chunk_sizes(length, plan.axis_size)))
+    sizes = chunk_sizes_text(length, plan.axis_size)
     return Finding(
         "uneven-dim",
         "warning",

@@ -12,7 +12,7 @@ from tp_planner.ir.errors import PlanError
 from tp_planner.ir.graph import VariableInfo
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
-from tp_planner.ir.placement import WHOLE, Placement, Replicate, Shard, chunk_sizes
+from tp_planner.ir.placement import WHOLE, Placement, Replicate, Shard, chunk_sizes_text
 from tp_planner.ir.plan import RuleReport
 from tp_planner.passes.check_rules import check_rules, matching_rules
 
@@ -102,8 +102,8 @@ def _resolve(variable: VariableInfo, rule: LayoutRule | None, mesh: Mesh) -> Res
         return Resolved(Replicate(), rule.pattern, f"mesh axis {axis!r} has size 1{stored}", across)
     uneven = ""
     if variable.shape[dim] % parts:
-        sizes = chunk_sizes(variable.shape[dim], parts)
-        uneven = f"; {variable.shape[dim]} does not divide by {parts}, so ranks hold {', '.join(map(str, sizes))}"
+        length = variable.shape[dim]
+        uneven = f"; {length} does not divide by {parts}, so ranks hold {chunk_sizes_text(length, parts)}"
     return Resolved(Shard(dim), rule.pattern, f"rule {rule}{uneven}{stored}", across)
 
 

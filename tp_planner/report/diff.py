@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from tp_planner.ir.difference import AmountChange, Change, Changed, CollectiveChange, Difference, Fate
 from tp_planner.ir.figures import Figures
+from tp_planner.ir.names import fold_names, without_numbers_of
 from tp_planner.report.amounts import bytes_text, change_text, count_text
-from tp_planner.report.names import fold_names, without_numbers_of
 from tp_planner.report.sections import Item, Section, Table
 
 # What is shown of a rule, a variable or a layer that only one plan has.

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 
 from tp_planner.ir.explanation import Alternative, ComputedLayer, Crossing, PathExplanation, StoredVariable
 from tp_planner.ir.figures import Figures
+from tp_planner.ir.names import fold_names
 from tp_planner.ir.placement import Shape
 from tp_planner.ir.step import Collective
 from tp_planner.report.amounts import bytes_text, with_change
-from tp_planner.report.names import fold_names
 from tp_planner.report.sections import Item, Section, Table
 
 _FIGURE_HEADS = ("collectives", "wire bytes", "parameters", "peak memory")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from tp_planner.ir.finding import SEVERITIES, Finding, LintReport, VariableEffect, count_of
+from tp_planner.ir.names import fold_names, without_numbers_of
 from tp_planner.ir.placement import Replicate, Shape
-from tp_planner.report.names import fold_names, without_numbers_of
 from tp_planner.report.sections import Item, Section
 
 

@@ -15,6 +15,7 @@ from importlib.resources import files
 from itertools import groupby
 
 from tp_planner.ir.figures import figures_of, local_bytes, whole_bytes
+from tp_planner.ir.names import fold_names
 from tp_planner.ir.placement import Placement, Shape, local_shape
 from tp_planner.ir.plan import Plan, RuleReport
 from tp_planner.ir.plan_json import plan_hash
@@ -22,7 +23,6 @@ from tp_planner.ir.step import Collective, MemoryUse
 from tp_planner.report.amounts import bytes_text
 from tp_planner.report.html_tree import kind_text, model_tree, searched_text, shape_text
 from tp_planner.report.markup import Markup, bytes_element, element, join, tip
-from tp_planner.report.names import fold_names
 from tp_planner.report.outline import Leaf, Node, outline, walk
 
 MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "temporaries")
@@ -31,8 +31,11 @@ RANKS_DRAWN = 16
 TABLE_HEADS = ("#", "layer", "layers", "style", "bytes", "on rank 0", "collectives", "each rank sends")
 
 
-def plan_to_html(plan: Plan) -> str:
-    """Return the plan as a page: totals, memory, the model as a tree with its weights and collectives, and tables."""
+def plan_to_html(plan: Plan, estimate: Sequence[str] = ()) -> str:
+    """Return the plan as a page: totals, memory, the model as a tree with its weights and collectives, and tables.
+
+    ``estimate`` are the lines of ``estimate_lines``, where there is one.
+    """
     tree = outline(plan)
     style, script = (files("tp_planner.report").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
     head = element(
@@ -44,7 +47,8 @@ def plan_to_html(plan: Plan) -> str:
         element("title", f"{plan.model} on {plan.mesh}"),
         element("style", Markup(style)),
     )
-    sections = (_totals(plan), _notes(plan), _memory(plan), model_tree(plan, tree), _layer_table(tree), _rules(plan))
+    figures = (_totals(plan), _notes(plan), _memory(plan), _estimate(estimate))
+    sections = (*figures, model_tree(plan, tree), _layer_table(tree), _rules(plan))
     body = element("body", _header(plan), element("main", *sections), element("script", Markup(script)))
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
 
@@ -138,6 +142,12 @@ def _notes(plan: Plan) -> Markup:
         return Markup()
     listed = (element("li", note) for note in plan.notes)
     return element("section", element("h2", "Notes"), element("ul", *listed), id="notes")
+
+
+def _estimate(lines: Sequence[str]) -> Markup:
+    if not lines:
+        return Markup()
+    return element("section", element("h2", "Estimated time"), element("pre", "\n".join(lines)), id="estimate")
 
 
 # Memory

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tp_planner.ir.figures import local_bytes, whole_bytes
+from tp_planner.ir.names import without_numbers_of
 from tp_planner.ir.placement import Replicate, Shape
 from tp_planner.ir.plan import Boundary, Plan, Transition, VariablePlan
 from tp_planner.ir.step import Collective, CollectiveKind
 from tp_planner.report.amounts import bytes_text
 from tp_planner.report.drawing import draw_tensor
 from tp_planner.report.markup import Markup, bytes_element, element, join, tip
-from tp_planner.report.names import without_numbers_of
 from tp_planner.report.outline import Edge, Leaf, Node, walk
 
 STYLES = {

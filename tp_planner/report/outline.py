@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
+from tp_planner.ir.names import FoldedName, fold_names, without_numbers_of
 from tp_planner.ir.placement import Placement, Replicate
 from tp_planner.ir.plan import Boundary, LayerPlan, Plan, VariablePlan
 from tp_planner.ir.step import Collective
-from tp_planner.report.names import FoldedName, fold_names, without_numbers_of
 
 _NUMBERED = re.compile(r"(?P<block>[^/]*?\d+)_(?P<rest>[^/]+(?:/.*)?)", re.DOTALL)
 

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from tp_planner.ir.names import FoldedName, fold_names, without_numbers_of
 from tp_planner.ir.placement import Replicate, Shape
 from tp_planner.ir.plan import Boundary, LayerPlan, Plan, Transition, VariablePlan
 from tp_planner.ir.step import Collective
 from tp_planner.report.amounts import bytes_text
-from tp_planner.report.names import FoldedName, fold_names, without_numbers_of
 
 VARIABLE_HEADS = ("variable", "shape", "stored", "per rank")
 Key = TypeVar("Key")

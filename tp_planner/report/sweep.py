@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tp_planner.ir.degrees import Degree, Sweep
+from tp_planner.ir.names import fold_names, without_numbers_of
 from tp_planner.report.amounts import bytes_text
-from tp_planner.report.names import fold_names, without_numbers_of
 from tp_planner.report.sections import Section, Table
 
 _NUMBERS = ("collectives", "wire bytes", "parameters", "peak memory", "gathered", "left early")

@@ -1,0 +1,36 @@
+"""What is wrong with rules is said once for all equal variables."""
+
+from __future__ import annotations
+
+from tests.models import CASES
+from tp_planner.frontend.survey import survey
+from tp_planner.ir.layout import Layout, LayoutRule
+from tp_planner.ir.mesh import Mesh
+from tp_planner.passes.check_rules import check_rules
+
+
+def problems(*rules: LayoutRule) -> list[str]:
+    layers, variables = survey(CASES["gpt"].build(blocks=4))
+    layout = Layout(Mesh((("model", 2),)), rules)
+    return [
+        finding.text for finding in check_rules(layout, variables, {name: each.path for name, each in layers.items()})
+    ]
+
+
+def test_one_wrong_rule_is_one_problem() -> None:
+    """Of equal blocks all are named at once, whether a rule has too many entries or too many rules match."""
+    rank = LayoutRule("block_[0-9]+_up/kernel", ("model",))
+    one, other = LayoutRule("block_[0-9]+_up/bias", ("model",)), LayoutRule("block_.*_up/bias", ("model",))
+    assert problems(rank, one, other) == [
+        "variable 'block_[0-3]_up/bias' matches 2 layout rules: 'block_[0-9]+_up/bias', 'block_.*_up/bias'; "
+        "make each path match at most one",
+        "layout rule 'block_[0-9]+_up/kernel' -> (model) has 1 entries, variable 'block_[0-3]_up/kernel' of shape "
+        "(32, 128) has 2 dims; write one entry per dim",
+    ]
+
+
+def test_rules_that_match_nothing_are_counted() -> None:
+    """Twenty are named, with what is closest, and the rest is a number."""
+    found = problems(*(LayoutRule(f"nothing_{number}", ("model",)) for number in range(1000)))
+    assert len(found) == 21
+    assert found[-1] == "980 more layout rules match no variable; mend those above first"
