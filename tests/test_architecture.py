@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "layers": ({"frontend", "ir", "job", "layers", "regions", "storage"}, {"keras", "numpy", "torch"}),
     "replay": ({"frontend", "ir", "patches", "regions", "replay", "storage"}, {"keras", "numpy", "torch"}),
     "training": (
-        {"frontend", "ir", "job", "layers", "patches", "regions", "replay", "storage", "training"},
+        {"files", "frontend", "ir", "job", "layers", "patches", "regions", "replay", "storage", "training"},
         {"keras", "torch"},
     ),
     "dryrun": (
@@ -60,11 +60,24 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"api", "frontend", "ir", "job", "keras_distribution", "patches", "regions", "storage", "training"},
         {"keras", "numpy", "torch"},
     ),
+    "files": (set(), set()),
     "patches": (set(), set()),
     "progress": (set(), set()),
     "__init__": ({"api", "checkpoints", "ir", "keras_distribution", "linter", "readable_plan", "training"}, set()),
     "cli": (
-        {"__init__", "checkpoints", "cli", "explain", "ir", "frontend", "linter", "passes", "planner", "progress"}
+        {
+            "__init__",
+            "checkpoints",
+            "cli",
+            "explain",
+            "files",
+            "frontend",
+            "ir",
+            "linter",
+            "passes",
+            "planner",
+            "progress",
+        }
         | {"readable_plan", "report", "sweep"},
         {"keras", "rich", "torch", "typer"},
     ),

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from tp_planner.files import write_text
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 ModelArgument = Annotated[
@@ -98,7 +100,7 @@ def mistakes_reported() -> Iterator[None]:
 def write(path: Path, text: str, option: str = "--output") -> None:
     """Write a file that the user asked for with ``option``."""
     try:
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
     except OSError as error:
         raise mistake(f"{path}: cannot be written ({error.strerror}); give {option} another path") from None
 

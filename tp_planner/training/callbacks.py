@@ -19,6 +19,7 @@ from keras.src.callbacks.progbar_logger import ProgbarLogger
 from keras.src.utils import io_utils
 from keras.src.utils.python_utils import pythonify_logs
 
+from tp_planner.files import opened_aside
 from tp_planner.job.rendezvous import meet
 from tp_planner.job.values import of_rank_zero
 from tp_planner.patches import Patch, wrapped
@@ -95,7 +96,9 @@ class FilesOfRankZero:
         return _nothing if name in WRITES and is_silent() else getattr(self._plain, name)
 
     def File(self, path: str, mode: str = "r") -> Any:
-        return io.StringIO() if mode != "r" and is_silent() else self._plain.File(path, mode)
+        if mode != "w" or self._plain.is_remote_path(path):
+            return io.StringIO() if mode != "r" and is_silent() else self._plain.File(path, mode)
+        return io.StringIO() if is_silent() else opened_aside(path)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -7,14 +7,22 @@ Keras's functions that are given one. Under a distribution it is asked of every 
 from __future__ import annotations
 
 import functools
+import json
+import os
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import h5py
 import keras
 import torch.distributed as dist
+from keras.src.legacy.saving import legacy_h5_format
 from keras.src.saving import saving_lib
+from keras.src.utils import file_utils
 
+from tp_planner.files import written_aside
 from tp_planner.frontend.layer_tree import named_layers
 from tp_planner.patches import wrap_for_good
 from tp_planner.storage.persistence import save_together
@@ -28,7 +36,12 @@ METHODS = (
     "save_to_preset",
     "export_to_transformers",
 )
-FUNCTIONS = ("save_model", "save_weights_only")  # of Keras's saving_lib, to which all others come
+# To these all others of Keras come.
+FUNCTIONS = (
+    (saving_lib, "save_model"),
+    (saving_lib, "save_weights_only"),
+    (legacy_h5_format, "save_model_to_hdf5"),
+)
 
 WHOLE = "_tp_planner_whole"  # attribute of each layer of a parallel model
 
@@ -42,8 +55,8 @@ class Whole:
 
 def write_together(model: keras.Model) -> list[Callable[[], None]]:
     """Let rank 0 write for all, whatever method of a parallel model or its layers is called; return what undoes it."""
-    for name in FUNCTIONS:
-        wrap_for_good(saving_lib, name, written_by_rank_zero, "one rank writes what belongs to all")
+    for module, name in FUNCTIONS:
+        wrap_for_good(module, name, written_by_rank_zero, "one rank writes what belongs to all")
     undo: list[Callable[[], None]] = []
     for layer in named_layers(model).values():
         layer.__dict__[WHOLE] = Whole(model)
@@ -57,6 +70,8 @@ def write_together(model: keras.Model) -> list[Callable[[], None]]:
 
 
 def _write(layer: keras.Layer, name: str, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if name == "save_lora_weights":  # which comes to no function of Keras
+        plain = functools.partial(_write_aside, plain)
     return save_with_all_ranks(f"model.{name}", layer, lambda: plain(*args, **kwargs))
 
 
@@ -67,10 +82,58 @@ def written_by_rank_zero(plain: Callable[..., Any]) -> Callable[..., Any]:
     def write(model: Any, *args: Any, **kwargs: Any) -> Any:
         if WHOLE not in model.__dict__ and not is_distributed(model):
             return plain(model, *args, **kwargs)
-        return save_with_all_ranks(f"model.{plain.__name__}", model, lambda: plain(model, *args, **kwargs))
+        own = functools.partial(plain, model)
+        return save_with_all_ranks(f"model.{plain.__name__}", model, lambda: _write_aside(own, *args, **kwargs))
 
     write.by_tp_planner = True  # type: ignore[attr-defined]
     return write
+
+
+def _write_aside(write: Callable[..., Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:
+    """Let Keras write a file in its place only when it is whole; what Keras would refuse to write, it refuses."""
+    is_file = isinstance(filepath, str | os.PathLike) and str(filepath).endswith((".keras", ".h5", ".hdf5", ".json"))
+    asks = os.path.exists(filepath) and False in (kwargs.get("overwrite"), *args) if is_file else True
+    if asks or file_utils.is_remote_path(filepath) or not Path(filepath).absolute().parent.is_dir():
+        return write(filepath, *args, **kwargs)
+    index = Path(filepath).with_suffix(".json")
+    before = _shards_of(index)
+    with written_aside(filepath) as aside:
+        result = write(str(aside), *args, **kwargs)
+        if before & _shards_of(aside.with_suffix(".json")):
+            _rename_shards(aside.with_suffix(".json"))
+    if before and not before & _shards_of(index):
+        _clear(index, before)
+    return result
+
+
+def _shards_of(index: Path) -> set[str]:
+    """Return the names of the files in which weights are that Keras has written in several; none if it has not."""
+    if not index.name.endswith(".weights.json") or not index.is_file():
+        return set()
+    weights: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return set(keras.tree.flatten(weights))
+
+
+def _rename_shards(index: Path) -> None:
+    """Give the files of weights new names: those to which the index before refers stay until it is replaced."""
+    written, mark = json.loads(index.read_text(encoding="utf-8")), secrets.token_hex(4)
+    for shard in _shards_of(index):
+        index.with_name(shard).rename(index.with_name(f"{mark}_{shard}"))
+    written["weight_map"] = keras.tree.map_structure(lambda shard: f"{mark}_{shard}", written["weight_map"])
+    index.write_text(json.dumps(written, indent=4), encoding="utf-8")
+
+
+def _clear(index: Path, shards: set[str]) -> None:
+    """Delete files to which the index refers no more; of the first name that Keras gives, an empty file stays.
+
+    Keras opens that file whatever the index says.
+    """
+    for shard in shards:
+        if shard.endswith("_00000.weights.h5") and shard.startswith(index.name.removesuffix(".weights.json")):
+            with written_aside(index.with_name(shard)) as aside, h5py.File(aside, "w"):
+                pass
+        else:
+            index.with_name(shard).unlink(missing_ok=True)
 
 
 def save_with_all_ranks(what: str, layer: Any, save: Callable[[], Any]) -> Any:
