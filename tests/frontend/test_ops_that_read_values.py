@@ -54,13 +54,30 @@ def test_op_makes_what_it_makes_of_values(name: str) -> None:
     assert (tuple(found.shape), found.dtype) == (tuple(expected.shape), expected.dtype)
 
 
-def test_what_others_may_have_is_not_written_to() -> None:
-    """The model's own tensors are the same after a trace."""
-    kept = torch.tensor([1, 2])
-    with fake_tensors():
-        kept.fill_(3)
-        kept[0:1].clamp_(min=7)
-    assert kept.tolist() == [1, 2]
+WRITING: dict[str, Callable[[torch.Tensor], object]] = {
+    "a constant": lambda kept: kept.fill_(3),
+    "a limit, to a view": lambda kept: kept[0:1].clamp_(min=7),
+    "a sum with a number": lambda kept: kept.add_(1),
+    "a product with a number": lambda kept: kept.mul_(7),
+    "a sum with a number, to a view": lambda kept: kept[0:1].add_(1),
+    "a sum with a real tensor": lambda kept: kept.add_(torch.ones_like(kept)),
+    "a difference, by an operator": lambda kept: kept.__isub__(1),
+    "an item": lambda kept: kept.__setitem__(0, 5),
+    "where to": lambda kept: torch.add(kept, 1, out=kept),
+    "a list of tensors": lambda kept: torch._foreach_add_([kept], 1),
+    "a random number": lambda kept: kept.random_(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+@pytest.mark.parametrize("name", WRITING)
+def test_what_others_may_have_is_not_written_to(name: str, dtype: torch.dtype) -> None:
+    """The model's own tensors are the same after a trace, of one element or many."""
+    for values in ([1], [1, 2]):
+        kept = torch.tensor(values, dtype=dtype)
+        with fake_tensors():
+            WRITING[name](kept)
+        assert kept.tolist() == values
 
 
 class Packed(layers.Layer):

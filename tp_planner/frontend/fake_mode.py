@@ -38,6 +38,9 @@ class FakeCpuMode(FakeTensorMode):
                 return self._compute(func, args, kwargs or {})
             with self:
                 args = with_tensors_replaced(args, _on_cpu)
+        if self.allow_non_fake_inputs and _writes(func):
+            # Of numbers and real tensors alone FakeTensorMode computes some ops, and writes to what the model keeps.
+            args, kwargs = with_tensors_replaced((args, kwargs or {}), self._without_value)
         return self.dispatch(func, types, args, kwargs or {})
 
     def _is_of_constants(self, func: Any, tensors: Sequence[torch.Tensor]) -> bool:
@@ -55,6 +58,10 @@ class FakeCpuMode(FakeTensorMode):
         if not (func.is_view or func._schema.is_mutable):
             self._computed.update((tensor, True) for tensor in tensors_in(result))
         return result
+
+    def _without_value(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the fake tensor that stands for a real one, always the same."""
+        return self.from_tensor(tensor) if _is_real(tensor) else tensor
 
     def _view(self, func: Any, args: Any) -> FakeTensor | None:
         """Return a view as torch's own kernel makes it of a tensor without values; None if it refuses.
@@ -82,6 +89,10 @@ def _is_plain_view(func: Any) -> bool:
     taken, made = func._schema.arguments, func._schema.returns
     one_tensor = ["Tensor" in str(each.type) for each in taken] == [True] + [False] * (len(taken) - 1)
     return one_tensor and [str(each.type) for each in made] == ["Tensor"]
+
+
+def _writes(func: Any) -> bool:
+    return isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable
 
 
 def _is_real(leaf: Any) -> bool:
