@@ -151,6 +151,30 @@ def own_generator(x: Any, weight: Any) -> Any:
     return x * weight + noise
 
 
+class LearnedQueries(layers.Layer):
+    """Hands its own weight to a layer, as it is and by a slice, and returns another one."""
+
+    def build(self, input_shape: Any) -> None:
+        self.queries = self.add_weight(shape=(1, 4, 8), name="queries")
+        self.scale = self.add_weight(shape=(8,), name="scale")
+        self.up, self.down = layers.Dense(16, activation="tanh", name="up"), layers.Dense(8, name="down")
+        self.attention = layers.MultiHeadAttention(2, 4, name="attention")
+        self.up.build((1, 4, 8))
+        self.down.build((1, 4, 16))
+        self.attention.build((None, 4, 8), (None, None, 8))
+
+    def call(self, x: Any) -> Any:
+        queries = self.down(self.up(self.queries)) + self.queries[:, :1]
+        queries = ops.broadcast_to(queries, (ops.shape(x)[0], 4, 8))
+        return self.attention(queries, ops.expand_dims(x, 1)), self.scale
+
+
+def learned_queries() -> keras.Model:
+    inputs = keras.Input((6,))
+    x, scale = LearnedQueries(name="learned")(layers.Dense(8, name="before")(inputs))
+    return keras.Model(inputs, layers.Dense(4, name="after")(x * scale), name="queries")
+
+
 class Rows(layers.Layer):
     """A row-parallel layer, and a table of rows, in torch's own functions."""
 
@@ -281,6 +305,7 @@ MODELS: dict[str, Callable[[], keras.Model]] = {
     "own generator": lambda: written(own_generator),
     "read without gradient first": lambda: written(read_without_gradient_first),
     "rows": rows,
+    "learned queries": learned_queries,
     "layer normalization": lambda: between(layers.LayerNormalization(name="layer_norm")),
     "group normalization": lambda: between(layers.GroupNormalization(4, name="group_norm")),
     "packed projections": packed_projections,
@@ -291,6 +316,7 @@ MODELS: dict[str, Callable[[], keras.Model]] = {
 PREFIXED = {f".*{pattern}": axes for pattern, axes in MLP.items()}
 PREFIXED |= {"norm/.*": ("model",), ".*_table/embeddings": ("model", None)}
 PREFIXED |= {"rows/(down_kernel|rows_table)": ("model", None), "written/weight": ("model",)}
+PREFIXED |= {"learned/queries": (None, "model", None), "learned/scale": ("model",)}
 
 
 def built(build: Callable[[], keras.Model]) -> keras.Model:
@@ -409,6 +435,18 @@ def check(results: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]) ->
 @pytest.mark.parametrize("name", MODELS)
 def test_model(pools: Callable[[int], WorkerPool], name: str) -> None:
     check(pools(2).run(both, name))
+
+
+def test_weight_that_is_handed_on_is_gathered_where_it_is_read() -> None:
+    """The plan says so of the layer whose code reads it; for the layers that are given it, it is any tensor."""
+    mesh = keras.distribution.DeviceMesh((1, 2), ("batch", "model"), ["cpu:0", "cpu:1"])
+    layouts = keras.distribution.LayoutMap(mesh)
+    layouts["learned/queries"] = (None, "model", None)
+    planned = tp_planner.plan(learned_queries(), layouts)
+    gathered = {layer.layer: layer.reason for layer in planned.layers if layer.style == "gathered"}
+    reason = "stored sharded, gathered at use: 'learned' hands it on to other layers, or returns it"
+    assert gathered == {"learned": reason}
+    assert [collective.layer for collective in planned.collectives if collective.phase == "forward"] == ["learned"]
 
 
 def test_gradient_of_the_input(pools: Callable[[int], WorkerPool]) -> None:

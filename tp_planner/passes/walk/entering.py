@@ -19,22 +19,36 @@ from tp_planner.passes.walk.notes import Meeting, Notes
 def enter_tensors_read_with_shards(known: Known, notes: Notes) -> None:
     """Place the boundaries of all that sharded ops read, and of variables that only other ops read."""
     sources = _Sources(known.graph)
+    _use_what_is_handed_on(known, notes)
     for (call, tensor), meeting in notes.meetings.items():
         info = known.graph.tensors[tensor]
-        if info.variable is not None:
+        if info.variable is not None and known.reader(call, info.variable) == call:
             _use_with_shards(call, tensor, info.variable, meeting.origins, known, notes)
         elif "float" in info.dtype:
             _enter(call, tensor, meeting, sources, known, notes)
     for call, tensor in notes.read_whole:
         variable = known.graph.tensors[tensor].variable
-        if variable is not None and (call, tensor) not in notes.meetings:
+        is_read_here = variable is not None and known.reader(call, variable) == call
+        if variable is not None and is_read_here and (call, tensor) not in notes.meetings:
             notes.use(call, variable, WHOLE, WHOLE)
     _use_shards(known, notes)
 
 
+def _use_what_is_handed_on(known: Known, notes: Notes) -> None:
+    """A variable that is handed to another call as it is, or returned, is gathered where it is read, and this is said.
+
+    For those that take it, it is a whole tensor like any other.
+    """
+    for call, variable in known.handed_on:
+        read = known.read_of(call, variable)
+        if known.stored[variable] != WHOLE and read not in known.closings.reads:
+            notes.conflict(call, Origins({("read", read)}), f"{read[0]!r} hands it on to other layers, or returns it")
+        notes.use(call, variable, WHOLE, WHOLE)
+
+
 def _use_with_shards(call: int, tensor: int, variable: str, origins: Origins, known: Known, notes: Notes) -> None:
     """A variable is read whole together with shards; one that is also read without has no one gradient."""
-    if (call, tensor) in notes.read_whole or variable in known.passed_on:
+    if (call, tensor) in notes.read_whole or (call, variable) in known.handed_on:
         layer = known.graph.calls[call].layer
         reason = f"{layer!r} reads {variable!r} both with sharded and with whole tensors"
         notes.conflict(call, origins, reason, in_code=True)

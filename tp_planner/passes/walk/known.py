@@ -125,7 +125,7 @@ class Known:
         layer = self.graph.calls[call]
         if self.read_of(call, variable) in self.closings.reads or (layer.layer, layer.mode) in self.closings.whole:
             return WHOLE
-        if variable in self.passed_on:
+        if variable in self.passed_on and (self.reader(call, variable), variable) in self.handed_on:
             return WHOLE
         placement = self.stored[variable]
         return placement if divides(self.graph.variables[variable].shape, placement, self.parts) else WHOLE
@@ -145,8 +145,24 @@ class Known:
         return frozenset({("read", self.read_of(call, variable))})
 
     def read_of(self, call: int, variable: str) -> VariableRead:
-        """Return what names the read of a variable in a call."""
-        return self.graph.calls[call].layer, variable
+        """Return what names the read of a variable that a call uses."""
+        return self.graph.calls[self.reader(call, variable)].layer, variable
+
+    def reader(self, call: int, variable: str) -> int:
+        """Return the call whose own code reads a variable that ``call`` uses: another one, if it is handed the tensor.
+
+        That is one around it, of which it takes the variable, or one inside, which returns it.
+        """
+        if variable not in self.passed_on:
+            return call
+        while True:
+            outer = self.graph.calls[call].parent
+            if (call, variable) in self._taken and outer is not None:
+                call = outer
+            elif (call, variable) in self._givers:
+                call = self._givers[call, variable]
+            else:
+                return call
 
     def follow(self, op: Op, inputs: Mapping[int, Placement]) -> Followed | Refused:
         """Return what an op makes of inputs placed so: shards and whole tensors, or nothing."""
@@ -169,11 +185,36 @@ class Known:
         return self.graph.layers[call.layer].is_dropout
 
     @cached_property
-    def passed_on(self) -> frozenset[str | None]:
-        """The variables that a call takes or returns: they are read in another call than the one that uses them."""
-        calls = self.graph.calls.values()
-        passed = (tensor for call in calls for tensor in (*(given for _, given in call.inputs), *call.outputs))
-        return frozenset(self.graph.tensors[tensor].variable for tensor in passed) - {None}
+    def passed_on(self) -> frozenset[str]:
+        """The variables that a call takes or returns: other calls may use them than the one that reads them."""
+        return frozenset(variable for _, variable in (*self._taken, *self._returned))
+
+    @cached_property
+    def handed_on(self) -> dict[tuple[int, str], int]:
+        """The tensor of each variable that is handed to or from a call, by the call that reads it, and its key."""
+        ends = {**self._taken, **self._returned}
+        return {(self.reader(call, variable), variable): tensor for (call, variable), tensor in ends.items()}
+
+    @cached_property
+    def _taken(self) -> dict[tuple[int, str], int]:
+        """The variables that are arguments, by call and key: their tensors."""
+        ends = ((call.id, tensor) for call in self.graph.calls.values() for _, tensor in call.inputs)
+        return self._variables_among(ends)
+
+    @cached_property
+    def _returned(self) -> dict[tuple[int, str], int]:
+        """The variables that calls return, by call and key: their tensors."""
+        return self._variables_among((call.id, each) for call in self.graph.calls.values() for each in call.outputs)
+
+    def _variables_among(self, ends: Iterable[tuple[int, int]]) -> dict[tuple[int, str], int]:
+        named = ((call, self.graph.tensors[tensor].variable, tensor) for call, tensor in ends)
+        return {(call, variable): tensor for call, variable, tensor in named if variable is not None}
+
+    @cached_property
+    def _givers(self) -> dict[tuple[int | None, str], int]:
+        """By call and variable: a call inside that returns the variable, and has not taken it."""
+        given = ((call, variable) for call, variable in self._returned if (call, variable) not in self._taken)
+        return {(self.graph.calls[call].parent, variable): call for call, variable in given}
 
     @cached_property
     def weights(self) -> frozenset[int]:
