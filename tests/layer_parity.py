@@ -5,6 +5,7 @@ The model of a case is built once. It computes by itself, then under each layout
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +29,15 @@ Arrays = dict[str, np.ndarray]
 Verdict = Literal["equal", "refused", "different", "failed"]
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}  # what has another dtype is equal, or it is not
+# What users may choose, and what sums of another order may differ by in it.
+OF_USERS = {
+    "float64": 1e-5,  # Keras promotes to float32 in products
+    "float32": 1e-5,
+    "float16": 2e-2,
+    "bfloat16": 1e-1,
+    "mixed_float16": 2e-2,
+    "mixed_bfloat16": 1e-1,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,31 +151,32 @@ def compare_all(name: str, width: int) -> list[Outcome]:
     return _compare_each(CASES[name], width, all_shardings(CASES[name].build(width)))
 
 
-def compare_sample(names: Iterable[str], width: int) -> list[Outcome]:
-    """Return what comes of the sample of each of the cases."""
+def compare_sample(names: Iterable[str], width: int, dtype: str = "") -> list[Outcome]:
+    """Return what comes of the sample of each of the cases: in exact float64, or in a dtype as users choose it."""
     found = []
     for name in names:
-        found += _compare_each(CASES[name], width, sample(CASES[name].build(width), width))
+        found += _compare_each(CASES[name], width, sample(CASES[name].build(width), width), dtype)
     return found
 
 
-def _compare_each(case: LayerCase, width: int, shardings: Iterable[Sharding]) -> list[Outcome]:
+def _compare_each(case: LayerCase, width: int, shardings: Iterable[Sharding], dtype: str = "") -> list[Outcome]:
     """Return an outcome for each layout; a model that a layout has broken is built anew."""
-    model = case.build(width)
+    build = functools.partial(case.build, width, dtype, exact=False) if dtype else functools.partial(case.build, width)
+    model = build()
     state = _state(model)
     expected = compute(model, case)
     outcomes = []
     for sharding in shardings:
         _set_state(model, state)
-        verdict, detail, uses = _compare(model, case, sharding, expected)
+        verdict, detail, uses = _compare(model, case, sharding, expected, OF_USERS.get(dtype, 0.0))
         outcomes.append(Outcome(case.name, width, dist.get_world_size(), sharding, verdict, detail, uses))
         if verdict == "failed":
-            model = case.build(width)
+            model = build()
     return outcomes
 
 
 def _compare(
-    model: keras.Model, case: LayerCase, sharding: Sharding, expected: Arrays
+    model: keras.Model, case: LayerCase, sharding: Sharding, expected: Arrays, tolerance: float
 ) -> tuple[Verdict, str, tuple[Use, ...]]:
     try:
         plan = tp_planner.plan(model, layout_map(sharding.rules))
@@ -177,7 +188,7 @@ def _compare(
         return "refused", str(refusal), ()
     except Exception as error:
         return "failed", f"{type(error).__name__}: {error}", ()
-    problems = [*differences(found, expected, plan.input_gradients)]
+    problems = [*differences(found, expected, plan.input_gradients, tolerance)]
     restored = _state(model)
     problems += [f"{key} is not restored" for key in restored if not np.array_equal(restored[key], sharded[key])]
     return "different" if problems else "equal", "; ".join(problems), tuple(_uses(plan))
@@ -219,14 +230,17 @@ def _set_state(model: keras.Model, state: Arrays) -> None:
 
 
 def _whole(tensor: Any) -> np.ndarray:
-    whole: np.ndarray = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().numpy().copy()
+    tensor = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+    tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # which NumPy does not have
+    whole: np.ndarray = tensor.numpy().copy()
     return whole
 
 
-def differences(found: Arrays, expected: Arrays, input_gradients: bool) -> Iterator[str]:
-    """Yield what is not equal up to ``TOLERANCE``, relative to its own size and a tenth of that of all gradients.
+def differences(found: Arrays, expected: Arrays, input_gradients: bool, tolerance: float = 0.0) -> Iterator[str]:
+    """Yield what is not equal up to ``TOLERANCE``, or another ``tolerance`` if that is more.
 
-    The second is for gradients that are zero but for rounding, as that of a key's bias in attention.
+    Differences are relative to a value's own size and a tenth of that of all gradients. The second is for gradients
+    that are zero but for rounding, as that of a key's bias in attention.
     """
     gradients = [array for key, array in expected.items() if key.startswith("gradient")]
     scale_of_gradients = max(map(_size, gradients), default=0.0)
@@ -238,7 +252,8 @@ def differences(found: Arrays, expected: Arrays, input_gradients: bool) -> Itera
             continue
         scale = _size(expected[key]) + scale_of_gradients / 10
         error = _size(found[key].astype("float64") - expected[key].astype("float64"))
-        if not error <= TOLERANCE.get(expected[key].dtype.name, 0.0) * scale:
+        allowed = max(tolerance, TOLERANCE.get(expected[key].dtype.name, 0.0)) if expected[key].dtype.kind == "f" else 0
+        if not error <= allowed * scale:
             yield f"{key} differs by {error / scale if scale else error:.1e}"
 
 

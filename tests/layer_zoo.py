@@ -48,10 +48,10 @@ class LayerCase:
     def name(self) -> str:
         return f"{self.layer} {self.variant}".strip()
 
-    def build(self, width: int) -> keras.Model:
+    def build(self, width: int, dtype: str = "float64", exact: bool = True) -> keras.Model:
         """Return the model with random weights, the same in every call."""
         keras.utils.set_random_seed(0)  # seeds of layers, which are drawn without one otherwise
-        with building("float64"):
+        with building(dtype, exact):
             inputs = self._input()
             x = inputs
             if self.before is layers.Embedding:

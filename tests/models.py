@@ -65,9 +65,12 @@ def randomize(model: keras.Model, seed: int = 0) -> keras.Model:
 
 
 @contextmanager
-def building(dtype: str) -> Iterator[None]:
-    """Make ``dtype`` the default policy, and number automatic names from 0, for the layers built inside."""
-    if dtype == "float64":
+def building(dtype: str, exact: bool = True) -> Iterator[None]:
+    """Make ``dtype`` the default policy, and number automatic names from 0, for the layers built inside.
+
+    Unless ``exact``, float64 is what it is to users of Keras: rounded to float32 in the middle.
+    """
+    if dtype == "float64" and exact:
         _compute_in_float64()
     policy = keras.config.dtype_policy()
     names = global_state.get_global_attribute("object_name_uids")

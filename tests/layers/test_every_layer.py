@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import pytest
 
-from tests.layer_parity import compare_sample, compute, differences
+from tests.layer_parity import OF_USERS, compare_sample, compute, differences
 from tests.layer_zoo import CASES, WIDTHS, WITHOUT_WEIGHTS, layers_with_weights, missing_cases, weights
 from tests.workers import Pools
 
@@ -58,6 +58,18 @@ def test_sharded_layer(pools: Pools, layer: str, width: int) -> None:
         assert [str(outcome) for outcome in outcomes if not outcome.passed] == []
         refused = {outcome.case for outcome in outcomes if outcome.verdict == "refused"}
         assert refused == {name for name in names if CASES[name].refusal}
+
+
+# Batch normalization casts what it assigns, in some dtypes: see Keras's own code.
+@pytest.mark.parametrize(
+    "layer", ["BatchNormalization", *(pytest.param(each, marks=pytest.mark.slow) for each in LAYERS)]
+)
+def test_sharded_layer_in_the_dtypes_of_users(pools: Pools, layer: str) -> None:
+    """The same in every dtype, up to the rounding of each."""
+    names = [name for name, case in CASES.items() if case.layer == layer]
+    for dtype in OF_USERS:
+        for outcomes in pools(2).run(compare_sample, names, WIDTHS[0], dtype):
+            assert [f"{dtype}: {outcome}" for outcome in outcomes if not outcome.passed] == []
 
 
 DIFFERENCES = {

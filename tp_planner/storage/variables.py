@@ -177,8 +177,10 @@ class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
             return super().assign(value)
         if isinstance(value, BackendVariable):
             value = value.value
-        if not isinstance(value, DTensor):
-            value = value if isinstance(value, torch.Tensor) else np.asarray(value)
+        if isinstance(value, torch.Tensor) and not isinstance(value, DTensor):
+            value = self._convert_to_tensor(value, dtype=self._dtype)  # as of any variable: an op of its own
+        elif not isinstance(value, DTensor):
+            value = np.asarray(value)
         self._assign_checked(value)
         return value
 
