@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 import torch
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm, parameters_to_vector, vector_to_parameters
+from torch.nn.utils import clip_grad_norm_
 
 import tp_planner
 from tests.models import building, randomize
@@ -81,13 +81,13 @@ def norms_and_clipping(model: keras.Model) -> Arrays:
     for order in NORMS:
         parameters = with_gradients(model)
         gradients = [each.grad for each in parameters]
-        found[f"norm {order}"] = whole(get_total_norm(gradients, order))
-        found[f"first norm {order}"] = whole(get_total_norm(gradients[0], order))
+        found[f"norm {order}"] = whole(torch.nn.utils.get_total_norm(gradients, order))
+        found[f"first norm {order}"] = whole(torch.nn.utils.get_total_norm(gradients[0], order))
     for foreach in (None, True, False):
         parameters = with_gradients(model)
         found[f"norm before {foreach}"] = whole(clip_grad_norm_(parameters, 0.1, foreach=foreach))
         found |= {f"clipped {foreach} {number}": whole(each.grad) for number, each in enumerate(parameters)}
-        clip_grad_value_(parameters, 0.01, foreach=foreach)
+        torch.nn.utils.clip_grad_value_(parameters, 0.01, foreach=foreach)
         found |= {f"clamped {foreach} {number}": whole(each.grad) for number, each in enumerate(parameters)}
     return found
 
@@ -155,8 +155,8 @@ CHANGES: dict[str, Callable[[keras.Model], object]] = {
     "quantize a model": lambda model: model.quantize("int8"),
     "build": lambda model: model.get_layer("pair_up").build((None, 8)),
     "add_weight": lambda model: model.get_layer("pair_up").add_weight((3,), name="more"),
-    "one vector": lambda model: parameters_to_vector(model.parameters()),
-    "from one vector": lambda model: vector_to_parameters(torch.zeros(200), model.parameters()),
+    "one vector": lambda model: torch.nn.utils.parameters_to_vector(model.parameters()),
+    "from one vector": lambda model: torch.nn.utils.vector_to_parameters(torch.zeros(200), model.parameters()),
 }
 
 
@@ -198,7 +198,7 @@ def _refusal(what: str, change: str) -> str:
 
 def test_changes_are_refused(pools: Pools) -> None:
     vector = (
-        "a parameter of shape (8, 14) is stored in shards; one vector of all parameters would be the whole model on "
+        "a parameter of shape (14, 4) is stored in shards; one vector of all parameters would be the whole model on "
         "every rank, and is not made by torch's parameters_to_vector nor read by vector_to_parameters; call "
         "tp_planner.restore(model) first on all ranks"
     )

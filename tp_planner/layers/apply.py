@@ -166,7 +166,8 @@ def apply_layers(
         hooked = layers if any(each.functions for each in plan.layers) else {next(iter(layers))}
         for name, layer in layers.items():
             modes = by_layer.get(name, {})
-            calls = LayerCalls(modes, placer.readers(layer, modes), axes.model, id(model))
+            readers, in_shards = placer.readers(layer, modes), placer.in_shards(layer)
+            calls = LayerCalls(modes, readers, axes.model, id(model), in_shards)
             style = STYLES[next(iter(modes.values())).style if modes else "replicated"]
             changed = None if calls.change_nothing and name not in hooked else calls
             parallelize_module(layer, axes.model.mesh, style(changed, placer.place, applied.undo))
@@ -268,6 +269,10 @@ class _Placer:
     def _is_parallel(self, key: str) -> bool:
         """Whether a variable is cut, or changes where it is used."""
         return self.plans[key].is_sharded or key in self.converted
+
+    def in_shards(self, layer: keras.Layer) -> set[int]:
+        """Return the layer's own variables, by ``id``, that are stored in shards over either axis."""
+        return {id(each) for each in own_variables(layer) if self.plans[self.keys[id(each)]].is_sharded}
 
     def layers_with_parts(self) -> list[keras.Layer]:
         """Return the layers that read variables which replicas store in parts."""

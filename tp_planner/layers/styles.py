@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,12 +102,19 @@ class LayerCalls:
         readers: by mode, the reader of each parallel variable (by ``id``) that the layer uses.
         axis: the model axis.
         model: identifies the parallelized model, for its open scopes.
+        in_shards: its own variables (by ``id``) that are stored in shards.
     """
 
     def __init__(
-        self, plans: Mapping[str, LayerPlan], readers: Mapping[str, dict[int, Reader]], axis: Axis, model: int
+        self,
+        plans: Mapping[str, LayerPlan],
+        readers: Mapping[str, dict[int, Reader]],
+        axis: Axis,
+        model: int,
+        in_shards: Set[int],
     ) -> None:
         self.plans, self.readers, self.axis, self.model = plans, readers, axis, model
+        self.in_shards = in_shards
         self.modal = set(plans) != {""}
         self.planned = {mode: _PlannedCall.of(plan) for mode, plan in plans.items()}
         self.where_stream_is_whole = {
@@ -116,12 +123,13 @@ class LayerCalls:
             else _PlannedCall.of(planned.plan.where_stream_is_whole)
             for mode, planned in self.planned.items()
         }
-        self.warned: set[str] = set()  # of calls outside of these scopes
+        self.warned: set[str] = set()  # of calls outside of these scopes, or of any plan
 
     @property
     def change_nothing(self) -> bool:
         """Whether the layer's calls are what they would be without the plan."""
-        return not any(map(_changes_calls, self.plans.values())) and not any(self.readers.values())
+        changes = any(map(_changes_calls, self.plans.values())) or any(self.readers.values())
+        return not (changes or (self.in_shards and not self.plans))
 
     def hook(self, layer: keras.Layer, undo: list[Undo]) -> None:
         """Hook the layer; ``undo`` takes what removes the hooks again."""
@@ -143,7 +151,9 @@ class LayerCalls:
             return None
         planned = self._planned(layer, args, kwargs)
         if planned is None:
-            if running.watching:  # what it does is not done by the code around it
+            if self.in_shards:
+                self._begin_unplanned(layer)
+            elif running.watching:  # what it does is not done by the code around it
                 running.frames.append(Frame(self, {}))
             return None
         plan = planned.plan
@@ -196,6 +206,17 @@ class LayerCalls:
                 plan.scope,
             )
         running.frames.append(Frame(self, dict.fromkeys(self.readers[plan.mode], _read_whole), alone=True))
+
+    def _begin_unplanned(self, layer: keras.Layer) -> None:
+        """Let a call run on whole tensors that no plan has: one from outside of the model's own, as in its loss."""
+        if "" not in self.warned:
+            self.warned.add("")
+            logger.warning(
+                "[ModelParallel] layer %r is called in a way in which the planned model does not call it: its weights "
+                "are put together for each such call, which no plan has",
+                layer.name,
+            )
+        running.frames.append(Frame(self, dict.fromkeys(self.in_shards, _read_whole), alone=True))
 
     def _finish(self, layer: keras.Layer, planned: _PlannedCall, frame: Frame, output: Any) -> Any:
         plan = planned.plan

@@ -20,6 +20,7 @@ from tp_planner.regions.summands import site_of
 from tp_planner.replay.replay import REPLAYED, replaying
 from tp_planner.storage.log import logger
 from tp_planner.training.averaging import Averaging, Bucket
+from tp_planner.training.changing import refuse_changes
 from tp_planner.training.draws import OwnDraws, own_seeds
 from tp_planner.training.entries import PHASES, entering
 from tp_planner.training.exporting import refuse_export
@@ -31,6 +32,7 @@ from tp_planner.training.optimizer import (
     release_optimizers_of,
 )
 from tp_planner.training.same_data import SameData, has_to_be_fed_alike
+from tp_planner.training.torch_helpers import help_with_parameters_of
 from tp_planner.training.torch_optimizers import follow_parameters
 from tp_planner.training.totals import results_of_all
 from tp_planner.training.writing import write_together
@@ -52,6 +54,7 @@ def take_over(model: keras.Model, applied: Applied) -> None:
     _forget_compiled_functions(model)
     applied.undo += write_together(model)
     applied.undo += refuse_export(model)
+    applied.undo += refuse_changes(model)
     for name in PHASES:
         _override(model, name, entering(model, name, applied), applied)
     _override(model, "compile", _compiling(model, applied), applied)
@@ -68,6 +71,7 @@ def take_over(model: keras.Model, applied: Applied) -> None:
         _compare_what_it_is_fed(model, applied)
     adopt_at_first_use()
     follow_parameters()
+    help_with_parameters_of(applied.axes)
     if getattr(model, "optimizer", None) is not None:
         adopt_optimizer(model.optimizer, applied.axes)
 

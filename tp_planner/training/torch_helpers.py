@@ -7,6 +7,7 @@ vector of all parameters would be the whole model on every rank, so that is refu
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,29 +105,50 @@ def _on_what_is_stored(plain: Callable[..., None]) -> Callable[..., None]:
     return change
 
 
-def _one_vector(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Return torch's check of each parameter that is to lie in one vector, which refuses those in shards."""
+def _in_one_vector(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a helper that takes parameters, which refuses those in shards before it changes any."""
+    signature = inspect.signature(plain)
+
+    @functools.wraps(plain)
+    def convert(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        call.arguments["parameters"] = parameters = list(call.arguments["parameters"])
+        for each in parameters:
+            _refuse_vector(each)
+        return plain(*call.args, **call.kwargs)
+
+    return convert
+
+
+def _checked_for_vector(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return torch's check of each parameter, for those who have imported the helpers before."""
 
     @functools.wraps(plain)
     def check_param_device(param: Any, *args: Any) -> Any:
-        if _is_ours(current(param)):
-            raise PlanError(
-                f"a parameter of shape {tuple(param.shape)} is stored in shards; one vector of all parameters would be "
-                f"the whole model on every rank, and is not made by torch's parameters_to_vector nor read by "
-                f"vector_to_parameters; call tp_planner.restore(model) first on all ranks"
-            )
+        _refuse_vector(param)
         return plain(param, *args)
 
     return check_param_device
 
 
+def _refuse_vector(parameter: Any) -> None:
+    if _is_ours(current(parameter)):
+        raise PlanError(
+            f"a parameter of shape {tuple(parameter.shape)} is stored in shards; one vector of all parameters would be "
+            f"the whole model on every rank, and is not made by torch's parameters_to_vector nor read by "
+            f"vector_to_parameters; call tp_planner.restore(model) first on all ranks"
+        )
+
+
 # torch's package has two of them under other names.
-HELPERS = (
+HELPERS: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
     (clip_grad, "_get_total_norm", _total_norm),
     (torch.nn.utils, "get_total_norm", _total_norm),
     (clip_grad, "_clip_grads_with_norm_", _on_what_is_stored),
     (torch.nn.utils, "clip_grads_with_norm_", _on_what_is_stored),
     (clip_grad, "clip_grad_value_", _on_what_is_stored),
     (torch.nn.utils, "clip_grad_value_", _on_what_is_stored),
-    (convert_parameters, "_check_param_device", _one_vector),
+    (convert_parameters, "_check_param_device", _checked_for_vector),
+    *((module, "parameters_to_vector", _in_one_vector) for module in (convert_parameters, torch.nn.utils)),
+    *((module, "vector_to_parameters", _in_one_vector) for module in (convert_parameters, torch.nn.utils)),
 )

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tp_planner.storage.forwarding import current
+from tp_planner.storage.log import logger
 from tp_planner.storage.variables import local_tensor
 
 # Those that have updated sharded parameters; in the order of their first such step, which is that of all ranks.
@@ -38,6 +39,16 @@ def _look_at_parameters(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
             if isinstance(parameter, DTensor):
                 _known[optimizer] = None
                 _cut_as(parameter, optimizer.state.get(parameter, {}))
+        _update_one_by_one(group)
+
+
+def _update_one_by_one(group: dict[str, Any]) -> None:
+    """Let parameters of different kinds be updated one after the other: torch's ops on lists take one kind only."""
+    meshes = {parameter.device_mesh if isinstance(parameter, DTensor) else None for parameter in group["params"]}
+    for name in ("foreach", "fused"):
+        if len(meshes) > 1 and group.get(name):
+            logger.warning("[ModelParallel] a torch optimizer cannot be %s for sharded and other parameters", name)
+            group[name] = False
 
 
 def _cut_as(parameter: DTensor, state: dict[str, Any]) -> None:

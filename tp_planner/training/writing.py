@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import keras
 import torch.distributed as dist
 from keras.src.legacy.saving import legacy_h5_format
@@ -130,8 +129,8 @@ def _clear(index: Path, shards: set[str]) -> None:
     """
     for shard in shards:
         if shard.endswith("_00000.weights.h5") and shard.startswith(index.name.removesuffix(".weights.json")):
-            with written_aside(index.with_name(shard)) as aside, h5py.File(aside, "w"):
-                pass
+            with written_aside(index.with_name(shard)) as aside:
+                saving_lib.H5IOStore(str(aside), mode="w").close()
         else:
             index.with_name(shard).unlink(missing_ok=True)
 
