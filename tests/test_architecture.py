@@ -40,6 +40,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "explain": ({"ir", "passes", "frontend", "planner"}, {"keras"}),
     "linter": ({"ir", "passes", "frontend", "planner"}, {"keras"}),
     "sweep": ({"ir", "passes", "frontend", "planner"}, {"keras"}),
+    "search": (
+        {"dryrun", "frontend", "ir", "job", "passes", "planner", "progress", "readable_plan", "search"},
+        {"keras", "numpy", "scipy"},
+    ),
     "agreement": ({"frontend", "ir", "job", "readable_plan"}, {"keras"}),
     "api": (
         {
@@ -63,7 +67,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "files": (set(), set()),
     "patches": (set(), set()),
     "progress": (set(), set()),
-    "__init__": ({"api", "checkpoints", "ir", "keras_distribution", "linter", "readable_plan", "training"}, set()),
+    "__init__": (
+        {"api", "checkpoints", "ir", "keras_distribution", "linter", "readable_plan", "search", "training"},
+        set(),
+    ),
     "cli": (
         {
             "__init__",
@@ -78,7 +85,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "planner",
             "progress",
         }
-        | {"readable_plan", "report", "sweep"},
+        | {"readable_plan", "report", "search", "sweep"},
         {"keras", "rich", "torch", "typer"},
     ),
     "gpt": (set(), {"keras"}),

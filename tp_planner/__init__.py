@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from tp_planner.keras_distribution.install import disable_keras_distribution, enable_keras_distribution
     from tp_planner.linter import lint
     from tp_planner.readable_plan import Plan
+    from tp_planner.search.door import find_layout
+    from tp_planner.search.found import Found
     from tp_planner.training.verify import Verification, verify_model_parallel
 
 __version__ = "0.1.0"
@@ -25,6 +27,7 @@ __all__ = [
     "Checkpoint",
     "ContractError",
     "Finding",
+    "Found",
     "ParallelRuntimeError",
     "Plan",
     "PlanError",
@@ -35,6 +38,7 @@ __all__ = [
     "deferred_init",
     "disable_keras_distribution",
     "enable_keras_distribution",
+    "find_layout",
     "lint",
     "load_checkpoint",
     "parallelize",
@@ -49,6 +53,7 @@ _HOMES = {
     "Checkpoint": "tp_planner.checkpoints.callback",
     "ContractError": "tp_planner.ir.errors",
     "Finding": "tp_planner.ir.finding",
+    "Found": "tp_planner.search.found",
     "ParallelRuntimeError": "tp_planner.ir.errors",
     "Plan": "tp_planner.readable_plan",
     "PlanError": "tp_planner.ir.errors",
@@ -59,6 +64,7 @@ _HOMES = {
     "deferred_init": "tp_planner.checkpoints.initial",
     "disable_keras_distribution": "tp_planner.keras_distribution.install",
     "enable_keras_distribution": "tp_planner.keras_distribution.install",
+    "find_layout": "tp_planner.search.door",
     "lint": "tp_planner.linter",
     "load_checkpoint": "tp_planner.checkpoints.saving",
     "parallelize": "tp_planner.api",

@@ -16,6 +16,7 @@ from tp_planner.checkpoints.initial import initial_values
 from tp_planner.checkpoints.values import lacks_values, values_from
 from tp_planner.frontend.fingerprint import fingerprint
 from tp_planner.frontend.layout_map import read_layout_map
+from tp_planner.frontend.optimizer import read_optimizer
 from tp_planner.frontend.trace import require_built
 from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.errors import PlanError
@@ -189,23 +190,6 @@ def restore(model: keras.Model) -> keras.Model:
     gather_states(placed.variable for placed in applied.placed.values())
     applied.revert(model, gathered_value)
     return model
-
-
-def read_optimizer(
-    optimizer: str | keras.optimizers.Optimizer | None, model: keras.Model
-) -> keras.optimizers.Optimizer | None:
-    """Return the optimizer that a user names; by default the model's own, if it is compiled.
-
-    Raises PlanError for what is no optimizer of Keras.
-    """
-    if optimizer is None:
-        return getattr(model, "optimizer", None)
-    try:
-        return keras.optimizers.get(optimizer)
-    except ValueError:
-        raise PlanError(
-            f"optimizer {optimizer!r} is unknown; give a Keras optimizer or the name of one, such as 'adamw'"
-        ) from None
 
 
 def _require_plain(model: keras.Model) -> None:

@@ -7,6 +7,7 @@ from tp_planner.cli import checkpoint as _checkpoint
 from tp_planner.cli import convert as _convert
 from tp_planner.cli import diff as _diff
 from tp_planner.cli import explain as _explain
+from tp_planner.cli import layout as _layout
 from tp_planner.cli import lint as _lint
 from tp_planner.cli import plan as _plan
 from tp_planner.cli import run as _run
@@ -21,6 +22,7 @@ _COMMANDS = (
     _explain,
     _diff,
     _sweep,
+    _layout,
     _lint,
     _run,
     _checkpoint,

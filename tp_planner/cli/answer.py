@@ -41,14 +41,20 @@ def working() -> Iterator[None]:
 
 def show(value: Any, sections: Sequence[Section], as_json: bool) -> None:
     """Write the value as JSON, or its report: in colour where stdout is a terminal."""
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(value), indent=1, sort_keys=True))
+    else:
+        show_sections(sections)
+
+
+def show_sections(sections: Sequence[Section]) -> None:
+    """Write a report: in colour where stdout is a terminal."""
     from rich.console import Console
 
     from tp_planner.report.sections import sections_to_renderable, sections_to_text
 
     console = Console()
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(value), indent=1, sort_keys=True))
-    elif console.is_terminal:
+    if console.is_terminal:
         console.print(sections_to_renderable(sections))
     else:
         typer.echo(sections_to_text(sections), nl=False)

@@ -133,7 +133,7 @@ class StepMeter(CollectiveRecorder):
                     self.stands_for[number] = max(weight, times)
                 moved += leaf.numel() * leaf.element_size() * weight
         if self._counting:
-            flops = _flops(func, args, kwargs, result)
+            flops = flops_of(func, args, kwargs, result)
             dtype = str(inputs[0].dtype).removeprefix("torch.") if flops else ""
             self.log.events.append(Kernel(self.phase, dtype, flops, moved, times))
 
@@ -142,7 +142,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf.elem if isinstance(leaf, AsyncCollectiveTensor) else leaf for leaf in tensors_in(tree)]
 
 
-def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+def flops_of(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     """Return the multiplications and additions of a matrix product, an attention or a convolution; 0 for the rest."""
     packet = func.overloadpacket
     if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:

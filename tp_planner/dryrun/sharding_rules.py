@@ -58,7 +58,7 @@ class DTensorRules:
         placements = tuple(inputs[tensor] for tensor in op.inputs)
         if len(inputs) > 1 and Partial() in placements and op.name not in SUM_RULES:
             return Refused("would combine a sum over the shards with something else")
-        key = (self._question(op, tensors), placements)
+        key = (self.question(op, tensors), placements)
         if key not in self._answers:
             own = SUM_RULES[op.name] if Partial() in placements and len(inputs) > 1 else OWN_RULES.get(op.name)
             if own is not None:
@@ -67,7 +67,7 @@ class DTensorRules:
                 self._answers[key] = self._ask(op, tensors, inputs)
         return self._answers[key]
 
-    def _question(self, op: Op, tensors: Mapping[int, TensorInfo]) -> int:
+    def question(self, op: Op, tensors: Mapping[int, TensorInfo]) -> int:
         """Return a number that is the same for equal ops on tensors of equal shapes; equal blocks share arguments."""
         known = self._numbers.get(id(op.arguments))
         if known is None:
@@ -80,7 +80,7 @@ class DTensorRules:
         return known
 
     def _ask(self, op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement]) -> Followed | Refused:
-        function = _resolve(op.name)
+        function = resolve_op(op.name)
         given: dict[int, torch.Tensor] = {}
         with self._fake, quiet_torch():
 
@@ -137,7 +137,8 @@ class _LocalCalls(WatchingMode):
         return func(*args, **kwargs)
 
 
-def _resolve(name: str) -> Any:
+def resolve_op(name: str) -> Any:
+    """Return torch's op of this name."""
     namespace, packet, overload = name.split(".")
     return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
 
@@ -169,13 +170,13 @@ def _from_torch_placement(placement: Any) -> Placement | None:
 
 def _fake_dtensor(info: TensorInfo, placement: Placement, mesh: DeviceMesh) -> DTensor:
     shape = local_shape(info.shape, placement, mesh.size())
-    local = torch.empty_strided(shape, _local_stride(info, shape), dtype=getattr(torch, info.dtype), device="cpu")
+    local = torch.empty_strided(shape, local_stride(info, shape), dtype=getattr(torch, info.dtype), device="cpu")
     return DTensor.from_local(
         local, mesh, [to_torch_placement(placement)], run_check=False, shape=torch.Size(info.shape), stride=info.stride
     )
 
 
-def _local_stride(info: TensorInfo, shape: tuple[int, ...]) -> tuple[int, ...]:
+def local_stride(info: TensorInfo, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the strides of a shard laid out in the same order of dims; dims of stride 0 keep it."""
     strides, step = [0] * len(shape), 1
     for dim in sorted(range(len(shape)), key=lambda d: (info.stride[d], -d)):

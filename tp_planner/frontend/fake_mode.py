@@ -13,6 +13,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tp_planner.frontend.dispatch import tensors_in, with_tensors_replaced
 
+# Updates of whole lists in place. Torch has no rule for fake ones, and would run them on real tensors of these sizes.
+_UPDATES = {
+    getattr(getattr(torch.ops.aten, name), overload)
+    for name in ("_fused_adam_", "_fused_sgd_")
+    for overload in ("default", "tensor_lr")
+}
 CONSTANT_SIZE = 64  # how many whole numbers are few
 
 
@@ -33,6 +39,8 @@ class FakeCpuMode(FakeTensorMode):
             view = self._view(func, args)
             if view is not None:
                 return view
+        if func in _UPDATES:
+            return None
         if any(map(_is_real, args)):
             if self.allow_non_fake_inputs and self._is_of_constants(func, tuple(tensors_in((args, kwargs)))):
                 return self._compute(func, args, kwargs or {})

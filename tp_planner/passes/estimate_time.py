@@ -63,12 +63,13 @@ def _assumptions_of(plan: Plan, hardware: Hardware) -> tuple[str, ...]:
 
 
 def _phase_time(phase: Phase, plan: Plan, hardware: Hardware) -> PhaseTime:
-    compute = [_compute_time(work, hardware) for work in plan.step.work if work.phase == phase]
-    communication = [_collective_time(each, hardware) for each in plan.collectives if each.phase == phase]
+    compute = [compute_time(work, hardware) for work in plan.step.work if work.phase == phase]
+    communication = [collective_time(each, hardware) for each in plan.collectives if each.phase == phase]
     return PhaseTime(phase, sum(compute, _NO_TIME), sum(communication, _NO_TIME))
 
 
-def _compute_time(work: Work, hardware: Hardware) -> TimeRange:
+def compute_time(work: Work, hardware: Hardware) -> TimeRange:
+    """Return the time of what is computed in one phase."""
     rates = dict(hardware.matmul_rate)
     efficiency, traffic, launch = hardware.matmul_efficiency, hardware.memory_efficiency, hardware.launch_overhead
     matmul = sum(flops / rates[dtype].value for dtype, flops in work.matmul_flops)
@@ -79,7 +80,8 @@ def _compute_time(work: Work, hardware: Hardware) -> TimeRange:
     )
 
 
-def _collective_time(collective: Collective, hardware: Hardware) -> TimeRange:
+def collective_time(collective: Collective, hardware: Hardware) -> TimeRange:
+    """Return the time of one collective."""
     if collective.group_size == 1:
         return _NO_TIME
     latency, step, link = hardware.collective_latency, hardware.ring_step_latency, hardware.link_efficiency

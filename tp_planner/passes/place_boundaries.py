@@ -87,16 +87,17 @@ def place_boundaries(
 
 
 def must_walk_all_blocks(conflicts: Sequence[Conflict], graphs: Sequence[ModelGraph], walks: Sequence[Walk]) -> bool:
-    """Whether a conflict ends sharding in one of several equal blocks, or for one of them, and not for the others.
+    """Whether a conflict ends sharding in one of several equal blocks and not in the others.
 
-    Where it lies with all its origins inside of one block, or outside of all, it is the same for equal blocks.
+    Where its origins lie in the block that it is in, it is the same for equal blocks. Where they lie outside of all
+    blocks, sharding ends there, whichever block it was that met it.
     """
     if not any(walk.regions_cross_blocks for walk in walks):
         return False
     repeats = [repeat for graph in graphs for repeat in graph.repeats.values()]
     blocks = {frozenset(names) for repeat in repeats for names in zip(*repeat.layers, strict=True)}
     return any(
-        (conflict.layer in block) != (key[0] in block)
+        key[0] in block and conflict.layer not in block
         for conflict in conflicts
         for _, key in conflict.origins
         for block in blocks

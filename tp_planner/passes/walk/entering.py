@@ -16,9 +16,12 @@ from tp_planner.passes.walk.known import SAME_VALUES, Known
 from tp_planner.passes.walk.notes import Meeting, Notes
 
 
-def enter_tensors_read_with_shards(known: Known, notes: Notes) -> None:
-    """Place the boundaries of all that sharded ops read, and of variables that only other ops read."""
-    sources = _Sources(known.graph)
+def enter_tensors_read_with_shards(known: Known, notes: Notes, sources: Sources | None = None) -> None:
+    """Place the boundaries of all that sharded ops read, and of variables that only other ops read.
+
+    ``sources`` are those of the graph, for whoever asks about it more than once.
+    """
+    sources = Sources(known.graph) if sources is None else sources
     _use_what_is_handed_on(known, notes)
     for (call, tensor), meeting in notes.meetings.items():
         info = known.graph.tensors[tensor]
@@ -58,16 +61,15 @@ def _use_with_shards(call: int, tensor: int, variable: str, origins: Origins, kn
 
 def _use_shards(known: Known, notes: Notes) -> None:
     """Write down the variables that ops read as shards."""
-    for op in known.graph.ops:
-        if op.id in notes.followed:
-            for tensor in op.inputs:
-                variable = known.graph.tensors[tensor].variable
-                if variable is not None and (placement := known.placement(tensor, op.call)) != WHOLE:
-                    notes.reads[known.read_of(op.call, variable)] = placement
-                    notes.use(op.call, variable, placement, placement)
+    for op in map(known.graph.ops.__getitem__, sorted(notes.followed)):
+        for tensor in op.inputs:
+            variable = known.graph.tensors[tensor].variable
+            if variable is not None and (placement := known.placement(tensor, op.call)) != WHOLE:
+                notes.reads[known.read_of(op.call, variable)] = placement
+                notes.use(op.call, variable, placement, placement)
 
 
-def _enter(call: int, tensor: int, meeting: Meeting, sources: _Sources, known: Known, notes: Notes) -> None:
+def _enter(call: int, tensor: int, meeting: Meeting, sources: Sources, known: Known, notes: Notes) -> None:
     """Let a whole tensor enter at the arguments of the call that reads it with shards, if it can."""
     info, source = known.graph.tensors[tensor], sources.made_from(call, tensor)
     positions = [] if call in known.parents else _positions_among_arguments(known.graph, call, source)
@@ -107,7 +109,7 @@ def _enter_functions(tensor: int, meeting: Meeting, known: Known, notes: Notes) 
                 notes.cross_into(function, position, tensor, entering(outside, summand))
 
 
-class _Sources:
+class Sources:
     """What tensors are made from."""
 
     def __init__(self, graph: ModelGraph) -> None:

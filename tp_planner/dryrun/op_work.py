@@ -1,0 +1,148 @@
+"""The work of one op on shards, forward and backward, measured on fake tensors of a rank's sizes.
+
+What a layout would have a rank compute can so be added up op by op, before there is a plan to simulate.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from tp_planner.dryrun.metering import flops_of
+from tp_planner.dryrun.sharding_rules import DTensorRules, local_stride, resolve_op
+from tp_planner.frontend.dispatch import WatchingMode, tensors_in
+from tp_planner.frontend.fake_mode import FakeCpuMode
+from tp_planner.frontend.quiet import quiet_torch
+from tp_planner.ir.graph import Op, TensorInfo, TensorRef
+from tp_planner.ir.placement import Placement, local_shape
+
+# Views whose gradients are views.
+_VIEWS = {f"aten.{name}.default" for name in ("view", "_unsafe_view", "t", "permute", "unsqueeze", "alias", "detach")}
+_VIEWS |= {"aten.transpose.int", "aten.squeeze.dim", "aten.squeeze.dims"}
+
+
+@dataclass(frozen=True, slots=True)
+class OpWork:
+    """What one rank computes: FLOPs of matrix products by dtype, bytes read and written, kernels; see ``Work``."""
+
+    matmul_flops: tuple[tuple[str, int], ...] = ()
+    memory_bytes: int = 0
+    ops: int = 0
+
+    def __add__(self, other: OpWork) -> OpWork:
+        flops = Counter(dict(self.matmul_flops)) + Counter(dict(other.matmul_flops))
+        return OpWork(tuple(sorted(flops.items())), self.memory_bytes + other.memory_bytes, self.ops + other.ops)
+
+
+NO_WORK = OpWork()
+
+
+class OpMeter:
+    """Measures each distinct op once for each placement of its inputs.
+
+    Args:
+        rules: those that tell distinct ops apart.
+        parts: size of the model axis.
+    """
+
+    def __init__(self, rules: DTensorRules, parts: int) -> None:
+        self._rules, self._parts, self._fake = rules, parts, FakeCpuMode()
+        self._known: dict[Any, OpWork] = {}
+
+    def work(
+        self,
+        op: Op,
+        tensors: Mapping[int, TensorInfo],
+        placements: Sequence[Placement],
+        arguments: Sequence[Any] | None = None,
+    ) -> OpWork:
+        """Return what ``op`` computes of inputs placed so.
+
+        Args:
+            op: an op that was traced.
+            tensors: those of the graph.
+            placements: one for each of the op's inputs.
+            arguments: its arguments that are no tensors, as they are on shards; those that were traced by default.
+        """
+        if op.name in _VIEWS:
+            return NO_WORK
+        trained = tuple(tensors[tensor].has_gradient for tensor in op.inputs)
+        key = self._rules.question(op, tensors), tuple(placements), trained
+        if key not in self._known:
+            self._known[key] = self._measure(op, tensors, placements, trained, arguments)
+        return self._known[key]
+
+    def _measure(
+        self,
+        op: Op,
+        tensors: Mapping[int, TensorInfo],
+        placements: Sequence[Placement],
+        trained: Sequence[bool],
+        arguments: Sequence[Any] | None,
+    ) -> OpWork:
+        meter = _Meter()
+        with self._fake, quiet_torch(), torch.enable_grad():
+            given = [
+                self._shard(tensors[tensor], placement, gradient)
+                for tensor, placement, gradient in zip(op.inputs, placements, trained, strict=True)
+            ]
+            try:
+                # What is written into must not be a leaf of autograd.
+                taken = [tensor.clone() for tensor in given] if _is_in_place(op.name) else given
+                args, kwargs = _with_tensors(op.arguments, taken, arguments)
+                with meter:
+                    result = resolve_op(op.name)(*args, **kwargs)
+                made = [each for each in tensors_in(result) if each.requires_grad]
+                wanted = [each for each in given if each.requires_grad]
+                gradients = [torch.empty_like(each) for each in made]
+                if made:
+                    with meter:
+                        torch.autograd.grad(made, wanted, gradients, allow_unused=True)
+            except (RuntimeError, ValueError, TypeError, NotImplementedError):
+                return meter.work  # an op that a shard's sizes do not suit: the walk never runs it so
+        return meter.work
+
+    def _shard(self, info: TensorInfo, placement: Placement, gradient: bool) -> torch.Tensor:
+        shape = local_shape(info.shape, placement, self._parts)
+        strides = local_stride(info, shape)
+        shard = torch.empty_strided(shape, strides, dtype=getattr(torch, info.dtype), device="cpu")
+        return shard.requires_grad_(gradient and shard.is_floating_point())
+
+
+def _is_in_place(name: str) -> bool:
+    return name.split(".")[1].endswith("_")
+
+
+def _with_tensors(arguments: Any, tensors: Sequence[torch.Tensor], others: Sequence[Any] | None) -> tuple[Any, Any]:
+    """Return an op's arguments with tensors for the references to them, and ``others`` for what is none."""
+    leaves, structure = tree_flatten(arguments)
+    constants = [leaf for leaf in leaves if not isinstance(leaf, TensorRef)]
+    rest = iter(others if others is not None and len(others) == len(constants) else constants)
+    filled = [tensors[leaf.position] if isinstance(leaf, TensorRef) else next(rest) for leaf in leaves]
+    args, kwargs = tree_unflatten(filled, structure)
+    return args, kwargs
+
+
+class _Meter(WatchingMode):
+    """Counts the kernels that run, as ``StepMeter`` does: ops that make a storage or write into one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work = NO_WORK
+
+    def watch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        result = func(*args, **kwargs)
+        inputs = list(tensors_in((args, kwargs)))
+        storages = {each.untyped_storage()._cdata for each in inputs}
+        made = [each for each in tensors_in(result) if each.untyped_storage()._cdata not in storages]
+        if made or func._schema.is_mutable:
+            flops = flops_of(func, args, kwargs, result)
+            dtype = str(inputs[0].dtype).removeprefix("torch.") if flops else ""
+            moved = sum(each.numel() * each.element_size() for each in (*inputs, *made))
+            self.work += OpWork(((dtype, flops),) if flops else (), moved, 1)
+        return result

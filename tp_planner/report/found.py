@@ -1,0 +1,45 @@
+"""What a search for a layout found, as sections of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tp_planner.ir.found import CandidateFigures, FoundFigures
+from tp_planner.report.amounts import bytes_text
+from tp_planner.report.sections import Section, Table
+
+
+def found_sections(found: FoundFigures) -> list[Section]:
+    """Return what was found and how good it is, beside the other layouts that were planned."""
+    heads = ("layout", "step", "to the program", "collectives", "sent", "variables", "peak")
+    rows = [_row("found", found.best), _row("nothing sharded", found.whole)]
+    rows += [_row(f"runner-up {number}", each) for number, each in enumerate(found.runners_up, 1)]
+    title = f"a layout for {found.model} on {found.mesh}, for {found.hardware}"
+    table = Table(heads, tuple(rows), frozenset(heads[1:]))
+    return [Section(title, sentences=tuple(_sentences(found)), table=table)]
+
+
+def _sentences(found: FoundFigures) -> Iterator[str]:
+    yield (
+        f"estimated, not measured: a training step takes {_milliseconds(found.best.seconds)} (the high end); no layout "
+        f"that shards whole dims, equal blocks alike, takes less than {_milliseconds(found.bound)}"
+    )
+    yield f"optimality gap {found.gap:.2%}, as the solver proves of the program that was searched"
+    yield f"of the plan's step the program said {found.best.program_seconds / found.best.seconds - 1:+.2%}"
+    yield from found.notes
+
+
+def _row(name: str, each: CandidateFigures) -> tuple[str, ...]:
+    return (
+        name,
+        _milliseconds(each.seconds),
+        f"{each.program_seconds / each.seconds - 1:+.2%}",
+        str(each.figures.collectives),
+        bytes_text(each.figures.wire_bytes),
+        bytes_text(each.figures.parameter_bytes),
+        bytes_text(each.figures.peak_bytes),
+    )
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:#.4g} ms"

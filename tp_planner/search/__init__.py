@@ -1,0 +1,1 @@
+"""The search for a layout; ``door.py`` has what users call."""

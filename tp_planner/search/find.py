@@ -1,0 +1,221 @@
+"""Find a layout: an integer program over all layouts of a space, and a plan of what it chooses.
+
+The space: each variable is replicated, or sharded on a dim that divides by the size of the model axis; variables of
+equal blocks alike. How layers are computed follows, as in every plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import keras
+
+from tp_planner.dryrun.collector import without_collector
+from tp_planner.dryrun.op_work import OpMeter
+from tp_planner.dryrun.sharding_rules import DTensorRules
+from tp_planner.frontend.blocks import find_blocks
+from tp_planner.frontend.kept_tensors import no_fakes_left
+from tp_planner.frontend.layer_tree import naming_once
+from tp_planner.frontend.survey import survey
+from tp_planner.frontend.trace import require_built, trace
+from tp_planner.frontend.training_loss import TrainingLoss
+from tp_planner.ir.errors import PlanError
+from tp_planner.ir.graph import ModelGraph, VariableInfo
+from tp_planner.ir.hardware import Hardware
+from tp_planner.ir.layout import Layout, LayoutRule
+from tp_planner.ir.mesh import Mesh
+from tp_planner.ir.placement import WHOLE, Placement, Shard, divides
+from tp_planner.job.process_group import planning_axes
+from tp_planner.planner import make_plan
+from tp_planner.progress import stage
+from tp_planner.readable_plan import Plan
+from tp_planner.search.formulate import Formulation, Group, Stored
+from tp_planner.search.found import Candidate, Found
+from tp_planner.search.prices import Prices, seconds_of
+from tp_planner.search.rules import axes_of, write_rules
+from tp_planner.search.ways import Walker
+
+MOST_PLANS = 12  # layouts that are planned, at most
+ERROR = 0.02  # by which the program's cost may differ from the plan's
+
+
+def search(
+    model: keras.Model,
+    mesh: Mesh,
+    hardware: Hardware,
+    inputs: Any = None,
+    optimizer: keras.optimizers.Optimizer | None = None,
+    loss: TrainingLoss | None = None,
+    memory: float | None = None,
+) -> Found:
+    """Return the cheapest layout of ``model`` on ``mesh``; the model is as before.
+
+    Args:
+        model: a built, plain model.
+        mesh: the device mesh; variables are sharded over its model axis.
+        hardware: what a step is estimated on.
+        inputs: as for ``make_plan``.
+        optimizer: as for ``make_plan``.
+        loss: as for ``make_plan``.
+        memory: bytes that a rank may hold at its peak.
+
+    Raises:
+        PlanError: if the model cannot be planned, or no layout that was planned fits the memory.
+    """
+    require_built(model)
+    make = _Planner(model, inputs, optimizer, loss, hardware)
+    base = make.whole(mesh)
+    if base.plan.axis_size == 1:
+        return Found(model.name, hardware.name, base, base.cost, base, (), ())
+    formulation = _formulate(model, inputs, Prices(base.plan, hardware))
+    return _Search(make, base, formulation, memory).run()
+
+
+@dataclass(frozen=True)
+class _Planner:
+    model: keras.Model
+    inputs: Any
+    optimizer: keras.optimizers.Optimizer | None
+    loss: TrainingLoss | None
+    hardware: Hardware
+
+    def candidate(self, layout: Layout, program_cost: float | None = None) -> Candidate:
+        """Return a layout with its plan."""
+        plan = make_plan(self.model, layout, self.inputs, self.optimizer, self.loss)
+        cost = seconds_of(plan, self.hardware)
+        return Candidate(layout, plan, cost, cost if program_cost is None else program_cost)
+
+    def whole(self, mesh: Mesh) -> Candidate:
+        """Return the layout in which nothing is sharded: a rule says so of one variable, for files have rules."""
+        variables = survey(self.model)[1].values()
+        largest = max(variables, key=lambda each: len(each.shape))
+        return self.candidate(Layout(mesh, (LayoutRule(largest.path, (None,) * len(largest.shape)),)))
+
+
+def _formulate(model: keras.Model, inputs: Any, prices: Prices) -> Formulation:
+    with naming_once(model), without_collector(), no_fakes_left(model):
+        stage(f"tracing {model.name}")
+        graph = trace(model, inputs, training=True, blocks=find_blocks(model), functions=True)
+        stage(f"asking how {model.name} can be computed")
+        parts = prices.base.axis_size
+        groups = _groups(graph, parts)
+        options = {each.key: group.options for group in groups for each in group.variables}
+        formulation = Formulation(graph, groups, prices)
+        with planning_axes(prices.base.mesh) as axes:
+            rules = DTensorRules(axes.model.mesh)
+            formulation.add_steps(Walker(graph, rules, OpMeter(rules, parts), parts, options))
+    formulation.constant += seconds_of(prices.base, prices.hardware)
+    return formulation
+
+
+def _groups(graph: ModelGraph, parts: int) -> list[Group]:
+    """Return the variables by what has to be stored alike, in order."""
+    standing = {key: key for key in graph.variables}
+
+    def root(key: str) -> str:
+        while standing[key] != key:
+            key = standing[key]
+        return key
+
+    pairs = [pair for repeat in graph.repeats.values() for pair in repeat.variables]
+    first: dict[str, str] = {}
+    pairs += [(first.setdefault(each.path, key), key) for key, each in graph.variables.items()]
+    order = {key: number for number, key in enumerate(graph.variables)}
+    for one, other in pairs:
+        ends = sorted((root(one), root(other)), key=order.__getitem__)
+        standing[ends[1]] = ends[0]
+    read = {tensor.variable for tensor in graph.tensors.values()} | {
+        variable for repeat in graph.repeats.values() for pair in repeat.variables for variable in pair
+    }
+    groups: dict[str, list[VariableInfo]] = {}
+    for key, variable in graph.variables.items():
+        groups.setdefault(root(key), []).append(variable)
+    return [Group(tuple(members), _options(members, parts, read)) for members in groups.values()]
+
+
+def _options(members: Sequence[VariableInfo], parts: int, read: set[str | None]) -> tuple[Placement, ...]:
+    if any(each.kept_whole or each.key not in read for each in members):
+        return (WHOLE,)
+    ndim = min(len(each.shape) for each in members)
+    dims = [dim for dim in range(ndim) if all(divides(each.shape, Shard(dim), parts) for each in members)]
+    return (WHOLE, *(Shard(dim) for dim in dims if all(each.shape[dim] for each in members)))
+
+
+@dataclass
+class _Search:
+    """Solves, plans what it found, and goes on until nothing cheaper can be left."""
+
+    planner: _Planner
+    base: Candidate
+    formulation: Formulation
+    memory: float | None
+
+    def run(self) -> Found:
+        candidates: list[Candidate] = []
+        notes: list[str] = []
+        bound: float | None = None
+        while len(candidates) < MOST_PLANS:
+            stage(f"solving for a layout of {self.base.plan.model}")
+            solution = self.formulation.program.solve()
+            if solution is None:
+                break
+            lowest = solution.bound + self.formulation.constant
+            best = self._cheapest(candidates)
+            if best is not None and lowest >= min(best.cost, best.program_cost) * (1 - 1e-9):
+                break
+            bound = lowest
+            stored = self.formulation.stored(solution)
+            candidate = self._planned(stored, solution.cost + self.formulation.constant)
+            candidates.append(candidate)
+            if self._fits(candidate.plan) and abs(candidate.cost / candidate.program_cost - 1) <= ERROR:
+                break
+            if not self._fits(candidate.plan):
+                self._limit(candidate.plan)
+            self.formulation.forbid(stored)
+        best = self._cheapest(candidates)
+        if best is None or bound is None:
+            raise PlanError(self._too_large(candidates))
+        if abs(best.cost / best.program_cost - 1) > ERROR:
+            notes.append(
+                f"the plan takes {1e3 * best.cost:.4g} ms, the program said {1e3 * best.program_cost:.4g} ms: "
+                f"more than {ERROR:.0%} apart, so that the bound says little"
+            )
+        others = sorted((each for each in candidates if each is not best), key=lambda each: each.cost)
+        name, hardware = self.base.plan.model, self.planner.hardware.name
+        bound = min(bound, best.program_cost)
+        return Found(name, hardware, best, bound, self.base, tuple(others), tuple(notes))
+
+    def _planned(self, stored: Stored, program_cost: float) -> Candidate:
+        variables, mesh, axis = self.formulation.graph.variables, self.base.layout.mesh, self.base.plan.axis
+        placed = {
+            variables[key].path: axes_of(placement, len(variables[key].shape), axis)
+            for key, placement in stored.items()
+            if isinstance(placement, Shard)
+        }
+        if not placed:
+            return replace(self.base, program_cost=program_cost)
+        rules = write_rules(placed, [each.path for each in variables.values()])
+        return self.planner.candidate(Layout(mesh, rules), program_cost)
+
+    def _cheapest(self, candidates: Sequence[Candidate]) -> Candidate | None:
+        return min((each for each in candidates if self._fits(each.plan)), key=lambda each: each.cost, default=None)
+
+    def _fits(self, plan: Plan) -> bool:
+        return self.memory is None or plan.step.memory.peak.total <= self.memory
+
+    def _limit(self, plan: Plan) -> None:
+        """Leave room for what this plan holds besides its variables, their gradients and slots."""
+        assert self.memory is not None
+        use = plan.step.memory.peak
+        self.formulation.limit_memory(self.memory - use.activations - use.temporaries)
+
+    def _too_large(self, candidates: Sequence[Candidate]) -> str:
+        planned = [each.plan for each in (*candidates, self.base)]
+        smallest = min(plan.step.memory.peak.total for plan in planned)
+        return (
+            f"no layout of {self.base.plan.model!r} on a mesh of {self.base.layout.mesh} that was planned fits "
+            f"{self.memory:.4g} bytes; the smallest peak is {smallest:.4g} bytes: give more ranks, more memory or a "
+            f"smaller batch"
+        )

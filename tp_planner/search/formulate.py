@@ -1,0 +1,212 @@
+"""Formulate: the search for a layout as an integer program.
+
+A column of 0 or 1 for each placement of each slot and for each way of each step. Ways agree on the slots between them;
+boundaries that several steps need are paid once. Every plan of a layout in the search space is a solution, so what the
+solver proves of the program's cost holds for all of them, as far as the program's prices are those of the plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tp_planner.ir.graph import ModelGraph, VariableInfo
+from tp_planner.ir.placement import WHOLE, Placement
+from tp_planner.search.prices import Prices
+from tp_planner.search.program import IntegerProgram, Solution
+from tp_planner.search.steps import Again, Step, steps_of
+from tp_planner.search.ways import Crossing, Slot, Walker, Way
+
+Stored = Mapping[str, Placement]  # by variable key
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Variables that are stored alike: those of equal blocks, and those of one path. The first stands for all."""
+
+    variables: tuple[VariableInfo, ...]
+    options: tuple[Placement, ...]
+
+    @property
+    def key(self) -> str:
+        return self.variables[0].key
+
+
+@dataclass
+class Formulation:
+    """The program of one graph, and which columns stand for what."""
+
+    graph: ModelGraph
+    groups: Sequence[Group]
+    prices: Prices
+    program: IntegerProgram = field(default_factory=IntegerProgram)
+    states: dict[Slot, dict[Placement, int]] = field(default_factory=dict)
+    constant: float = 0.0  # what a step costs whatever the layout
+
+    def __post_init__(self) -> None:
+        self._standing = {each.key: group.key for group in self.groups for each in group.variables}
+        for group in self.groups:
+            columns = {}
+            for option in group.options:
+                cost = sum(self.prices.of_storing(each, option) for each in group.variables)
+                columns[option] = self.program.column(cost, integral=True)
+            self.states[Slot("stored", group.key)] = columns
+            self.program.equal(dict.fromkeys(columns.values(), 1.0), 1.0)
+
+    # --- building --------------------------------------------------------------------------------------
+
+    def add_steps(self, walker: Walker) -> None:
+        """Ask for the ways of each step, in order, and add them to the program."""
+        options = {key: walker.options[key] for key in self.graph.variables}
+        steps = steps_of(self.graph, {key: len(each) for key, each in options.items()})
+        tensors: dict[int, tuple[Placement, ...]] = {}
+        found: list[tuple[Step, list[Way]]] = []
+        for step in steps:
+            if isinstance(step, Again):
+                self._tie_block(step, tensors)
+                continue
+            ways = list(walker.ways(step, tensors))
+            found.append((step, ways))
+            for number, tensor in enumerate(step.makes):
+                states = tuple(dict.fromkeys(way.made[number][1] for way in ways))
+                if states != (WHOLE,):
+                    tensors[tensor] = states
+                    self._add_slot(Slot("tensor", tensor), states)
+        self._add_used_slots(found)
+        self._add_ways(found)
+        for tensor in self.graph.outputs:
+            if (columns := self.states.get(Slot("tensor", tensor))) is not None:
+                self._whole(columns)
+
+    def _whole(self, columns: Mapping[Placement, int]) -> None:
+        self.program.equal({column: 1.0 for state, column in columns.items() if state != WHOLE}, 0.0)
+
+    def _add_slot(self, slot: Slot, states: Iterable[Placement]) -> None:
+        self.states[slot] = {state: self.program.column() for state in states}
+        self.program.equal(dict.fromkeys(self.states[slot].values(), 1.0), 1.0)
+
+    def _add_used_slots(self, found: Sequence[tuple[Step, Sequence[Way]]]) -> None:
+        """Add slots for variables that several steps use in one layer's code: they use them alike."""
+        uses: dict[Slot, list[Placement]] = {}
+        steps: dict[Slot, int] = {}
+        for _, ways in found:
+            for slot in {slot for way in ways for slot, _ in way.given if slot.kind == "used"}:
+                steps[slot] = steps.get(slot, 0) + 1
+                uses.setdefault(slot, [])
+                uses[slot] += [state for way in ways for each, state in way.given if each == slot]
+        for slot, states in sorted(uses.items(), key=lambda each: str(each[0])):
+            if steps[slot] > 1:
+                self._add_slot(slot, dict.fromkeys(states))
+
+    def _add_ways(self, found: Sequence[tuple[Step, Sequence[Way]]]) -> None:
+        shared = self._shared_crossings(found)
+        plans: dict[object, list[dict[str, list[int]]]] = {}
+        for step, ways in found:
+            columns = [self._add_way(step, way, shared) for way in ways]
+            self.constant -= self.program.costs[columns[0]]  # the first is the way of whole tensors
+            self.program.equal(dict.fromkeys(columns, 1.0), 1.0)
+            self._bind_slots(ways, columns)
+            self._need_shared(ways, columns, shared)
+            by_plan: dict[str, list[int]] = {}
+            for way, column in zip(ways, columns, strict=True):
+                by_plan.setdefault(way.plan, []).append(column)
+            plans.setdefault(self._planned_as(step), []).append(by_plan)
+        self._tie_calls(plans.values())
+        for group in self.groups:
+            self.constant -= self.program.costs[self.states[Slot("stored", group.key)][WHOLE]]
+
+    def _shared_crossings(self, found: Sequence[tuple[Step, Sequence[Way]]]) -> dict[object, int]:
+        """Return a column for each boundary that several steps can need: it is paid once."""
+        needed: dict[object, tuple[Crossing, set[int]]] = {}
+        for number, (_, ways) in enumerate(found):
+            for crossing in (each for way in ways for each in way.crossings):
+                needed.setdefault(crossing.where, (crossing, set()))[1].add(number)
+        return {
+            where: self.program.column(self.prices.of_crossing(crossing))
+            for where, (crossing, steps) in needed.items()
+            if len(steps) > 1
+        }
+
+    def _add_way(self, step: Step, way: Way, shared: Mapping[object, int]) -> int:
+        own = {each.where: each for each in way.crossings if each.where not in shared}
+        cost = step.times * self.prices.of_work(way.work) + sum(map(self.prices.of_crossing, own.values()))
+        return self.program.column(cost, integral=True)
+
+    def _need_shared(self, ways: Sequence[Way], columns: Sequence[int], shared: Mapping[object, int]) -> None:
+        needing: dict[int, dict[int, float]] = {}
+        for way, column in zip(ways, columns, strict=True):
+            for crossing in way.crossings:
+                if crossing.where in shared:
+                    needing.setdefault(shared[crossing.where], {})[column] = 1.0
+        for crossed, entries in needing.items():
+            self.program.row({**entries, crossed: -1.0}, -1.0, 0.0)
+
+    def _bind_slots(self, ways: Sequence[Way], columns: Sequence[int]) -> None:
+        bound: dict[tuple[Slot, Placement], dict[int, float]] = {}
+        slots: dict[Slot, None] = {}
+        for way, column in zip(ways, columns, strict=True):
+            for slot, state in (*way.given, *way.made):
+                key = Slot("stored", self._standing[str(slot.name)]) if slot.kind == "stored" else slot
+                if key in self.states:
+                    slots[key] = None
+                    bound.setdefault((key, state), {})[column] = 1.0
+        for slot in slots:
+            for state, column in self.states[slot].items():
+                self.program.equal({**bound.get((slot, state), {}), column: -1.0}, 0.0)
+
+    def _planned_as(self, step: Step) -> object:
+        call = self.graph.calls[step.call]
+        if step.layer_call is not None:
+            return call.layer, call.mode
+        piece = step.pieces[0]
+        return call.layer, call.mode, piece.name, getattr(piece, "number", piece)
+
+    def _tie_calls(self, plans: Iterable[Sequence[Mapping[str, Sequence[int]]]]) -> None:
+        """Let a layer that is called several times have one plan."""
+        for calls in plans:
+            first = calls[0]
+            for other in calls[1:]:
+                for plan in sorted(first.keys() | other.keys()):
+                    here = dict.fromkeys(first.get(plan, ()), 1.0)
+                    there = dict.fromkeys(other.get(plan, ()), -1.0)
+                    self.program.equal({**here, **there}, 0.0)
+
+    def _tie_block(self, step: Again, tensors: dict[int, tuple[Placement, ...]]) -> None:
+        """Let a block take what the one that it is like takes, and make what that makes."""
+        for twin, own in step.repeat.inputs:
+            if self.graph.tensors[own].variable is None and twin != own:
+                here = self.states.get(Slot("tensor", twin), {})
+                there = self.states.get(Slot("tensor", own), {})
+                for state in dict.fromkeys((*here, *there)):
+                    if state != WHOLE:
+                        entries = {here[state]: 1.0} if state in here else {}
+                        entries |= {there[state]: -1.0} if state in there else {}
+                        self.program.equal(entries, 0.0)
+        for twin, own in step.repeat.outputs:
+            if (columns := self.states.get(Slot("tensor", twin))) is not None:
+                tensors[own] = tensors[twin]
+                self.states[Slot("tensor", own)] = columns
+
+    # --- asking ----------------------------------------------------------------------------------------
+
+    def limit_memory(self, most: float) -> None:
+        """Let the variables, their gradients and the optimizer's slots take no more than ``most`` bytes."""
+        entries = {}
+        for group in self.groups:
+            for option, column in self.states[Slot("stored", group.key)].items():
+                entries[column] = sum(self.prices.memory_of_storing(each, option) for each in group.variables) / 1e6
+        self.program.row(entries, 0.0, most / 1e6)
+
+    def forbid(self, stored: Stored) -> None:
+        """Let the solution not store all variables so."""
+        columns = [self.states[Slot("stored", group.key)][stored[group.key]] for group in self.groups]
+        self.program.row(dict.fromkeys(columns, 1.0), 0.0, len(columns) - 1.0)
+
+    def stored(self, solution: Solution) -> dict[str, Placement]:
+        """Return how a solution stores each variable."""
+        stored: dict[str, Placement] = dict.fromkeys(self.graph.variables, WHOLE)
+        for group in self.groups:
+            columns = self.states[Slot("stored", group.key)]
+            chosen = next(option for option, column in columns.items() if solution.has(column))
+            stored.update((each.key, chosen) for each in group.variables)
+        return stored

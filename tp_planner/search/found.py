@@ -1,0 +1,122 @@
+"""Found: a layout that a search chose, and how good it is proven to be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from tp_planner.ir.figures import figures_of
+from tp_planner.ir.found import CandidateFigures, FoundFigures
+from tp_planner.ir.layout import AxisSpec, Layout, LayoutRule
+from tp_planner.readable_plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A layout that was planned: what its plan costs, and what the program says that it costs. Seconds of a step."""
+
+    layout: Layout
+    plan: Plan
+    cost: float
+    program_cost: float
+
+    @property
+    def figures(self) -> CandidateFigures:
+        """The candidate in figures."""
+        return CandidateFigures(self.layout.rules, self.cost, self.program_cost, figures_of(self.plan))
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The cheapest layout of a search.
+
+    ``cost`` is what its plan's training step is estimated to take, in seconds (the high end of ``estimate_time``);
+    ``bound`` is what no layout in the search space takes less than, as the solver proves of the program. ``whole``
+    has nothing sharded. ``runners_up`` are the other layouts that were planned, the cheapest first.
+    """
+
+    model: str
+    hardware: str
+    best: Candidate
+    bound: float
+    whole: Candidate
+    runners_up: tuple[Candidate, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def layout(self) -> Layout:
+        return self.best.layout
+
+    @property
+    def plan(self) -> Plan:
+        return self.best.plan
+
+    @property
+    def cost(self) -> float:
+        return self.best.cost
+
+    @property
+    def error(self) -> float:
+        """By which fraction the plan costs more than the program says; less than 0 where it costs less."""
+        return self.best.cost / self.best.program_cost - 1
+
+    @property
+    def gap(self) -> float:
+        """By which fraction a better layout could be cheaper, in the program's prices; 0 where there is none."""
+        return max(0.0, 1 - self.bound / self.best.program_cost)
+
+    @property
+    def figures(self) -> FoundFigures:
+        """All of it in figures."""
+        return FoundFigures(
+            model=self.model,
+            mesh=str(self.layout.mesh),
+            hardware=self.hardware,
+            best=self.best.figures,
+            bound=self.bound,
+            gap=self.gap,
+            whole=self.whole.figures,
+            runners_up=tuple(each.figures for each in self.runners_up),
+            notes=self.notes,
+        )
+
+    @property
+    def toml(self) -> str:
+        """The layout as a file for ``--layout``."""
+        return layout_to_toml(self.layout, self.model, f"Found for {self.model} on a mesh of {self.layout.mesh}.")
+
+    def layout_map(self, devices: Sequence[str] | None = None) -> keras.distribution.LayoutMap:
+        """Return the layout for Keras, on a mesh of these devices; by default of the first CPUs."""
+        mesh = self.layout.mesh
+        names = list(devices) if devices is not None else [f"cpu:{rank}" for rank in range(mesh.size)]
+        shape, axes = tuple(size for _, size in mesh.axes), list(mesh.names)
+        layout_map = keras.distribution.LayoutMap(keras.distribution.DeviceMesh(shape, axes, names))
+        for rule in self.layout.rules:
+            layout_map[rule.pattern] = rule.axes
+        return layout_map
+
+
+def layout_to_toml(layout: Layout, name: str, description: str) -> str:
+    """Return a layout as the text of a layout file."""
+    lines = [f"name = {_quoted(name)}", f"description = {_quoted(description)}"]
+    lines += ["sequence_parallel = true"] if layout.sequence_parallel else []
+    for rule in layout.rules:
+        lines += ["", "[[rules]]", f"pattern = {_quoted(rule.pattern)}", f"axes = [{_entries(rule)}]"]
+    return "\n".join(lines) + "\n"
+
+
+def _entries(rule: LayoutRule) -> str:
+    return ", ".join(map(_entry, rule.axes))
+
+
+def _entry(axis: AxisSpec) -> str:
+    if isinstance(axis, tuple):
+        return f"[{', '.join(map(_quoted, axis))}]"
+    return _quoted(axis or "")
+
+
+def _quoted(text: Any) -> str:
+    return f"'{text}'" if "\\" in text else f'"{text}"'

@@ -1,0 +1,87 @@
+"""Prices: what work, boundaries and stored variables cost, by the same figures as the estimate of a whole plan.
+
+It is the high end of the estimate, for that is a sum over all ops and collectives: nothing overlaps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tp_planner.dryrun.op_work import OpWork
+from tp_planner.ir.graph import VariableInfo
+from tp_planner.ir.hardware import Hardware
+from tp_planner.ir.placement import Partial, Placement, Shard, local_shape
+from tp_planner.ir.plan import Boundary, Plan, Transition
+from tp_planner.ir.step import Collective, Work
+from tp_planner.passes.estimate_time import collective_time, compute_time, estimate_time
+from tp_planner.search.ways import Crossing, transitions
+
+
+def seconds_of(plan: Plan, hardware: Hardware) -> float:
+    """Return what a plan's training step costs."""
+    return estimate_time(plan, hardware).total.high
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Seconds, and bytes of memory; ``base`` is the plan of the model with nothing sharded, on the same mesh."""
+
+    base: Plan
+    hardware: Hardware
+
+    def of_work(self, work: OpWork) -> float:
+        """Return the time of ops."""
+        return compute_time(Work("forward", work.matmul_flops, work.memory_bytes, work.ops), self.hardware).high
+
+    def of_crossing(self, crossing: Crossing) -> float:
+        """Return the time of a boundary, in all blocks that have it."""
+        changes = [self._of_change(change, crossing.boundary) for change, _ in transitions(crossing)]
+        return crossing.times * sum(changes)
+
+    def _of_change(self, change: Transition, boundary: Boundary) -> float:
+        """Return the time of a collective and the copies around it; see ``regions/boundaries.py``."""
+        parts, whole = self.base.axis_size, math.prod(boundary.shape) * boundary.itemsize
+        shard, kind = whole // parts, change.collective
+        if kind is None:
+            if change.source == change.target or isinstance(change.target, Partial):
+                return 0.0
+            return self.of_work(OpWork((), 2 * shard, 1))  # the shard is copied out of the whole
+        sent = shard if kind == "all_gather" else whole
+        made = shard if kind == "reduce_scatter" else whole
+        work = OpWork((), sent + made, 1)
+        dims = [each.dim for each in (change.source, change.target) if isinstance(each, Shard)]
+        if dims and dims[0] != 0:  # chunks are put together along their dim
+            work += OpWork((), 2 * whole, 1)
+        collective = Collective(kind, self.base.axis, parts, sent, "", "", "forward", "")
+        return collective_time(collective, self.hardware).high + self.of_work(work)
+
+    # --- variables -------------------------------------------------------------------------------------
+
+    def local_bytes(self, variable: VariableInfo, placement: Placement) -> int:
+        """Return the bytes of a variable on rank 0."""
+        return math.prod(local_shape(variable.shape, placement, self.base.axis_size)) * variable.itemsize
+
+    def of_storing(self, variable: VariableInfo, placement: Placement) -> float:
+        """Return the time of the update of a variable, and of averaging its gradient over replicas."""
+        return self.local_bytes(variable, placement) * self._per_trained_byte if variable.trainable else 0.0
+
+    @property
+    def _per_trained_byte(self) -> float:
+        """The seconds that a step takes for each byte of a trained variable once gradients are there."""
+        update = sum(work.memory_bytes for work in self.base.step.work if work.phase == "update")
+        seconds = self.of_work(OpWork((), update, 0))
+        for each in self.base.collectives:
+            if each.axis == self.base.mesh.batch_axis:
+                transfer = each.wire_bytes / self.hardware.link_bandwidth.value / self.hardware.link_efficiency.low
+                seconds += transfer
+        return seconds / max(self._trained_bytes, 1)
+
+    def memory_of_storing(self, variable: VariableInfo, placement: Placement) -> float:
+        """Return the bytes of a variable on rank 0, with its gradient and the optimizer's slots."""
+        slots = self.base.step.memory.largest.optimizer / max(self._trained_bytes, 1)
+        return self.local_bytes(variable, placement) * (2 + slots if variable.trainable else 1)
+
+    @property
+    def _trained_bytes(self) -> int:
+        return sum(math.prod(each.local_shape) * each.itemsize for each in self.base.variables if each.trainable)

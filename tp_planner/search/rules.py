@@ -1,0 +1,109 @@
+"""Rules: a layout as short as a person would write it.
+
+Numbers of blocks become ``[0-9]+``, siblings ``(query|key|value)``, and of a path only as much stands as tells it from
+others. Each rule is checked: it matches the variables that it is for, and no other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from tp_planner.ir.layout import AxisSpec, LayoutRule
+from tp_planner.ir.placement import Shard
+
+Segments = tuple[str, ...]
+_NUMBER = "[0-9]+"
+_ANYWHERE = "(.*/)?"
+
+
+def write_rules(
+    placed: Mapping[str, tuple[AxisSpec, ...]], paths: Sequence[str], most: int = 8
+) -> tuple[LayoutRule, ...]:
+    """Return rules that give each path in ``placed`` its axes, and match no other of ``paths``.
+
+    Args:
+        placed: axes by the paths of the variables that are sharded.
+        paths: all paths that rules can match.
+        most: how many siblings one rule names.
+
+    >>> write_rules({"a_0/up/kernel": (None, "model"), "a_1/up/kernel": (None, "model")}, ["a_0/up/kernel",
+    ...     "a_1/up/kernel", "a_0/down/kernel", "a_1/down/kernel"])[0].pattern
+    '(.*/)?up/kernel'
+    """
+    rules: list[LayoutRule] = []
+    for axes in dict.fromkeys(placed.values()):
+        wanted = [path for path, each in placed.items() if each == axes]
+        for pattern in _patterns(wanted, paths, most):
+            rules.append(LayoutRule(pattern, axes))
+    return tuple(rules)
+
+
+def axes_of(placement: Shard, ndim: int, axis: str) -> tuple[AxisSpec, ...]:
+    """Return a rule's entries for a variable of ``ndim`` dims that is sharded over ``axis``."""
+    return tuple(axis if dim == placement.dim else None for dim in range(ndim))
+
+
+def _patterns(wanted: Sequence[str], paths: Sequence[str], most: int) -> Iterator[str]:
+    """Yield the patterns for paths of equal axes."""
+    others = [path for path in dict.fromkeys(paths) if path not in set(wanted)]
+    starred: dict[Segments, list[str]] = {}
+    for path in wanted:
+        starred.setdefault(tuple(_with_any_number(each) for each in path.split("/")), []).append(path)
+    groups: list[tuple[Segments, list[str]]] = []
+    for segments, members in starred.items():
+        if any(_matches("/".join(segments), path) for path in others):
+            groups += [(tuple(map(re.escape, path.split("/"))), [path]) for path in members]
+        else:
+            groups.append((segments, members))
+    shortened = [(_shortened(segments, others), members) for segments, members in groups]
+    left = list(wanted)
+    for segments in _with_siblings([segments for segments, _ in shortened], others, most):
+        pattern = "/".join(segments).replace(f"{_ANYWHERE}/", _ANYWHERE)
+        covered = [path for path in left if _matches(pattern, path)]
+        if covered:
+            left = [path for path in left if path not in covered]
+            yield covered[0] if len(covered) == 1 and not _is_shorter(pattern, covered[0]) else pattern
+
+
+def _is_shorter(pattern: str, path: str) -> bool:
+    return len(pattern) <= len(path)
+
+
+def _with_any_number(segment: str) -> str:
+    return re.sub(r"\d+", _NUMBER, re.sub(r"([^\w])", r"\\\1", segment))
+
+
+def _matches(pattern: str, path: str) -> bool:
+    return re.fullmatch(pattern.replace(f"{_ANYWHERE}/", _ANYWHERE), path) is not None
+
+
+def _shortened(segments: Segments, others: Sequence[str]) -> Segments:
+    """Return the shortest end of a path, two names or more, that no other path has."""
+    for length in range(min(2, len(segments)), len(segments)):
+        short = (_ANYWHERE, *segments[-length:])
+        if not any(_matches("/".join(short), path) for path in others):
+            return short
+    return segments
+
+
+def _with_siblings(groups: Sequence[Segments], others: Sequence[str], most: int) -> list[Segments]:
+    """Return the patterns with those as one that differ in a single name."""
+    merged = list(dict.fromkeys(groups))
+    position = 0
+    while position < len(merged):
+        longest = len(merged[position])
+        for place in reversed(range(longest)):
+            siblings = [each for each in merged if _differ_only_at(each, merged[position], place)]
+            names = list(dict.fromkeys(each[place] for each in siblings))
+            one = (*merged[position][:place], f"({'|'.join(names)})", *merged[position][place + 1 :])
+            fits = 1 < len(siblings) <= most and _ANYWHERE not in names and not any("(" in name for name in names)
+            if fits and not any(_matches("/".join(one), path) for path in others):
+                merged = [one if each == merged[position] else each for each in merged if each not in siblings[1:]]
+                break
+        position += 1
+    return merged
+
+
+def _differ_only_at(one: Segments, other: Segments, place: int) -> bool:
+    return len(one) == len(other) and one[:place] == other[:place] and one[place + 1 :] == other[place + 1 :]

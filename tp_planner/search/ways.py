@@ -1,0 +1,295 @@
+"""Ways: how the planner's own walk can take a step, for everything that its inputs and variables can be.
+
+Each question is put to the code that plans: the walk's steps, its boundaries, and DTensor's rules behind it, which
+remember their answers. So the search knows of no layer and no op; what it sees is what planning will do.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tp_planner.dryrun.op_work import NO_WORK, OpMeter, OpWork
+from tp_planner.dryrun.sharding_rules import DTensorRules
+from tp_planner.ir.graph import FunctionCall, ModelGraph, Op
+from tp_planner.ir.placement import WHOLE, Partial, Placement
+from tp_planner.ir.plan import Boundary, Transition
+from tp_planner.passes.choose_styles import StyleChoice, choose_styles, input_placement, output_dim, weight_uses
+from tp_planner.passes.follow_ops import Followed
+from tp_planner.passes.walk.code import follow_op, follow_torch_function
+from tp_planner.passes.walk.entering import Sources, enter_tensors_read_with_shards
+from tp_planner.passes.walk.facts import Closings, LayerMode, Origins, VariableRead, changes_of
+from tp_planner.passes.walk.known import Known
+from tp_planner.passes.walk.layers import follow_contraction, follow_dropout
+from tp_planner.passes.walk.notes import Notes
+from tp_planner.search.steps import Step, Times
+
+MOST_COMBINATIONS = 20_000  # of what one step takes; beyond, what it takes is sharded alike or whole
+_SOMEWHERE: Origins = frozenset({("layer", ("", ""))})
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """What has one placement in a layout: a ``tensor``, a variable as ``stored``, or as a layer's code uses it."""
+
+    kind: str  # "tensor", "stored" or "used"
+    name: int | str | VariableRead
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """A boundary that is crossed; equal ones are crossed once."""
+
+    where: Any
+    boundary: Boundary
+    times: int
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to take a step.
+
+    ``given`` and ``made`` say how it has its slots, ``crossings`` which boundaries it needs, ``work`` what a rank
+    computes. ``plan`` is what the plan says of the step's layer: it is one for all calls of the layer.
+    """
+
+    given: tuple[tuple[Slot, Placement], ...]
+    made: tuple[tuple[Slot, Placement], ...]
+    crossings: tuple[Crossing, ...]
+    work: OpWork
+    plan: Any
+
+
+class Walker:
+    """Asks the walk about one step at a time.
+
+    Args:
+        graph: a trace of a training call, with its functions.
+        rules: DTensor's.
+        meter: measures ops.
+        parts: size of the model axis.
+        options: how each variable can be stored.
+    """
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        rules: DTensorRules,
+        meter: OpMeter,
+        parts: int,
+        options: Mapping[str, Sequence[Placement]],
+    ) -> None:
+        self.graph, self.rules, self.meter, self.parts, self.options = graph, rules, meter, parts, options
+        self._times, self._sources = Times(graph), Sources(graph)
+        # What is asked about; the walk is given these same objects each time.
+        self._stored: dict[str, Placement] = dict.fromkeys(graph.variables, WHOLE)
+        self._styles: dict[LayerMode, StyleChoice] = {}
+        self._closed: dict[LayerMode, str] = {}
+        self._gathered: dict[VariableRead, str] = {}
+        closings = Closings(layers=self._closed, reads=self._gathered)
+        self._known = Known(graph, self._stored, self._styles, closings, rules, parts)
+        self._functions = {function.ops[0]: function for function in graph.functions or ()}
+
+    def ways(self, step: Step, tensors: Mapping[int, Sequence[Placement]]) -> Iterator[Way]:
+        """Yield the ways to take a step whose inputs can be placed as ``tensors`` says, the wholly replicated first."""
+        domains = [tensors.get(tensor, (WHOLE,)) for tensor in step.takes]
+        stored_domains = [self.options[key] for key in step.variables]
+        for taken in _combinations(domains):
+            for stored in _combinations(stored_domains):
+                yield from self._ways(step, dict(zip(step.takes, taken, strict=True)), stored)
+
+    def _ways(self, step: Step, taken: Mapping[int, Placement], stored: Sequence[Placement]) -> Iterator[Way]:
+        self._stored.update(zip(step.variables, stored, strict=True))
+        try:
+            for closed, gathered in self._closings(step):
+                way = self._way(step, taken, closed, gathered)
+                if way is not None:
+                    yield way
+        finally:
+            self._stored.update(dict.fromkeys(step.variables, WHOLE))
+
+    def _closings(self, step: Step) -> Iterator[tuple[bool, tuple[VariableRead, ...]]]:
+        """Yield where sharding can end in the step: at its output, or at the uses of some variables."""
+        layer = self.graph.calls[step.call].layer
+        self._styles.clear()
+        choice = None
+        if step.layer_call is not None:
+            info = {layer: self.graph.layers[layer]}
+            self._styles.update(choose_styles(info, self.graph.variables, self._stored, self.parts))
+            choice = self._known.contraction(step.layer_call)
+        if choice is not None:
+            yield False, ()
+            core = step.layer_call.core_output if step.layer_call else None
+            tensor = step.layer_call.outputs[0] if step.layer_call and core is None else core
+            assert tensor is not None
+            if output_dim(choice, len(self.graph.tensors[tensor].shape)) is not None:
+                yield True, ()
+            return
+        sharded = [key for key in step.variables if self._stored[key] != WHOLE]
+        for count in range(len(sharded) + 1):
+            for keys in itertools.combinations(sharded, count):
+                yield False, tuple((layer, key) for key in keys)
+
+    def _way(
+        self, step: Step, taken: Mapping[int, Placement], closed: bool, gathered: tuple[VariableRead, ...]
+    ) -> Way | None:
+        """Return the way that the walk takes; None if it meets a conflict."""
+        known, call = self._known, self.graph.calls[step.call]
+        known.placements.clear()
+        known.origins.clear()
+        self._closed.clear()
+        self._gathered.clear()
+        for tensor, placement in taken.items():
+            if placement != WHOLE:
+                known.place(tensor, placement, _SOMEWHERE)
+        if closed:
+            self._closed[call.layer, call.mode] = "a whole tensor is read"
+        self._gathered.update(dict.fromkeys(gathered, "whole tensors are read"))
+        notes = Notes(known)
+        self._follow(step, notes)
+        if notes.conflicts:
+            return None
+        enter_tensors_read_with_shards(known, notes, self._sources)
+        if notes.conflicts:
+            return None
+        made = tuple((Slot("tensor", tensor), known.placements.get(tensor, WHOLE)) for tensor in step.makes)
+        return Way(
+            given=self._given(step, taken, gathered),
+            made=made,
+            crossings=tuple(self._crossings(step, notes)),
+            work=self._work(step, taken, notes),
+            plan=self._plan(step, notes),
+        )
+
+    def _follow(self, step: Step, notes: Notes) -> None:
+        call = step.layer_call
+        if call is not None and (choice := self._known.contraction(call)) is not None:
+            follow_contraction(call, choice, self._known, notes)
+        elif call is not None and self.graph.layers[call.layer].is_dropout:
+            follow_dropout(call, self._known, notes)
+        else:
+            for piece in step.pieces:
+                if isinstance(piece, FunctionCall):
+                    follow_torch_function(piece, self._known, notes)
+                else:
+                    follow_op(piece, self._known, notes)
+                if notes.conflicts:
+                    return
+
+    def _given(
+        self, step: Step, taken: Mapping[int, Placement], gathered: tuple[VariableRead, ...]
+    ) -> tuple[tuple[Slot, Placement], ...]:
+        layer, whole = self.graph.calls[step.call].layer, {key for _, key in gathered}
+        tensors = [(Slot("tensor", tensor), placement) for tensor, placement in taken.items()]
+        stored = [(Slot("stored", key), self._stored[key]) for key in step.variables]
+        used = [
+            (Slot("used", (layer, key)), WHOLE if key in whole else self._stored[key])
+            for key in step.variables
+            if len(self.options[key]) > 1
+        ]
+        return (*tensors, *stored, *used)
+
+    # --- what it costs ---------------------------------------------------------------------------------
+
+    def _crossings(self, step: Step, notes: Notes) -> Iterator[Crossing]:
+        for placed in notes.boundaries:
+            where: Any = placed.call, placed.place, placed.variable
+            times = self._times.of(placed.call)
+            if placed.place == "input":
+                tensor = dict(self.graph.calls[placed.call].inputs)[placed.position]
+                where, times = tensor, self._times.of_crossing(placed.call, tensor)
+            yield from self._crossing(where, placed.boundary, times)
+        for call, plans in notes._functions.items():
+            for first, plan in plans.items():
+                arguments = dict(self._functions[first].inputs)
+                for position, boundary in plan.inputs:
+                    tensor = arguments[position]
+                    yield from self._crossing(tensor, boundary, self._times.of_crossing(call, tensor))
+                if plan.output is not None:
+                    yield from self._crossing((call, first), plan.output, self._times.of(call))
+
+    def _crossing(self, where: Any, boundary: Boundary, times: int) -> Iterator[Crossing]:
+        if not boundary.is_identity:
+            yield Crossing((where, boundary.forward, boundary.backward), boundary, times)
+
+    def _plan(self, step: Step, notes: Notes) -> Any:
+        """Return what has to be the same for all calls of a layer, or of a function in its code."""
+        crossed = [(p.place, p.position, p.variable, p.boundary.forward, p.boundary.backward) for p in notes.boundaries]
+        records = [
+            (record.sharded_inputs, record.output_placement, record.epilogue) for record in notes.records.values()
+        ]
+        functions = [changes_of(plans) for plans in notes.functions.values()]
+        return repr((sorted(map(repr, crossed)), records, functions))
+
+    # --- what it computes ------------------------------------------------------------------------------
+
+    def _work(self, step: Step, taken: Mapping[int, Placement], notes: Notes) -> OpWork:
+        choice = None if step.layer_call is None else self._known.contraction(step.layer_call)
+        if choice is not None:
+            return self._work_of_contraction(step, choice)
+        dropout = self.graph.layers[self.graph.calls[step.call].layer].is_dropout and step.layer_call is not None
+        if dropout:
+            placement = next(iter(taken.values()), WHOLE)
+            return sum((self._work_of(op, [placement] * len(op.inputs), None) for op in self._ops(step)), NO_WORK)
+        return sum((self._work_followed(op, notes) for op in self._ops(step)), NO_WORK)
+
+    def _ops(self, step: Step) -> Sequence[Op]:
+        return self.graph.ops[slice(*step.ops)]
+
+    def _work_followed(self, op: Op, notes: Notes) -> OpWork:
+        placed = [notes.cut_for.get((op.id, tensor), self._known.placement(tensor, op.call)) for tensor in op.inputs]
+        followed = notes.followed.get(op.id)
+        return self._work_of(op, placed, followed)
+
+    def _work_of(self, op: Op, placed: Sequence[Placement], followed: Followed | None) -> OpWork:
+        whole = [WHOLE if isinstance(placement, Partial) else placement for placement in placed]
+        return self.meter.work(op, self.graph.tensors, whole, followed and followed.arguments)
+
+    def _work_of_contraction(self, step: Step, choice: StyleChoice) -> OpWork:
+        """Return the work of a contraction's ops, its input and weights placed as the style takes them.
+
+        A sum over the ranks is of the size of the whole, and whole for the ops that follow.
+        """
+        assert step.layer_call is not None
+        placed: dict[int, Placement] = {}
+        uses = {key: use.placement for key, use in weight_uses(choice).items()}
+        tensor = step.layer_call.inputs[0][1]
+        placed[tensor] = input_placement(choice, len(self.graph.tensors[tensor].shape))
+        work = NO_WORK
+        for op in self._ops(step):
+            variables = (self.graph.tensors[each].variable for each in op.inputs)
+            inputs = {
+                each: placed.get(each, WHOLE) if key is None else uses.get(key, WHOLE)
+                for each, key in zip(op.inputs, variables, strict=True)
+            }
+            followed = None
+            if any(placement != WHOLE for placement in inputs.values()):
+                answer = self.rules.follow(op, self.graph.tensors, inputs)
+                followed = answer if isinstance(answer, Followed) else None
+                outputs = followed.outputs if followed else (WHOLE,) * len(op.outputs)
+                for each, made in zip(op.outputs, outputs, strict=True):
+                    placed[each] = WHOLE if isinstance(made, Partial) else made
+            work += self._work_of(op, [inputs[each] for each in op.inputs], followed)
+        return work
+
+
+def _combinations(domains: Sequence[Sequence[Placement]]) -> Iterator[tuple[Placement, ...]]:
+    """Yield what a step can be given: the first of each domain first."""
+    count = 1
+    for domain in domains:
+        count *= len(domain)
+    if count <= MOST_COMBINATIONS:
+        yield from itertools.product(*domains)
+        return
+    every = dict.fromkeys(placement for domain in domains for placement in domain)
+    for each in every:
+        yield tuple(each if each in domain else domain[0] for domain in domains)
+
+
+def transitions(crossing: Crossing) -> Iterator[tuple[Transition, bool]]:
+    """Yield the changes of placement at a boundary, and whether each is on the way back."""
+    yield crossing.boundary.forward, False
+    if crossing.boundary.has_gradient:
+        yield crossing.boundary.backward, True
