@@ -55,6 +55,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "layers",
             "planner",
             "readable_plan",
+            "search",
             "storage",
             "training",
         },

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import keras
 import pytest
 
-from tests.families import FAMILIES
 from tp_planner.frontend.hardware_file import find_hardware_file, read_hardware_file
 from tp_planner.frontend.layout_file import read_layout_file
 from tp_planner.frontend.survey import survey
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh, parse_mesh
+from tp_planner.passes.check_rules import matching_rules
 from tp_planner.planner import make_plan
 from tp_planner.search.door import find_layout, read_memory
-from tp_planner.search.find import ERROR, search
+from tp_planner.search.find import search
+from tp_planner.search.found import ERROR
 from tp_planner.search.prices import seconds_of
 from tp_planner.search.rules import write_rules
 
@@ -48,18 +51,14 @@ def two_towers() -> keras.Model:
     return keras.Model([user, item], keras.ops.sum(left * right, axis=-1), name="two_towers")
 
 
-SMALL: dict[str, Callable[[], keras.Model]] = {
-    each.__name__: each for each in (two_dense, convolutions, two_towers)
-}
+SMALL: dict[str, Callable[[], keras.Model]] = {each.__name__: each for each in (two_dense, convolutions, two_towers)}
 
 
 def all_layouts(model: keras.Model, mesh: Mesh) -> Iterator[Layout]:
     """Yield every layout that shards any dim of any variable that divides."""
     variables = [each for each in survey(model)[1].values() if not each.kept_whole]
     size = mesh.axis_size(mesh.model_axis)
-    choices = [
-        [(), *(dim for dim, length in enumerate(each.shape) if length % size == 0)] for each in variables
-    ]
+    choices = [[(), *(dim for dim, length in enumerate(each.shape) if length % size == 0)] for each in variables]
     for chosen in itertools.product(*choices):
         yield Layout(
             mesh,
@@ -90,3 +89,75 @@ def test_no_layout_is_cheaper(name: str) -> None:
     assert found.cost == pytest.approx(min(costs), rel=1e-9)
     assert abs(found.error) < ERROR
     assert found.gap < 1e-6
+
+
+def block(names: str, number: int, top: str = "") -> list[str]:
+    return [f"{top}block_{number}/{name}" for name in names.split()]
+
+
+ATTENTION = "mha/query/kernel mha/key/kernel mha/value/kernel mha/output/kernel norm/gamma"
+RULES = {
+    "numbers and siblings become one": (
+        [*block(ATTENTION, 0), *block(ATTENTION, 1)],
+        {"query": "o", "key": "o", "value": "o"},
+        ["(.*/)?(query|key|value)/kernel"],
+    ),
+    "a path says what tells it from others": (
+        ["encoder/block_0/up/kernel", "encoder/block_1/up/kernel", "decoder/block_0/up/kernel"],
+        {"encoder": "o"},
+        ["encoder/block_[0-9]+/up/kernel"],
+    ),
+    "one of several numbers": (["dense_1/kernel", "dense_2/kernel"], {"dense_2": "o"}, ["dense_2/kernel"]),
+    "different axes are different rules": (
+        [*block("up/kernel down/kernel", 0), *block("up/kernel down/kernel", 1)],
+        {"up": "o", "down": "i"},
+        ["(.*/)?up/kernel", "(.*/)?down/kernel"],
+    ),
+    "special characters are no patterns": (
+        ["a.b/kernel", "axb/kernel"],
+        {"a.b": "o"},
+        [r"a\.b/kernel"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("paths", "wanted", "patterns"), RULES.values(), ids=RULES)
+def test_rules_are_short_and_match_exactly(paths: list[str], wanted: dict[str, str], patterns: list[str]) -> None:
+    """A rule matches what it is for and nothing else."""
+    axes = {"o": (None, "model"), "i": ("model", None)}
+    placed = {path: axes[each] for path in paths for name, each in wanted.items() if name in path.split("/")}
+    rules = write_rules(placed, paths)
+    assert [rule.pattern for rule in rules] == patterns
+    found = {path: [rule.axes for rule in matching_rules(rules, path)] for path in paths}
+    assert found == {path: [placed[path]] if path in placed else [] for path in paths}
+
+
+def test_rules_of_any_choice_match_exactly() -> None:
+    """Whatever is chosen of the variables of a model, each has its rule, and no other has one."""
+    rng = random.Random(0)
+    paths = [path for number in range(3) for path in block("up/kernel up/bias down/kernel", number, "model/")]
+    paths += ["up/kernel", "model/block_10/up_2/kernel", "block_1/up/kernel"]
+    for _ in range(100):
+        placed = {path: rng.choice([(None, "model"), ("model", None)]) for path in paths if rng.random() < 0.5}
+        rules = write_rules(placed, paths)
+        resolved = {path: [rule.axes for rule in matching_rules(rules, path)] for path in paths}
+        assert resolved == {path: [placed[path]] if path in placed else [] for path in paths}
+
+
+def test_a_found_layout_is_a_file(tmp_path: Path) -> None:
+    """What is found can be read again, and makes the same plan; memory that nothing fits is refused."""
+    model = built(two_dense)
+    found = find_layout(model, "model=4", batch_of(model, 64), "sgd")
+    path = tmp_path / "found.toml"
+    path.write_text(found.toml)
+    layout = read_layout_file(path).on(parse_mesh("model=4"))
+    again = make_plan(model, layout, batch_of(model, 64), keras.optimizers.SGD())
+    assert again.to_json() == found.plan.to_json()
+    with pytest.raises(PlanError, match=r"^no layout of 'two_dense' on a mesh of model=4 that was planned fits 1000 "):
+        find_layout(model, "model=4", batch_of(model, 64), memory="1kB")
+
+
+def test_memory_is_no_size() -> None:
+    with pytest.raises(PlanError) as error:
+        read_memory("much")
+    assert str(error.value) == "memory is 'much'; write a number of bytes, or for example '80GB' or '16GiB'"

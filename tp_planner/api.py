@@ -21,14 +21,22 @@ from tp_planner.frontend.trace import require_built
 from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import Layout
+from tp_planner.ir.mesh import Mesh
 from tp_planner.job.axes import Axes
-from tp_planner.job.process_group import job_axes, require_process_group, this_device
+from tp_planner.job.process_group import (
+    device_type,
+    job_axes,
+    number_of_processes,
+    require_process_group,
+    this_device,
+)
 from tp_planner.job.random_state import share_random_state
 from tp_planner.job.rendezvous import meet
 from tp_planner.job.together import together
 from tp_planner.layers.apply import Applied, apply_layers, gathered_value, old_value, scatter_from_rank_zero
 from tp_planner.planner import make_plan
 from tp_planner.readable_plan import Plan
+from tp_planner.search.door import find_layout
 from tp_planner.storage.log import log_sharding, logger
 from tp_planner.training.checking import Recorder, check_first_step, recording
 from tp_planner.training.model import applied_to, let_go, take_over
@@ -91,7 +99,7 @@ def _with_stream(layout: Layout, sequence_parallel: bool | None, gather_again: b
 
 def parallelize(
     model: keras.Model,
-    layout_map_or_plan: keras.distribution.LayoutMap | Plan,
+    layout_map_or_plan: keras.distribution.LayoutMap | Plan | Literal["auto"],
     inputs: Any = None,
     check: Literal["first_step"] | None = None,
     batch_axis: str | None = None,
@@ -110,7 +118,8 @@ def parallelize(
 
     Args:
         model: a built, plain Keras model.
-        layout_map_or_plan: a LayoutMap, or a plan that ``plan`` made for this model.
+        layout_map_or_plan: a LayoutMap, a plan that ``plan`` made for this model, or "auto" for the layout that
+            ``find_layout`` finds on a mesh of all processes, one axis called "model".
         inputs: as for ``plan``.
         check: "first_step" compares the collectives of the first training step by Keras with the plan; all ranks
             raise ContractError if they differ on any.
@@ -131,18 +140,22 @@ def parallelize(
     """
     if check not in (None, "first_step"):
         raise PlanError(f"check is {check!r}; it is 'first_step' or None")
-    layout: Plan | Layout
-    if isinstance(layout_map_or_plan, Plan):
+    layout: Plan | Layout | Mesh  # of which a mesh asks for a layout
+    if layout_map_or_plan == "auto":
+        layout, devices = Mesh((("model", number_of_processes()),)), None
+        _require_left_to_the_search(batch_axis, sequence_parallel, gather_again)
+    elif isinstance(layout_map_or_plan, Plan):
         layout, devices = layout_map_or_plan, None
         _require_as_planned(layout, batch_axis, sequence_parallel, gather_again)
     else:
         layout = _with_stream(read_layout(layout_map_or_plan, batch_axis), sequence_parallel, gather_again)
         devices = layout.devices
-    require_process_group(layout.mesh.size, devices)
-    agree_on_mesh(layout.mesh)
-    axes = job_axes(layout.mesh)
+    mesh = layout if isinstance(layout, Mesh) else layout.mesh
+    require_process_group(mesh.size, devices)
+    agree_on_mesh(mesh)
+    axes = job_axes(mesh)
     if inputs is not None:
-        inputs = as_on_rank_zero(inputs, layout.mesh)
+        inputs = as_on_rank_zero(inputs, mesh)
     chosen = agree(lambda: _choose(model, layout, inputs))
     share_random_state()
     applied = _apply(model, chosen, axes, weights, names)
@@ -209,6 +222,16 @@ def _require_as_planned(
         raise PlanError("sequence_parallel and gather_again are decided in a plan; give them to tp_planner.plan")
 
 
+def _require_left_to_the_search(
+    batch_axis: str | None, sequence_parallel: bool | None, gather_again: bool | None
+) -> None:
+    if (batch_axis, sequence_parallel, gather_again) != (None, None, None):
+        raise PlanError(
+            "layout 'auto' has one axis, and no sequence parallelism; find a layout with tp_planner.find_layout, "
+            "and give that with batch_axis, sequence_parallel and gather_again"
+        )
+
+
 def _require_fit(model: keras.Model, chosen: Plan) -> None:
     if fingerprint(model) != chosen.fingerprint:
         raise PlanError(
@@ -239,10 +262,14 @@ def _apply(
     return applied[0]
 
 
-def _choose(model: keras.Model, layout_or_plan: Layout | Plan, inputs: Any) -> Plan:
+def _choose(model: keras.Model, layout_or_plan: Layout | Plan | Mesh, inputs: Any) -> Plan:
     """Return the plan to apply, once everything that can be wrong with it was looked at."""
     require_built(model)
     _require_plain(model)
-    chosen = layout_or_plan if isinstance(layout_or_plan, Plan) else plan(model, layout_or_plan, inputs)
+    if isinstance(layout_or_plan, Mesh):
+        hardware = "cpu" if device_type() == "cpu" else "h100"
+        chosen = find_layout(model, layout_or_plan, inputs, hardware=hardware).plan
+    else:
+        chosen = layout_or_plan if isinstance(layout_or_plan, Plan) else plan(model, layout_or_plan, inputs)
     _require_fit(model, chosen)
     return chosen

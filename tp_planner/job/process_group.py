@@ -56,6 +56,11 @@ def require_process_group(size: int, devices: DeviceType | None = None) -> None:
         _use(devices)
 
 
+def number_of_processes() -> int:
+    """Return the size of the process group, or of the one that torchrun's environment is for."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _wrong_world(size: int, world: int) -> str:
     return (
         f"the mesh has {size} devices, the job has {world} processes; "

@@ -32,13 +32,12 @@ from tp_planner.planner import make_plan
 from tp_planner.progress import stage
 from tp_planner.readable_plan import Plan
 from tp_planner.search.formulate import Formulation, Group, Stored
-from tp_planner.search.found import Candidate, Found
+from tp_planner.search.found import Candidate, Found, is_as_planned
 from tp_planner.search.prices import Prices, seconds_of
 from tp_planner.search.rules import axes_of, write_rules
 from tp_planner.search.ways import Walker
 
 MOST_PLANS = 12  # layouts that are planned, at most
-ERROR = 0.02  # by which the program's cost may differ from the plan's
 
 
 def search(
@@ -68,7 +67,7 @@ def search(
     make = _Planner(model, inputs, optimizer, loss, hardware)
     base = make.whole(mesh)
     if base.plan.axis_size == 1:
-        return Found(model.name, hardware.name, base, base.cost, base, (), ())
+        return Found(model.name, hardware.name, base, base.cost, base, ())
     formulation = _formulate(model, inputs, Prices(base.plan, hardware))
     return _Search(make, base, formulation, memory).run()
 
@@ -154,8 +153,7 @@ class _Search:
 
     def run(self) -> Found:
         candidates: list[Candidate] = []
-        notes: list[str] = []
-        bound: float | None = None
+        lowest = 0.0  # of all layouts that were not planned yet
         while len(candidates) < MOST_PLANS:
             stage(f"solving for a layout of {self.base.plan.model}")
             solution = self.formulation.program.solve()
@@ -163,29 +161,25 @@ class _Search:
                 break
             lowest = solution.bound + self.formulation.constant
             best = self._cheapest(candidates)
-            if best is not None and lowest >= min(best.cost, best.program_cost) * (1 - 1e-9):
+            if best is not None and lowest >= best.cost:
                 break
-            bound = lowest
             stored = self.formulation.stored(solution)
             candidate = self._planned(stored, solution.cost + self.formulation.constant)
             candidates.append(candidate)
-            if self._fits(candidate.plan) and abs(candidate.cost / candidate.program_cost - 1) <= ERROR:
-                break
             if not self._fits(candidate.plan):
                 self._limit(candidate.plan)
+            elif is_as_planned(candidate):
+                break
             self.formulation.forbid(stored)
+        return self._found(candidates, lowest)
+
+    def _found(self, candidates: Sequence[Candidate], lowest: float) -> Found:
         best = self._cheapest(candidates)
-        if best is None or bound is None:
+        if best is None:
             raise PlanError(self._too_large(candidates))
-        if abs(best.cost / best.program_cost - 1) > ERROR:
-            notes.append(
-                f"the plan takes {1e3 * best.cost:.4g} ms, the program said {1e3 * best.program_cost:.4g} ms: "
-                f"more than {ERROR:.0%} apart, so that the bound says little"
-            )
         others = sorted((each for each in candidates if each is not best), key=lambda each: each.cost)
         name, hardware = self.base.plan.model, self.planner.hardware.name
-        bound = min(bound, best.program_cost)
-        return Found(name, hardware, best, bound, self.base, tuple(others), tuple(notes))
+        return Found(name, hardware, best, min(lowest, best.cost), self.base, tuple(others))
 
     def _planned(self, stored: Stored, program_cost: float) -> Candidate:
         variables, mesh, axis = self.formulation.graph.variables, self.base.layout.mesh, self.base.plan.axis

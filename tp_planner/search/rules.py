@@ -63,11 +63,12 @@ def _patterns(wanted: Sequence[str], paths: Sequence[str], most: int) -> Iterato
         covered = [path for path in left if _matches(pattern, path)]
         if covered:
             left = [path for path in left if path not in covered]
-            yield covered[0] if len(covered) == 1 and not _is_shorter(pattern, covered[0]) else pattern
+            yield covered[0] if len(covered) == 1 and _is_simpler(covered[0], pattern, others) else pattern
 
 
-def _is_shorter(pattern: str, path: str) -> bool:
-    return len(pattern) <= len(path)
+def _is_simpler(path: str, pattern: str, others: Sequence[str]) -> bool:
+    """Whether the path itself can stand for the pattern: it is as short, and as a pattern matches no other."""
+    return len(path) <= len(pattern) and not any(_matches(path, other) for other in others)
 
 
 def _with_any_number(segment: str) -> str:

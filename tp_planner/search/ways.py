@@ -245,7 +245,7 @@ class Walker:
 
     def _work_of(self, op: Op, placed: Sequence[Placement], followed: Followed | None) -> OpWork:
         whole = [WHOLE if isinstance(placement, Partial) else placement for placement in placed]
-        return self.meter.work(op, self.graph.tensors, whole, followed and followed.arguments)
+        return self.meter.work(op, self.graph.tensors, whole, None if followed is None else followed.arguments)
 
     def _work_of_contraction(self, step: Step, choice: StyleChoice) -> OpWork:
         """Return the work of a contraction's ops, its input and weights placed as the style takes them.
