@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,19 +13,30 @@ from tp_planner.cli.app import (
     BatchOption,
     InputOption,
     LossOption,
-    MeshOption,
     ModelArgument,
     OptimizerOption,
     app,
+    mistake,
     write,
 )
 from tp_planner.cli.load import load_loss, load_model_and_inputs, load_optimizer
+
+if TYPE_CHECKING:
+    from tp_planner.ir.hardware import Hardware
+    from tp_planner.search.found import Found
+    from tp_planner.search.meshes import MeshTried
 
 
 @app.command("layout")
 def layout_command(
     model: ModelArgument,
-    mesh: MeshOption,
+    mesh: Annotated[str | None, typer.Option(metavar="AXIS=SIZE[,...]", help="The device mesh, e.g. model=8.")] = None,
+    devices: Annotated[
+        int | None, typer.Option(metavar="NUMBER", min=1, help="Instead of a mesh: try all meshes of so many devices.")
+    ] = None,
+    devices_per_node: Annotated[
+        int, typer.Option(metavar="NUMBER", min=1, help="With --devices: how many of them a node has.")
+    ] = 8,
     input: InputOption = None,
     batch: BatchOption = None,
     optimizer: OptimizerOption = None,
@@ -43,19 +55,68 @@ def layout_command(
     Needs no devices, starts no processes and allocates no weights.
     """
     with working():
-        from tp_planner.frontend.hardware_file import find_hardware_file, read_hardware_file
-        from tp_planner.ir.mesh import parse_mesh
-        from tp_planner.report.found import found_sections
-        from tp_planner.search.door import read_memory
-        from tp_planner.search.find import search
+        from tp_planner.report.found import found_sections, meshes_sections
 
-        wanted, profile = parse_mesh(mesh), read_hardware_file(find_hardware_file(hardware))
-        most = None if memory is None else read_memory(memory)
-        updating, training_loss = load_optimizer(optimizer), load_loss(loss)
-        built, specs = load_model_and_inputs(model, input or [], batch)
-        found = search(built, wanted, profile, specs, updating, training_loss, most)
+        if (mesh is None) == (devices is None):
+            raise mistake("give either --mesh, or --devices with --devices-per-node and --batch")
+        asked = _Question(model, input or [], batch, optimizer, loss, hardware, memory)
+        if mesh is not None:
+            found, sections = _on_mesh(asked, mesh), []
+        else:
+            assert devices is not None
+            tried = _on_devices(asked, devices, devices_per_node)
+            sections = meshes_sections([(str(each.mesh), each.figures, each.problem) for each in tried])
+            if (best := tried[0].found) is None:
+                raise mistake(f"no mesh of {devices} devices will do: {tried[0].mesh}: {tried[0].problem}")
+            found = best
         if output is not None:
             write(output, found.toml)
     if output is None:
         typer.echo(found.toml)
-    show_sections(found_sections(found.figures))
+    show_sections([*sections, *found_sections(found.figures)])
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What the command line says, but for the mesh."""
+
+    model: str
+    inputs: list[str]
+    batch: int | None
+    optimizer: str | None
+    loss: str | None
+    hardware: str
+    memory: str | None
+
+    @property
+    def profile(self) -> Hardware:
+        from tp_planner.frontend.hardware_file import find_hardware_file, read_hardware_file
+
+        return read_hardware_file(find_hardware_file(self.hardware))
+
+    @property
+    def most(self) -> float | None:
+        from tp_planner.search.door import read_memory
+
+        return None if self.memory is None else read_memory(self.memory)
+
+
+def _on_mesh(asked: _Question, mesh: str) -> Found:
+    from tp_planner.ir.mesh import parse_mesh
+    from tp_planner.search.find import search
+
+    wanted, profile, most = parse_mesh(mesh), asked.profile, asked.most
+    updating, training_loss = load_optimizer(asked.optimizer), load_loss(asked.loss)
+    built, specs = load_model_and_inputs(asked.model, asked.inputs, asked.batch)
+    return search(built, wanted, profile, specs, updating, training_loss, most)
+
+
+def _on_devices(asked: _Question, devices: int, devices_per_node: int) -> tuple[MeshTried, ...]:
+    from tp_planner.search.meshes import search_meshes
+
+    if asked.batch is None:
+        raise mistake("--devices needs --batch, the size of the batch that all devices train on in one step")
+    profile, most = asked.profile, asked.most
+    updating, training_loss = load_optimizer(asked.optimizer), load_loss(asked.loss)
+    built, _ = load_model_and_inputs(asked.model, asked.inputs, asked.batch)
+    return search_meshes(built, devices, devices_per_node, asked.batch, profile, updating, training_loss, most)

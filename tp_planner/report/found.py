@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tp_planner.ir.found import CandidateFigures, FoundFigures
 from tp_planner.report.amounts import bytes_text
@@ -17,6 +17,20 @@ def found_sections(found: FoundFigures) -> list[Section]:
     title = f"a layout for {found.model} on {found.mesh}, for {found.hardware}"
     table = Table(heads, tuple(rows), frozenset(heads[1:]))
     return [Section(title, sentences=tuple(_sentences(found)), table=table)]
+
+
+def meshes_sections(tried: Sequence[tuple[str, FoundFigures | None, str]]) -> list[Section]:
+    """Return what was found on each mesh, or why nothing was: (mesh, what was found, problem)."""
+    heads = ("mesh", "step", "sent", "peak", "problem")
+    rows = []
+    for mesh, found, problem in tried:
+        cells = ("", "", "")
+        if found is not None:
+            figures = found.best.figures
+            cells = (_milliseconds(found.best.seconds), bytes_text(figures.wire_bytes), bytes_text(figures.peak_bytes))
+        rows.append((mesh, *cells, problem))
+    between_nodes = "what replicas send between nodes is priced like links within one"
+    return [Section("meshes", (between_nodes,), table=Table(heads, tuple(rows), frozenset(heads[1:4])))]
 
 
 def _sentences(found: FoundFigures) -> Iterator[str]:

@@ -67,6 +67,8 @@ def search(
     make = _Planner(model, inputs, optimizer, loss, hardware)
     base = make.whole(mesh)
     if base.plan.axis_size == 1:
+        if memory is not None and base.plan.step.memory.peak.total > memory:
+            raise PlanError(_too_large(base, (), memory))
         return Found(model.name, hardware.name, base, base.cost, base, ())
     formulation = _formulate(model, inputs, Prices(base.plan, hardware))
     return _Search(make, base, formulation, memory).run()
@@ -176,7 +178,8 @@ class _Search:
     def _found(self, candidates: Sequence[Candidate], lowest: float) -> Found:
         best = self._cheapest(candidates)
         if best is None:
-            raise PlanError(self._too_large(candidates))
+            assert self.memory is not None
+            raise PlanError(_too_large(self.base, candidates, self.memory))
         others = sorted((each for each in candidates if each is not best), key=lambda each: each.cost)
         name, hardware = self.base.plan.model, self.planner.hardware.name
         return Found(name, hardware, best, min(lowest, best.cost), self.base, tuple(others))
@@ -205,11 +208,10 @@ class _Search:
         use = plan.step.memory.peak
         self.formulation.limit_memory(self.memory - use.activations - use.temporaries)
 
-    def _too_large(self, candidates: Sequence[Candidate]) -> str:
-        planned = [each.plan for each in (*candidates, self.base)]
-        smallest = min(plan.step.memory.peak.total for plan in planned)
-        return (
-            f"no layout of {self.base.plan.model!r} on a mesh of {self.base.layout.mesh} that was planned fits "
-            f"{self.memory:.4g} bytes; the smallest peak is {smallest:.4g} bytes: give more ranks, more memory or a "
-            f"smaller batch"
-        )
+
+def _too_large(base: Candidate, candidates: Sequence[Candidate], memory: float) -> str:
+    smallest = min(each.plan.step.memory.peak.total for each in (base, *candidates))
+    return (
+        f"no layout of {base.plan.model!r} on a mesh of {base.layout.mesh} that was planned fits {memory:.4g} bytes; "
+        f"the smallest peak is {smallest:.4g} bytes: give more ranks, more memory or a smaller batch"
+    )

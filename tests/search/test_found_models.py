@@ -1,0 +1,184 @@
+"""Models that nobody wrote a layout for: one is found, and trains as the single device does."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+import tp_planner
+from tests.models import CASES, Batch, Case, building, randomize
+from tests.test_parity import (
+    BATCH_SIZE,
+    STEPS,
+    TOLERANCE,
+    Record,
+    begin,
+    differences,
+    gradient_differences,
+    make_batches,
+    train,
+)
+from tests.workers import WorkerPool, layout_map
+from tp_planner.frontend.hardware_file import find_hardware_file, read_hardware_file
+from tp_planner.frontend.survey import survey
+from tp_planner.ir.hardware import Figure, FigureRange, Hardware
+from tp_planner.ir.layout import Layout, LayoutRule
+from tp_planner.ir.mesh import Mesh
+from tp_planner.planner import make_plan
+from tp_planner.search.find import search
+from tp_planner.search.found import Found
+from tp_planner.search.prices import seconds_of
+
+RANDOM_LAYOUTS = 20
+
+
+def unet(dtype: str = "float32", *, seed: int = 0) -> keras.Model:
+    """Return convolutions down to half the size and up again, the way across joined to the way down."""
+    with building(dtype):
+        layers = keras.layers
+        images = keras.Input((8, 8, 4), name="images")
+        left = layers.Conv2D(8, 3, padding="same", activation="relu", name="down")(images)
+        inside = layers.Conv2D(16, 3, padding="same", activation="relu", name="inner")(layers.MaxPooling2D()(left))
+        right = layers.Conv2DTranspose(8, 2, strides=2, name="up")(inside)
+        joined = layers.Concatenate(name="join")([left, right])
+        last = layers.Conv2D(8, 3, padding="same", activation="relu", name="across")(joined)
+        return randomize(keras.Model(images, layers.Conv2D(2, 1, name="masks")(last), name="unet"), seed)
+
+
+def _images(rng: np.random.Generator, size: int) -> Batch:
+    return rng.standard_normal((size, 8, 8, 4)), rng.standard_normal((size, 8, 8, 2))
+
+
+def recommender(dtype: str = "float32", *, seed: int = 0) -> keras.Model:
+    """Return two towers, each of a table and a layer, and what their ends have in common."""
+    with building(dtype):
+        towers, inputs = [], []
+        for name, size in (("user", 64), ("item", 32)):
+            inputs.append(keras.Input((), dtype="int32", name=name))
+            looked_up = keras.layers.Embedding(size, 16, name=f"{name}_table")(inputs[-1])
+            hidden = keras.layers.Dense(32, activation="relu", name=f"{name}_hidden")(looked_up)
+            towers.append(keras.layers.Dense(8, name=f"{name}_end")(hidden))
+        score = keras.layers.Dot(axes=1, name="score")(towers)
+        return randomize(keras.Model(inputs, score, name="recommender"), seed)
+
+
+def _pairs(rng: np.random.Generator, size: int) -> Batch:
+    return [rng.integers(0, end, size).astype("int32") for end in (64, 32)], rng.standard_normal((size, 1))
+
+
+MODELS: dict[str, Case] = {
+    "unet": Case("unet", unet, _images, "MeanSquaredError", {}, None),
+    "recommender": Case("recommender", recommender, _pairs, "MeanSquaredError", {}, None),
+    **{name: CASES[name] for name in ("convnet", "handwritten", "tied", "subclassed")},
+}
+
+
+@cache
+def fast_links() -> Hardware:
+    """Return hardware on which even tiny models are worth sharding."""
+    nothing = FigureRange(0.0, 0.0, "assumed, so that only bytes and FLOPs count")
+    return replace(
+        read_hardware_file(find_hardware_file("h100")),
+        link_bandwidth=Figure(1e14, "assumed"),
+        collective_latency=nothing,
+        ring_step_latency=nothing,
+        launch_overhead=nothing,
+    )
+
+
+def found_for(case: Case, parts: int = 2) -> Found:
+    inputs, _ = make_batches(case)[0]
+    model = case.build("float64")
+    return search(model, Mesh((("batch", 1), ("model", parts))), fast_links(), inputs, keras.optimizers.AdamW())
+
+
+# On the ranks
+
+
+def train_found(case: Case, rules: dict[str, Any]) -> tuple[Record | None, Record]:
+    """Train alone on rank 0, then sharded as the rules say."""
+    batches = make_batches(case)
+    records = []
+    for sharded in (False, True):
+        if not sharded and dist.get_rank():
+            records.append(None)
+            continue
+        model = case.build("float64")
+        if sharded:
+            tp_planner.parallelize(model, layout_map(rules), inputs=batches[0][0])
+        record = begin(model, case, "float64", batches[0])
+        train(model, case, "float64", batches[:STEPS], record)
+        records.append(record)
+    return records[0], records[1]
+
+
+def parallelize_by_search(case: Case) -> tuple[list[str], float]:
+    """Return what is stored as shards where a model is parallelized by "auto", and the error of its output."""
+    inputs, _ = case.batch(np.random.default_rng(1), BATCH_SIZE)
+    models = [case.build("float64") for _ in range(2)]
+    tp_planner.parallelize(models[1], "auto", inputs)
+    outputs = [model.predict_on_batch(inputs) for model in models]
+    sharded = [variable.path for variable in models[1].variables if hasattr(variable._value, "full_tensor")]
+    return sharded, float(np.abs(outputs[1] - outputs[0]).max())
+
+
+# In the parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_found_layout_trains_as_one_device(workers: WorkerPool, name: str) -> None:
+    """Output, loss, gradients and weights after five steps are those of the single device, with shards among them."""
+    case = MODELS[name]
+    found = found_for(case)
+    assert any(variable.is_sharded for variable in found.plan.variables)
+    rules = {rule.pattern: rule.axes for rule in found.layout.rules}
+    ranks = workers.run(train_found, case, rules)
+    single = ranks[0][0]
+    assert single is not None
+    for _, sharded in ranks:
+        assert differences(sharded.outputs, single.outputs, TOLERANCE["float64"]) == {}
+        assert gradient_differences(sharded, single, TOLERANCE["float64"]) == {}
+        assert differences(sharded.weights, single.weights, TOLERANCE["float64"]) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_no_random_layout_is_cheaper(name: str) -> None:
+    """What is found costs no more than nothing sharded, and than the best of many layouts drawn at random."""
+    case = MODELS[name]
+    found, rng = found_for(case), random.Random(0)
+    inputs, _ = make_batches(case)[0]
+    model = case.build("float64")
+    costs = [found.whole.cost]
+    for _ in range(RANDOM_LAYOUTS):
+        layout = _random_layout(model, found.layout.mesh, rng)
+        costs.append(seconds_of(make_plan(model, layout, inputs, keras.optimizers.AdamW()), fast_links()))
+    assert found.cost <= min(costs) * (1 + 1e-9)
+
+
+def _random_layout(model: keras.Model, mesh: Mesh, rng: random.Random) -> Layout:
+    rules = []
+    for variable in survey(model)[1].values():
+        dims = [dim for dim, size in enumerate(variable.shape) if size % mesh.axis_size("model") == 0]
+        if dims and not variable.kept_whole and rng.random() < 0.7:
+            dim = rng.choice(dims)
+            rules.append(
+                LayoutRule(variable.path, tuple("model" if at == dim else None for at in range(len(variable.shape))))
+            )
+    return Layout(mesh, tuple(rules))
+
+
+@pytest.mark.slow
+def test_parallelize_finds_a_layout(workers: WorkerPool) -> None:
+    """A layout "auto" is found on every rank alike; a model too small to gain from it stays whole, and right."""
+    for sharded, error in workers.run(parallelize_by_search, MODELS["recommender"]):
+        assert sharded == []
+        assert error < 1e-12
