@@ -130,7 +130,7 @@ class Walker:
         sharded = [key for key in step.variables if self._stored[key] != WHOLE]
         for count in range(len(sharded) + 1):
             for keys in itertools.combinations(sharded, count):
-                yield False, tuple((layer, key) for key in keys)
+                yield False, tuple(self._known.read_of(step.call, key) for key in keys)
 
     def _way(
         self, step: Step, taken: Mapping[int, Placement], closed: bool, gathered: tuple[VariableRead, ...]
@@ -181,11 +181,11 @@ class Walker:
     def _given(
         self, step: Step, taken: Mapping[int, Placement], gathered: tuple[VariableRead, ...]
     ) -> tuple[tuple[Slot, Placement], ...]:
-        layer, whole = self.graph.calls[step.call].layer, {key for _, key in gathered}
+        whole = {key for _, key in gathered}
         tensors = [(Slot("tensor", tensor), placement) for tensor, placement in taken.items()]
         stored = [(Slot("stored", key), self._stored[key]) for key in step.variables]
         used = [
-            (Slot("used", (layer, key)), WHOLE if key in whole else self._stored[key])
+            (Slot("used", self._known.read_of(step.call, key)), WHOLE if key in whole else self._stored[key])
             for key in step.variables
             if len(self.options[key]) > 1
         ]
