@@ -61,6 +61,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         },
         {"keras", "torch"},
     ),
+    "verification": (
+        {"api", "frontend", "ir", "planner", "readable_plan", "report", "training", "verification"},
+        {"keras", "numpy", "torch"},
+    ),
     "keras_distribution": (
         {"api", "frontend", "ir", "job", "keras_distribution", "patches", "regions", "storage", "training"},
         {"keras", "numpy", "torch"},
@@ -69,7 +73,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "patches": (set(), set()),
     "progress": (set(), set()),
     "__init__": (
-        {"api", "checkpoints", "ir", "keras_distribution", "linter", "readable_plan", "search", "training"},
+        {"api", "checkpoints", "ir", "keras_distribution", "linter", "readable_plan", "search", "training"}
+        | {"verification"},
         set(),
     ),
     "cli": (
@@ -94,7 +99,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "selftest": ({"__init__", "gpt", "job", "keras_distribution", "storage"}, {"keras", "numpy", "torch"}),
 }
 REFUSED = {"unittest"}  # what is patched is patched by patches.py
-PRINTERS = {"cli/answer.py", "cli/app.py", "cli/plan.py", "demo.py", "training/verify.py", "selftest.py"}
+PRINTERS = {"cli/answer.py", "cli/app.py", "cli/plan.py", "demo.py", "training/stored.py", "selftest.py"}
 
 
 def part(module: str) -> str:

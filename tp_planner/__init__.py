@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from tp_planner.readable_plan import Plan
     from tp_planner.search.door import find_layout
     from tp_planner.search.found import Found
-    from tp_planner.training.verify import Verification, verify_model_parallel
+    from tp_planner.training.stored import Verification, verify_model_parallel
+    from tp_planner.verification.readable import Verdict
+    from tp_planner.verification.verify import verify
 
 __version__ = "0.1.0"
 
@@ -34,6 +36,7 @@ __all__ = [
     "Progress",
     "Recording",
     "TpPlannerError",
+    "Verdict",
     "Verification",
     "deferred_init",
     "disable_keras_distribution",
@@ -46,6 +49,7 @@ __all__ = [
     "record",
     "restore",
     "save_checkpoint",
+    "verify",
     "verify_model_parallel",
 ]
 
@@ -60,7 +64,8 @@ _HOMES = {
     "Progress": "tp_planner.checkpoints.progress",
     "Recording": "tp_planner.ir.contract",
     "TpPlannerError": "tp_planner.ir.errors",
-    "Verification": "tp_planner.training.verify",
+    "Verdict": "tp_planner.verification.readable",
+    "Verification": "tp_planner.training.stored",
     "deferred_init": "tp_planner.checkpoints.initial",
     "disable_keras_distribution": "tp_planner.keras_distribution.install",
     "enable_keras_distribution": "tp_planner.keras_distribution.install",
@@ -72,7 +77,8 @@ _HOMES = {
     "record": "tp_planner.api",
     "restore": "tp_planner.api",
     "save_checkpoint": "tp_planner.checkpoints.saving",
-    "verify_model_parallel": "tp_planner.training.verify",
+    "verify": "tp_planner.verification.verify",
+    "verify_model_parallel": "tp_planner.training.stored",
 }
 
 

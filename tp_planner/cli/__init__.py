@@ -13,6 +13,7 @@ from tp_planner.cli import plan as _plan
 from tp_planner.cli import run as _run
 from tp_planner.cli import selftest as _selftest
 from tp_planner.cli import sweep as _sweep
+from tp_planner.cli import verify as _verify
 from tp_planner.cli.app import app
 
 __all__ = ["app", "main"]
@@ -24,6 +25,7 @@ _COMMANDS = (
     _sweep,
     _layout,
     _lint,
+    _verify,
     _run,
     _checkpoint,
     _convert,

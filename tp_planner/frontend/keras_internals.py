@@ -6,6 +6,7 @@ Keras 3.15 has them in ``keras.src.backend.torch.core``, Keras 3.16 in ``keras.s
 from __future__ import annotations
 
 from keras.src.backend import torch as torch_backend
+from keras.src.backend.common import dtypes
 
 core = torch_backend.core if hasattr(torch_backend, "core") else torch_backend.ops.core
 
@@ -13,3 +14,6 @@ convert_to_numpy = core.convert_to_numpy
 convert_to_tensor = core.convert_to_tensor
 get_device = core.get_device
 to_torch_dtype = core.to_torch_dtype
+
+# What Keras on torch computes in where it is asked for 64 bits: a dict by dtype.
+narrower_dtypes = dtypes.BIT64_TO_BIT32_DTYPE

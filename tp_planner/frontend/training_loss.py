@@ -51,15 +51,23 @@ class TrainingLoss:
         foreign = [each for each in keras.tree.flatten(self._arguments[0]) if not _is_of_keras(each)]
         if foreign:
             raise ValueError("it is no loss of Keras")
-        compiled = CompileLoss(*self._arguments, output_names=self._output_names)
-        compiled.build(outputs, outputs)
-        of_indices = {tuple(each.path) for each in compiled._flat_losses if _takes_indices(each.loss)}
+        compiled, takes_indices = self._built(outputs)
         targets = [
-            leaf.new_zeros(leaf.shape[:-1], dtype=torch.int32) if tuple(path) in of_indices else _zeros_like(leaf)
-            for path, leaf in keras.tree.flatten_with_path(outputs)
+            leaf.new_zeros(leaf.shape[:-1], dtype=torch.int32) if indices else _zeros_like(leaf)
+            for leaf, indices in zip(keras.tree.flatten(outputs), takes_indices, strict=True)
         ]
         result: torch.Tensor = compiled(keras.tree.pack_sequence_as(outputs, targets), outputs)
         return result
+
+    def takes_indices(self, outputs: Any) -> list[bool]:
+        """Return, for each of a model's flattened outputs, whether its targets are indices of its last dim."""
+        return self._built(outputs)[1]
+
+    def _built(self, outputs: Any) -> tuple[CompileLoss, list[bool]]:
+        compiled = CompileLoss(*self._arguments, output_names=self._output_names)
+        compiled.build(outputs, outputs)
+        of_indices = {tuple(each.path) for each in compiled._flat_losses if _takes_indices(each.loss)}
+        return compiled, [tuple(path) in of_indices for path, _ in keras.tree.flatten_with_path(outputs)]
 
 
 def _name(loss: Any) -> str:

@@ -1,4 +1,4 @@
-"""Verify: what every rank physically stores of a model, read from storages rather than metadata."""
+"""Stored: what every rank physically stores of a model, read from storages rather than metadata."""
 
 from __future__ import annotations
 

@@ -1,0 +1,81 @@
+"""Verify finds what is wrong with a parallel model, where it begins, and blames none that is right."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+import tp_planner
+from tests.models import CASES
+from tests.verification.faults import FAULTS, Fault
+from tp_planner.ir.layout import Layout, LayoutRule
+from tp_planner.ir.mesh import Mesh
+from tp_planner.planner import make_plan
+from tp_planner.verification.verify import verify
+
+FAST = {"no sum after attention", "a gradient's sum that is dropped", "gradients that are not averaged"}
+
+
+def layout_of(name: str, mesh: dict[str, int], sequence_parallel: bool = False) -> Layout:
+    rules = tuple(LayoutRule(pattern, axes) for pattern, axes in CASES[name].rules.items())
+    return Layout(Mesh(tuple(mesh.items())), rules, sequence_parallel=sequence_parallel).across("batch")
+
+
+def loss_of(name: str) -> keras.losses.Loss:
+    return CASES[name].make_loss()
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(each, id=each.name, marks=() if each.name in FAST else pytest.mark.slow) for each in FAULTS]
+)
+def test_fault_is_found(fault: Fault) -> None:
+    """A wrong plan, or wrong code, is no rounding, and the layer where it comes in is named."""
+    model = CASES["gpt"].build(dropout=0.2)
+    layout = layout_of("gpt", fault.mesh, fault.sequence_parallel)
+    plan = fault.plan(make_plan(model, layout))
+    with fault.code():
+        verdict = verify(model, plan, loss=loss_of("gpt"), optimizer="sgd")
+    assert not verdict.is_same
+    assert verdict.begins is not None
+    assert not fault.layers or set(verdict.begins.layers) & set(fault.layers), str(verdict)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "gpt" else pytest.mark.slow) for name in CASES]
+)
+@pytest.mark.parametrize("mesh", [{"batch": 1, "model": 2}, {"batch": 2, "model": 2}], ids=["2", "2x2"])
+def test_right_model_is_not_blamed(name: str, mesh: dict[str, int]) -> None:
+    model = CASES[name].build()
+    before = [array.copy() for array in model.get_weights()]
+    inputs, targets = CASES[name].batch(np.random.default_rng(0), 8)
+    verdict = verify(model, layout_of(name, mesh), inputs, targets, loss_of(name), "adamw", steps=2)
+    assert verdict.is_same, str(verdict)
+    assert {each.event.kind for each in verdict.tensors} > {"output", "gradient at", "loss", "gradient of", "weight"}
+    for array, expected in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
+def test_verdict_is_told(capsys: Any) -> None:
+    """The report names the layer, both differences and the plan's lines; the JSON has every tensor."""
+    model = CASES["gpt"].build()
+    plan = next(each for each in FAULTS if each.name == "no sum after attention").plan(
+        make_plan(model, layout_of("gpt", {"batch": 1, "model": 2}))
+    )
+    verdict = tp_planner.verify(model, tp_planner.Plan.from_json(plan.to_json()))
+    text = str(verdict)
+    assert "'gpt' on mesh (batch=1, model=2) is NOT the function it is on one device" in text
+    assert "it begins to differ at 'block_0_attention/attention_output'" in text
+    assert "block_0_attention/attention_output: row: a contracted dim of the weight is sharded" in text
+    data = json.loads(verdict.to_json())
+    assert (data["same"], data["begins"]["layers"]) == (False, ["block_0_attention/attention_output"])
+    assert {each["is"] for each in data["tensors"]} >= {"error", "rounding", "equal"}
+
+
+def test_refusals() -> None:
+    model = CASES["mlp"].build()
+    with pytest.raises(tp_planner.PlanError, match=r"optimizer 'adamx' is none of Keras's; write for example adamw"):
+        verify(model, layout_of("mlp", {"batch": 1, "model": 2}), optimizer="adamx")

@@ -1,0 +1,212 @@
+"""Verdict: how far a parallel model is from one device: which differences are rounding, and where errors begin."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from tp_planner.ir.plan import Plan
+from tp_planner.ir.plan_json import plan_hash
+
+Kind = Literal["output", "gradient at", "loss", "metric", "gradient of", "weight", "slot"]
+IN_LAYERS = ("output", "gradient at")  # kinds of tensors that layers return; of the others each rank has the whole
+Judgement = Literal["equal", "rounding", "error", "error in its dtype"]
+
+TOLERANCE = 1e-9  # relative, in float64: rounding of a reordered sum is about 1e-12, whatever is wrong is far more
+CHANCE = 1e4  # how many times as large, or as small, as precision alone would have it, a rounding may be
+LEAST = 1e-15  # of a rounding in float64
+EPSILON = {"float32": 2.0**-23, "float64": 2.0**-52, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+FIRST_PLACE = "call 1, output 0"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Which tensor of a run it is. ``name`` is a layer's or a variable's; ``place`` tells a layer's calls apart."""
+
+    phase: str  # "inference", "step 1", ...
+    kind: Kind
+    name: str
+    place: str = ""
+
+    def __str__(self) -> str:
+        where = f" ({self.place})" if self.place and self.place != FIRST_PLACE else ""
+        return (
+            f"{self.kind} {self.name!r}{where}, {self.phase}"
+            if self.kind not in ("loss", "metric")
+            else (f"{self.name}, {self.phase}")
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far one tensor of the parallel model is from that of one device.
+
+    ``error`` is the largest difference of two elements over the largest element, infinite where shapes differ or one
+    side has no such tensor. ``disagreement`` is the same between ranks that should hold equal values.
+    """
+
+    event: Event
+    error: float
+    disagreement: float
+    placement: str
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One tensor: its differences, relative to its largest element, and what they are.
+
+    ``narrow`` is that in the model's own dtype, whose rounding is ``epsilon``, ``wide`` that in float64.
+    ``disagreement`` is that between ranks which should hold equal values, in float64.
+    """
+
+    event: Event
+    narrow: float
+    wide: float
+    disagreement: float
+    placement: str
+    epsilon: float
+
+    @property
+    def judgement(self) -> Judgement:
+        """Rounding falls with the precision; an error stays, or is there in the model's own dtype alone."""
+        if max(self.wide, self.disagreement) > TOLERANCE:
+            return "error"
+        if self.narrow > max(self.wide, LEAST) * CHANCE * self.epsilon / EPSILON["float64"]:
+            return "error in its dtype"
+        return "rounding" if max(self.narrow, self.wide) else "equal"
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether the difference is more than rounding."""
+        return self.judgement in ("error", "error in its dtype")
+
+
+def judge(narrow: Iterable[Difference], wide: Iterable[Difference], dtype: str) -> tuple[Judged, ...]:
+    """Return what the differences in ``dtype`` and in float64 come to, in order."""
+    before = {each.event: each for each in narrow}
+    return tuple(
+        Judged(
+            event=each.event,
+            narrow=before[each.event].error,
+            wide=each.error,
+            disagreement=math.inf if _copies_differ(before[each.event]) else each.disagreement,
+            placement=each.placement,
+            epsilon=EPSILON[dtype],
+        )
+        for each in wide
+        if each.event in before
+    )
+
+
+def _copies_differ(difference: Difference) -> bool:
+    return difference.disagreement == math.inf
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a model under a plan is the same function as on one device; ``print`` shows it.
+
+    ``tensors`` has every tensor that was compared: outputs of all layers and gradients at them, loss, metrics,
+    gradients of variables, their values and the optimizer's after each step. ``readers`` are the layers that take a
+    layer's output.
+    """
+
+    plan: Plan
+    dtype: str  # the model's own
+    tensors: tuple[Judged, ...]
+    readers: dict[Event, list[str]]
+
+    @property
+    def is_same(self) -> bool:
+        """Whether all differences are rounding."""
+        return not any(each.is_wrong for each in self.tensors)
+
+    @property
+    def wrong(self) -> list[Judged]:
+        """The tensors that differ by more than rounding, in the order in which they were computed."""
+        return [each for each in self.tensors if each.is_wrong]
+
+    @cached_property
+    def begins(self) -> Beginning | None:
+        """Where the model begins to differ; None if it does not."""
+        if not self.wrong:
+            return None
+        first = min(self.wrong, key=lambda each: (_phase_order(each.event.phase), _KINDS.index(each.event.kind)))
+        name = first.event.name
+        if first.event.kind == "gradient at":
+            return Beginning(first, tuple(self._where_gradients_cross(first.event)) or (name,))
+        return Beginning(first, (self.layer_of(name),))
+
+    def layer_of(self, name: str) -> str:
+        """Return the layer that a variable belongs to, and a layer for its own name."""
+        return name if name in self._layers else next((x for x in _prefixes(name) if x in self._layers), name)
+
+    @cached_property
+    def _layers(self) -> frozenset[str]:
+        return frozenset(each.event.name for each in self.tensors if each.event.kind == "output")
+
+    def _where_gradients_cross(self, event: Event) -> Iterator[str]:
+        """Yield the layers that read the output whose gradient this is, and whose plans change gradients."""
+        crossing = {
+            layer.layer
+            for layer in self.plan.layers
+            for place, boundary in layer.boundaries
+            if place.startswith("input") and not boundary.is_identity
+        }
+        output = Event(event.phase, "output", event.name, event.place)
+        yield from (reader for reader in self.readers.get(output, ()) if reader in crossing)
+
+    def to_json(self) -> str:
+        """Return all of it as JSON text with sorted keys."""
+        begins = self.begins
+        data = {
+            "same": self.is_same,
+            "dtype": self.dtype,
+            "plan": plan_hash(self.plan),
+            "begins": None if begins is None else {"layers": begins.layers, "at": str(begins.first.event)},
+            "tensors": [
+                {
+                    "phase": each.event.phase,
+                    "kind": each.event.kind,
+                    "name": each.event.name,
+                    "place": each.event.place,
+                    "placement": each.placement,
+                    "own dtype": _number(each.narrow),
+                    "float64": _number(each.wide),
+                    "between ranks": _number(each.disagreement),
+                    "is": each.judgement,
+                }
+                for each in self.tensors
+            ],
+        }
+        return json.dumps(data, indent=1, sort_keys=True) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """Where a model begins to differ: the first tensor, and the layers at which that may have come in."""
+
+    first: Judged
+    layers: tuple[str, ...]
+
+
+# What comes first of what is wrong in one phase. Values after the step stand for gradients that were wrong.
+_KINDS = ("output", "loss", "metric", "gradient at", "gradient of", "weight", "slot")
+
+
+def _phase_order(phase: str) -> int:
+    return 0 if phase == "inference" else int(phase.removeprefix("step "))
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    while "/" in name:
+        name = name.rpartition("/")[0]
+        yield name
+
+
+def _number(value: float) -> float | str:
+    return value if value < math.inf else "infinite"

@@ -1,0 +1,107 @@
+"""Whether a parallel model is the same function as on one device, as sections of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from tp_planner.ir.plan import LayerPlan
+from tp_planner.ir.verdict import Beginning, Judged, Verdict
+from tp_planner.report.names import fold_names
+from tp_planner.report.sections import Item, Section, Table
+
+# The columns of the table, and the kinds of tensors in each. Differences are relative, in both dtypes.
+_COLUMNS = {
+    "output": ("output",),
+    "gradient at output": ("gradient at",),
+    "gradients of variables": ("gradient of",),
+    "variables and slots after": ("weight", "slot"),
+}
+SHOWN = 12  # wrong tensors that are listed
+
+
+def verdict_sections(verdict: Verdict) -> list[Section]:
+    """Return the report: the verdict, where it begins to differ if it does, and the differences by layer."""
+    sections = [_heading(verdict)]
+    if verdict.begins is not None:
+        sections += [_beginning(verdict, verdict.begins), _wrong(verdict)]
+    return [*sections, _by_layer(verdict)]
+
+
+def _heading(verdict: Verdict) -> Section:
+    plan, tensors = verdict.plan, verdict.tensors
+    ranks = "1 process" if plan.mesh.size == 1 else f"{plan.mesh.size} processes"
+    title = (
+        f"{plan.model!r} on mesh ({plan.mesh}) is {'' if verdict.is_same else 'NOT '}the function it is on one device"
+    )
+    if not verdict.is_same:
+        return Section(title, (f"{len(verdict.wrong)} of {len(tensors)} tensors differ by more than rounding",))
+    narrow, wide = max(tensors, key=lambda each: each.narrow), max(tensors, key=lambda each: each.wide)
+    return Section(
+        title,
+        (
+            f"{len(tensors)} tensors of {ranks} were compared: outputs, gradients, values after each step",
+            f"largest difference in {verdict.dtype}: {narrow.narrow:.1e} ({narrow.event})",
+            f"largest difference in float64: {wide.wide:.1e} ({wide.event})",
+        ),
+    )
+
+
+def _beginning(verdict: Verdict, begins: Beginning) -> Section:
+    first, names = begins.first, begins.layers
+    sentences = [
+        f"the first tensor that differs is the {first.event}: {_both(first, verdict.dtype)}, {first.judgement}"
+    ]
+    if first.disagreement:
+        sentences.append(f"ranks that should hold equal values differ by {first.disagreement:.1e}")
+    planned = [layer for layer in verdict.plan.layers if layer.layer in names]
+    items = tuple(Item(f"{each.layer}: {each.style}: {each.reason}", tuple(_ends(each))) for each in planned)
+    said = f"see what the plan does there, and why: tp-planner explain {names[0]!r} MODEL --layout LAYOUT --mesh MESH"
+    return Section(f"it begins to differ at {', '.join(map(repr, names))}", (*sentences, said), items)
+
+
+def _ends(layer: LayerPlan) -> Iterator[str]:
+    for place, boundary in layer.boundaries:
+        if not boundary.is_identity:
+            yield f"{place}: forward {boundary.forward}, backward {boundary.backward}"
+    if layer.output is None and layer.output_placement is not None:
+        yield f"output: {layer.output_placement}"
+
+
+def _wrong(verdict: Verdict) -> Section:
+    wrong = verdict.wrong
+    rows = tuple(
+        (str(each.event), each.placement, f"{each.narrow:.1e}", f"{each.wide:.1e}", each.judgement)
+        for each in wrong[:SHOWN]
+    )
+    heads = ("tensor", "placement", verdict.dtype, "float64", "is")
+    more = (f"and {len(wrong) - SHOWN} more",) if len(wrong) > SHOWN else ()
+    return Section("differences that are no rounding, in order", more, table=Table(heads, rows, frozenset(heads[2:4])))
+
+
+def _by_layer(verdict: Verdict) -> Section:
+    """Return the largest differences of each layer and of its variables, equal layers folded."""
+    by_layer: dict[str, list[Judged]] = {}
+    for each in verdict.tensors:
+        kind, name = each.event.kind, each.event.name
+        if kind not in ("loss", "metric"):
+            by_layer.setdefault("optimizer" if kind == "slot" else verdict.layer_of(name), []).append(each)
+    rows = []
+    for folded in fold_names(by_layer):
+        found = [each for member in folded.members for each in by_layer[member]]
+        cells = (_worst(found, kinds) for kinds in _COLUMNS.values())
+        rows.append((str(folded), *cells, "ERROR" if any(each.is_wrong for each in found) else ""))
+    return Section(
+        f"largest differences by layer, {verdict.dtype} / float64, relative to the largest element",
+        table=Table(("layer", *_COLUMNS, ""), tuple(rows), frozenset(_COLUMNS)),
+    )
+
+
+def _worst(found: Iterable[Judged], kinds: tuple[str, ...]) -> str:
+    those = [each for each in found if each.event.kind in kinds]
+    if not those:
+        return ""
+    return f"{max(each.narrow for each in those):.0e} / {max(each.wide for each in those):.0e}"
+
+
+def _both(judged: Judged, dtype: str) -> str:
+    return f"{judged.narrow:.1e} in {dtype}, {judged.wide:.1e} in float64"

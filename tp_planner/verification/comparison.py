@@ -1,0 +1,135 @@
+"""Comparison: what the ranks hold, put together as the plan says, beside what one device has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from tp_planner.ir.placement import WHOLE, Partial, Placement, Shard, StridedShard
+from tp_planner.ir.plan import Plan
+from tp_planner.ir.verdict import IN_LAYERS, Difference, Event
+from tp_planner.verification.rehearsal import replica
+from tp_planner.verification.watching import Seen
+
+# Gradients of a softmax's keys are rounding and nothing else: what is so much smaller than the largest of its kind has
+# no scale of its own.
+SMALLEST_SCALE = 1e-6
+
+
+def compare(single: Seen, ranks: Sequence[Seen], plan: Plan) -> list[Difference]:
+    """Return the difference of every tensor that one device or a rank saw, in the order of one device."""
+    joining = _Joining(plan, ranks)
+    floors = _floors(single)
+    events = dict.fromkeys([*single.tensors, *(event for seen in ranks for event in seen.tensors)])
+    return [joining.difference(event, single.tensors.get(event), floors) for event in events]
+
+
+def _floors(single: Seen) -> Mapping[tuple[str, str], float]:
+    """Return the smallest scale that a tensor can have, by phase and kind."""
+    largest: dict[tuple[str, str], float] = {}
+    for event, tensor in single.tensors.items():
+        kind = (event.phase, event.kind)
+        largest[kind] = max(largest.get(kind, 0.0), _size(tensor))
+    return {kind: SMALLEST_SCALE * size for kind, size in largest.items()}
+
+
+class _Joining:
+    """Puts together what the ranks of each replica hold of a tensor, and compares it."""
+
+    def __init__(self, plan: Plan, ranks: Sequence[Seen]) -> None:
+        self.ranks = ranks
+        self.layers = {(layer.layer, layer.mode): layer for layer in plan.layers}
+        self.replicas: dict[int, list[Seen]] = {}
+        for rank, seen in enumerate(ranks):
+            self.replicas.setdefault(replica(rank, plan.mesh), []).append(seen)
+
+    def difference(
+        self, event: Event, expected: np.ndarray | None, floors: Mapping[tuple[str, str], float]
+    ) -> Difference:
+        """Return how far the ranks' tensors are from the expected one."""
+        held = [[seen.tensors.get(event) for seen in seens] for seens in self._holders(event)]
+        present = [[each for each in tensors if each is not None] for tensors in held]
+        if expected is None or any(len(some) < len(all_) for some, all_ in zip(present, held, strict=True)):
+            return Difference(event, math.inf, 0.0, "not everywhere")
+        placement = _placement(present[0], self._planned(event), expected)
+        whole = [_joined(tensors, placement) for tensors in present]
+        apart = [_distance(each, tensors[0]) for tensors in present for each in tensors if placement == WHOLE]
+        scale = max(_size(expected), floors[event.phase, event.kind], np.finfo("float64").tiny)
+        error = min(_distance(found, expected) for found in _over_replicas(whole, event, expected))
+        disagreement = math.inf if self._copies_differ(event) else max(apart, default=0.0) / scale
+        return Difference(event, error / scale, disagreement, str(placement))
+
+    def _holders(self, event: Event) -> list[list[Seen]]:
+        """Return the ranks that noted the tensor, by replica: of what all hold whole it is the first rank alone."""
+        if event.kind in IN_LAYERS:
+            return list(self.replicas.values())
+        return [[self.ranks[0]]]
+
+    def _copies_differ(self, event: Event) -> bool:
+        return len({seen.digests[event] for seen in self.ranks if event in seen.digests}) > 1
+
+    def _planned(self, event: Event) -> Placement | None:
+        layer = self.layers.get((event.name, self.ranks[0].modes.get(event, "")))
+        return layer.output_placement if layer and event.kind in IN_LAYERS else None
+
+
+def _placement(tensors: Sequence[np.ndarray], planned: Placement | None, expected: np.ndarray) -> Placement:
+    """Return how the ranks of a replica hold a tensor: as planned, or as the shapes tell.
+
+    Layers without a plan compute on what they are given. The first dim of a tensor may be that of a replica's rows.
+    """
+    if isinstance(planned, Partial | StridedShard) or planned == Shard(0):
+        return planned
+    if tensors[0].ndim != expected.ndim:
+        return WHOLE
+    sizes = zip(*(tensor.shape for tensor in tensors), strict=True)
+    cut = [dim for dim, each in enumerate(sizes) if dim and max(each) < expected.shape[dim] == sum(each)]
+    return Shard(cut[0]) if len(cut) == 1 else WHOLE
+
+
+def _joined(tensors: Sequence[np.ndarray], placement: Placement) -> np.ndarray:
+    if isinstance(placement, Partial):
+        total: np.ndarray = np.sum(tensors, axis=0)
+        return total
+    return _concatenated(tensors, placement) if isinstance(placement, Shard | StridedShard) else tensors[0]
+
+
+def _concatenated(tensors: Sequence[np.ndarray], placement: Shard | StridedShard) -> np.ndarray:
+    dim = placement.dim
+    if isinstance(placement, Shard):
+        return np.concatenate(tensors, axis=dim)
+    runs = [each.reshape(*each.shape[:dim], placement.split, -1, *each.shape[dim + 1 :]) for each in tensors]
+    joined = np.concatenate(runs, axis=dim + 1)
+    return joined.reshape(*joined.shape[:dim], -1, *joined.shape[dim + 2 :])
+
+
+def _over_replicas(joined: Sequence[np.ndarray], event: Event, expected: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield what the tensors of all replicas may come to: their rows together, or one that all have.
+
+    Where rows are divided, a replica's loss is the mean over its own: gradients at them are as many times larger.
+    """
+    first = joined[0]
+    if len(joined) == 1 or first.shape == expected.shape:
+        yield from joined[:1]
+        if len(joined) > 1 and event.kind in IN_LAYERS:
+            yield np.mean(joined, axis=0)  # sums over the rows of a replica
+        return
+    rows = np.concatenate(joined)
+    yield rows
+    if event.kind == "gradient at":
+        yield rows / len(joined)
+
+
+def _size(tensor: np.ndarray) -> float:
+    return float(np.abs(tensor.astype("float64")).max(initial=0.0))
+
+
+def _distance(found: np.ndarray, expected: np.ndarray) -> float:
+    if found.shape != expected.shape:
+        return float("inf")
+    both = np.isnan(found) & np.isnan(expected) | (found == expected)  # infinities, and what masks leave, may be equal
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(found.astype("float64") - expected.astype("float64"))
+    return float(np.nan_to_num(np.where(both, 0.0, apart), nan=np.inf).max(initial=0.0))

@@ -1,0 +1,145 @@
+"""Verify: try a model under a plan on processes of this machine, against one device, in float32 and in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from tp_planner.frontend.layer_tree import named_layers
+from tp_planner.frontend.layout_map import read_layout_map
+from tp_planner.frontend.trace import CallArguments, fake_inputs, require_built
+from tp_planner.frontend.training_loss import TrainingLoss
+from tp_planner.ir.errors import PlanError
+from tp_planner.ir.layout import Layout
+from tp_planner.ir.verdict import EPSILON, Difference, judge
+from tp_planner.planner import make_plan
+from tp_planner.readable_plan import Plan
+from tp_planner.training.model import applied_to
+from tp_planner.verification.comparison import compare
+from tp_planner.verification.processes import run_forked
+from tp_planner.verification.readable import Verdict
+from tp_planner.verification.rehearsal import Rehearsal, Scout, Scouted, in_float64
+from tp_planner.verification.values import random_inputs, random_targets
+
+SEED = 0
+ROWS = 4  # of each replica, where a model leaves the batch open
+
+
+def verify(
+    model: keras.Model,
+    layout_map_or_plan: Any,
+    inputs: Any = None,
+    targets: Any = None,
+    loss: Any = None,
+    optimizer: str | keras.optimizers.Optimizer | None = None,
+    metrics: Any = None,
+    steps: int = 1,
+) -> Verdict:
+    """Return whether ``model`` under a layout is the same function as on one device; needs no accelerator.
+
+    Processes of this machine, forked from this one, are the ranks; another is the single device. All have the same
+    random weights, call the model and train it for some steps. Every layer's output and the gradient at it, the loss,
+    metrics, the gradient of every variable, and all values after each step are compared, in float32 and again in
+    float64, in which rounding falls by about 1e8 and an error stays. The model is as before.
+
+    Args:
+        model: a built Keras model that is not parallelized, on CPUs or on the meta device. All its weights are held by
+            each of the processes: build it small.
+        layout_map_or_plan: a LayoutMap, or a plan that ``plan`` made for this model.
+        inputs: the batch that all replicas divide, as arrays; or specs of it, of which arrays are drawn.
+        targets: targets for the loss; drawn where they are not given.
+        loss: as for ``Model.compile``. By default that of the model; without one a mean of the outputs with random
+            weights.
+        optimizer: by default the model's, or AdamW.
+        metrics: as for ``Model.compile``. By default none.
+        steps: how many training steps.
+
+    Raises:
+        PlanError: if the layout cannot be planned, or the inputs are unknown.
+        ParallelRuntimeError: if a process fails, with its traceback.
+
+    >>> print(tp_planner.verify(model, layout_map))  # doctest: +SKIP
+    """
+    require_built(model)
+    if applied_to(model) is not None:
+        raise PlanError(f"model {model.name!r} is parallelized; call tp_planner.restore(model) before verifying it")
+    given, weights = _loss_of(model, loss)
+    updating = _optimizer_of(model, optimizer)
+    training_loss = None if given is None else TrainingLoss(given, weights, getattr(model, "output_names", None))
+    plan = _planned(model, layout_map_or_plan, inputs, updating, training_loss)
+    data, wanted = _data(model, plan, inputs, targets, training_loss)
+    rehearsal = Rehearsal(model, plan, data, wanted, given or weighted_mean, weights, metrics, updating, steps)
+    narrow, _ = _run(rehearsal)
+    wide, readers = _run(in_float64(rehearsal))
+    dtype = _narrowest(model)
+    return Verdict(plan, dtype, judge(narrow, wide, dtype), readers)
+
+
+def weighted_mean(targets: Any, outputs: Any) -> Any:
+    """Return the mean of the outputs, weighted by the targets: a loss whose gradient reaches every output."""
+    return keras.ops.mean(targets * outputs, axis=-1)
+
+
+def _narrowest(model: keras.Model) -> str:
+    """Return the dtype in which most is rounded of those that the model's layers compute in."""
+    dtypes: set[str] = {layer.compute_dtype for layer in named_layers(model).values()} & EPSILON.keys()
+    return max(dtypes, key=EPSILON.__getitem__)
+
+
+def _run(rehearsal: Rehearsal) -> tuple[list[Difference], dict[Any, list[str]]]:
+    single, *ranks = run_forked(1 + rehearsal.plan.mesh.size, rehearsal)
+    return compare(single, ranks, rehearsal.plan), single.readers
+
+
+def _loss_of(model: keras.Model, loss: Any) -> tuple[Any, Any]:
+    """Return the loss and its weights: those given, or those that the model is compiled with."""
+    compiled = getattr(model, "_compile_loss", None)
+    if loss is not None or compiled is None:
+        return loss, None
+    return compiled._user_loss, compiled._user_loss_weights
+
+
+def _optimizer_of(model: keras.Model, optimizer: Any) -> keras.optimizers.Optimizer:
+    found = optimizer or getattr(model, "optimizer", None) or "adamw"
+    try:
+        return keras.optimizers.get(found)
+    except ValueError:
+        raise PlanError(f"optimizer {found!r} is none of Keras's; write for example adamw, sgd or lion") from None
+
+
+def _planned(
+    model: keras.Model, given: Any, inputs: Any, optimizer: keras.optimizers.Optimizer, loss: TrainingLoss | None
+) -> Plan:
+    if isinstance(given, Plan):
+        return given
+    layout = given if isinstance(given, Layout) else read_layout_map(given).across(None)
+    return make_plan(model, layout, inputs, optimizer, loss)
+
+
+def _data(
+    model: keras.Model, plan: Plan, inputs: Any, targets: Any, loss: TrainingLoss | None
+) -> tuple[CallArguments, Any]:
+    """Return inputs and targets for all replicas together, drawn where they are not given."""
+    arguments = CallArguments.of(inputs) if inputs is not None else fake_inputs(model, None)
+    if arguments.others:
+        raise PlanError("verify trains by Model.train_on_batch, which passes one argument; give inputs= as that one")
+    specs = arguments.map(lambda leaf: _whole_batch(leaf, plan, from_model=inputs is None))
+    (scouted,) = run_forked(1, Scout(model, specs, loss))
+    assert isinstance(scouted, Scouted)
+    rng = np.random.default_rng(SEED)
+    drawn = random_inputs(specs, scouted.limits, rng)
+    if inputs is not None and all(not isinstance(leaf, keras.InputSpec) for leaf in arguments.tensors):
+        drawn = arguments.map(lambda leaf: keras.ops.convert_to_numpy(leaf))
+    if targets is None:
+        found = random_targets(scouted.outputs, scouted.of_indices, rng)
+        targets = found[0] if len(found) == 1 else keras.tree.pack_sequence_as(scouted.structure, found)
+    return drawn, targets
+
+
+def _whole_batch(leaf: Any, plan: Plan, from_model: bool) -> keras.InputSpec:
+    shape = tuple(leaf.shape)
+    if from_model and shape:
+        shape = (ROWS * plan.replicas, *shape[1:])
+    return keras.InputSpec(shape=shape, dtype=keras.backend.standardize_dtype(leaf.dtype))
