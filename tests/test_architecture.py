@@ -62,7 +62,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"keras", "torch"},
     ),
     "verification": (
-        {"api", "frontend", "ir", "planner", "readable_plan", "report", "training", "verification"},
+        {"api", "frontend", "ir", "job", "planner", "readable_plan", "report", "storage", "training", "verification"},
         {"keras", "numpy", "torch"},
     ),
     "keras_distribution": (

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tp_planner.search.door import find_layout
     from tp_planner.search.found import Found
     from tp_planner.training.stored import Verification, verify_model_parallel
+    from tp_planner.verification.in_job import verify_step
     from tp_planner.verification.readable import Verdict
     from tp_planner.verification.verify import verify
 
@@ -51,6 +52,7 @@ __all__ = [
     "save_checkpoint",
     "verify",
     "verify_model_parallel",
+    "verify_step",
 ]
 
 _HOMES = {
@@ -79,6 +81,7 @@ _HOMES = {
     "save_checkpoint": "tp_planner.checkpoints.saving",
     "verify": "tp_planner.verification.verify",
     "verify_model_parallel": "tp_planner.training.stored",
+    "verify_step": "tp_planner.verification.in_job",
 }
 
 

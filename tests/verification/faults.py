@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
+import keras
 import torch
+import torch.distributed as dist
 
 from tp_planner.ir.placement import Partial, Replicate, Shard
 from tp_planner.ir.plan import LayerPlan, Plan, Transition
@@ -192,7 +194,7 @@ def gradients_of_shards_doubled() -> Any:
 def rows_off_by_one() -> Any:
     def wrong(right: Any) -> Any:
         def own_rows(self: Any, layer: Any, args: Any) -> Any:
-            return right(self, layer, (args[0] + 1, *args[1:]) if int(args[0].max()) + 1 < layer.input_dim else args)
+            return right(self, layer, ((args[0] + 1) % layer.input_dim, *args[1:]))
 
         return own_rows
 
@@ -213,6 +215,17 @@ def rows_of_others_kept() -> Any:
 def masks_of_own() -> Any:
     """Each rank takes the first part of the whole mask of a dropout on shards."""
     return patched(styles, "own_shard", lambda right: lambda value, at, axis: right(value, at, replace(axis, rank=0)))
+
+
+def seeds_of_own() -> Any:
+    def wrong(right: Any) -> Any:
+        def next(self: Any, ordered: bool = True) -> torch.Tensor:
+            seed = right(self, ordered)
+            return seed + dist.get_rank() if dist.is_initialized() else seed
+
+        return next
+
+    return patched(keras.random.SeedGenerator, "next", wrong)
 
 
 def _not_sent(tensor: torch.Tensor, axis: Any, site: Any) -> None:
@@ -271,11 +284,7 @@ FAULTS: Sequence[Fault] = (
         ("block_1_attention/attention_output",),
         changed("block_1_attention/attention_output", epilogue_after_output=""),
     ),
-    Fault(
-        "a mask in another order",
-        ("block_0_attention/dropout",),
-        changed("block_0_attention/dropout", dropout_order=(0, 2, 1, 3)),
-    ),
+    Fault("a seed of its own on each rank", ("block_0_attention/dropout",), code=seeds_of_own),
     Fault("a sum where all have the whole", ("block_0_up",), changed("block_0_up", inputs=first_input(forward=SUM))),
     Fault(
         "a gradient that is summed and cut",
@@ -287,7 +296,7 @@ FAULTS: Sequence[Fault] = (
         ("head",),
         changed("head", output=output(forward=Transition(Shard(1), Replicate()))),
     ),
-    Fault("a gradient that is not cut", ("head",), changed("head", output=output(backward=WHOLE))),
+    Fault("a gradient that is not cut", (), changed("head", output=output(backward=WHOLE))),
     Fault(
         "a sum that is dropped",
         ("block_1_attention/attention_output",),

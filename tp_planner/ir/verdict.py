@@ -17,9 +17,10 @@ IN_LAYERS = ("output", "gradient at")  # kinds of tensors that layers return; of
 Judgement = Literal["equal", "rounding", "error", "error in its dtype"]
 
 TOLERANCE = 1e-9  # relative, in float64: rounding of a reordered sum is about 1e-12, whatever is wrong is far more
-CHANCE = 1e4  # how many times as large, or as small, as precision alone would have it, a rounding may be
-LEAST = 1e-15  # of a rounding in float64
+CHANCE = 1e3  # how many times as large, or as small, as precision alone would have it, a rounding may be
+LARGEST = 1e4  # of a rounding, where no other precision was tried, in units of the dtype's
 EPSILON = {"float32": 2.0**-23, "float64": 2.0**-52, "bfloat16": 2.0**-7, "float16": 2.0**-10}
+BEFORE, INFERENCE = "before", "inference"  # phases
 FIRST_PLACE = "call 1, output 0"
 
 
@@ -27,7 +28,7 @@ FIRST_PLACE = "call 1, output 0"
 class Event:
     """Which tensor of a run it is. ``name`` is a layer's or a variable's; ``place`` tells a layer's calls apart."""
 
-    phase: str  # "inference", "step 1", ...
+    phase: str  # BEFORE, INFERENCE, "step 1", ...
     kind: Kind
     name: str
     place: str = ""
@@ -59,13 +60,13 @@ class Difference:
 class Judged:
     """One tensor: its differences, relative to its largest element, and what they are.
 
-    ``narrow`` is that in the model's own dtype, whose rounding is ``epsilon``, ``wide`` that in float64.
-    ``disagreement`` is that between ranks which should hold equal values, in float64.
+    ``narrow`` is that in the model's own dtype, whose rounding is ``epsilon``, ``wide`` that in float64, if known.
+    ``disagreement`` is that between ranks which should hold equal values.
     """
 
     event: Event
     narrow: float
-    wide: float
+    wide: float | None
     disagreement: float
     placement: str
     epsilon: float
@@ -73,9 +74,12 @@ class Judged:
     @property
     def judgement(self) -> Judgement:
         """Rounding falls with the precision; an error stays, or is there in the model's own dtype alone."""
+        if self.wide is None:
+            is_wrong = max(self.narrow, self.disagreement) > LARGEST * self.epsilon
+            return "error" if is_wrong else "rounding" if self.narrow else "equal"
         if max(self.wide, self.disagreement) > TOLERANCE:
             return "error"
-        if self.narrow > max(self.wide, LEAST) * CHANCE * self.epsilon / EPSILON["float64"]:
+        if self.narrow > CHANCE * self.epsilon * max(self.wide / EPSILON["float64"], 1):
             return "error in its dtype"
         return "rounding" if max(self.narrow, self.wide) else "equal"
 
@@ -85,19 +89,19 @@ class Judged:
         return self.judgement in ("error", "error in its dtype")
 
 
-def judge(narrow: Iterable[Difference], wide: Iterable[Difference], dtype: str) -> tuple[Judged, ...]:
-    """Return what the differences in ``dtype`` and in float64 come to, in order."""
+def judge(narrow: Iterable[Difference], wide: Iterable[Difference] | None, dtype: str) -> tuple[Judged, ...]:
+    """Return what the differences in ``dtype`` and in float64 come to, in order; those in float64 may be unknown."""
     before = {each.event: each for each in narrow}
     return tuple(
         Judged(
             event=each.event,
             narrow=before[each.event].error,
-            wide=each.error,
+            wide=None if wide is None else each.error,
             disagreement=math.inf if _copies_differ(before[each.event]) else each.disagreement,
             placement=each.placement,
             epsilon=EPSILON[dtype],
         )
-        for each in wide
+        for each in (before.values() if wide is None else wide)
         if each.event in before
     )
 
@@ -111,19 +115,20 @@ class Verdict:
     """Whether a model under a plan is the same function as on one device; ``print`` shows it.
 
     ``tensors`` has every tensor that was compared: outputs of all layers and gradients at them, loss, metrics,
-    gradients of variables, their values and the optimizer's after each step. ``readers`` are the layers that take a
-    layer's output.
+    gradients of variables, their values and the optimizer's after the steps. ``readers`` are the layers that take a
+    layer's output. ``failure`` is what a rank failed with, after which nothing was compared.
     """
 
     plan: Plan
     dtype: str  # the model's own
     tensors: tuple[Judged, ...]
     readers: dict[Event, list[str]]
+    failure: str = ""
 
     @property
     def is_same(self) -> bool:
-        """Whether all differences are rounding."""
-        return not any(each.is_wrong for each in self.tensors)
+        """Whether no rank has failed, and all differences are rounding."""
+        return not self.failure and not any(each.is_wrong for each in self.tensors)
 
     @property
     def wrong(self) -> list[Judged]:
@@ -138,7 +143,7 @@ class Verdict:
         first = min(self.wrong, key=lambda each: (_phase_order(each.event.phase), _KINDS.index(each.event.kind)))
         name = first.event.name
         if first.event.kind == "gradient at":
-            return Beginning(first, tuple(self._where_gradients_cross(first.event)) or (name,))
+            return Beginning(first, self._where_gradients_come_from(first.event) or (name,))
         return Beginning(first, (self.layer_of(name),))
 
     def layer_of(self, name: str) -> str:
@@ -149,16 +154,12 @@ class Verdict:
     def _layers(self) -> frozenset[str]:
         return frozenset(each.event.name for each in self.tensors if each.event.kind == "output")
 
-    def _where_gradients_cross(self, event: Event) -> Iterator[str]:
-        """Yield the layers that read the output whose gradient this is, and whose plans change gradients."""
-        crossing = {
-            layer.layer
-            for layer in self.plan.layers
-            for place, boundary in layer.boundaries
-            if place.startswith("input") and not boundary.is_identity
-        }
-        output = Event(event.phase, "output", event.name, event.place)
-        yield from (reader for reader in self.readers.get(output, ()) if reader in crossing)
+    def _where_gradients_come_from(self, event: Event) -> tuple[str, ...]:
+        """Return the layers that read the output whose gradient this is: those that the plan has do anything to it."""
+        readers = self.readers.get(Event(event.phase, "output", event.name, event.place), ())
+        styles = {layer.layer: layer.style for layer in self.plan.layers}
+        parallel = tuple(reader for reader in readers if styles.get(reader, "replicated") != "replicated")
+        return parallel or tuple(readers)
 
     def to_json(self) -> str:
         """Return all of it as JSON text with sorted keys."""
@@ -166,6 +167,7 @@ class Verdict:
         data = {
             "same": self.is_same,
             "dtype": self.dtype,
+            "failure": self.failure,
             "plan": plan_hash(self.plan),
             "begins": None if begins is None else {"layers": begins.layers, "at": str(begins.first.event)},
             "tensors": [
@@ -199,7 +201,7 @@ _KINDS = ("output", "loss", "metric", "gradient at", "gradient of", "weight", "s
 
 
 def _phase_order(phase: str) -> int:
-    return 0 if phase == "inference" else int(phase.removeprefix("step "))
+    return {BEFORE: -1, INFERENCE: 0}[phase] if phase in (BEFORE, INFERENCE) else int(phase.removeprefix("step "))
 
 
 def _prefixes(name: str) -> Iterator[str]:
@@ -208,5 +210,5 @@ def _prefixes(name: str) -> Iterator[str]:
         yield name
 
 
-def _number(value: float) -> float | str:
-    return value if value < math.inf else "infinite"
+def _number(value: float | None) -> float | str | None:
+    return value if value is None or value < math.inf else "infinite"

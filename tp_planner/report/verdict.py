@@ -34,16 +34,16 @@ def _heading(verdict: Verdict) -> Section:
         f"{plan.model!r} on mesh ({plan.mesh}) is {'' if verdict.is_same else 'NOT '}the function it is on one device"
     )
     if not verdict.is_same:
-        return Section(title, (f"{len(verdict.wrong)} of {len(tensors)} tensors differ by more than rounding",))
-    narrow, wide = max(tensors, key=lambda each: each.narrow), max(tensors, key=lambda each: each.wide)
-    return Section(
-        title,
-        (
-            f"{len(tensors)} tensors of {ranks} were compared: outputs, gradients, values after each step",
-            f"largest difference in {verdict.dtype}: {narrow.narrow:.1e} ({narrow.event})",
-            f"largest difference in float64: {wide.wide:.1e} ({wide.event})",
-        ),
-    )
+        failed = (f"a rank has failed, nothing was compared after that: {verdict.failure}",) if verdict.failure else ()
+        return Section(title, (*failed, f"{len(verdict.wrong)} of {len(tensors)} tensors differ by more than rounding"))
+    sentences = [f"{len(tensors)} tensors of {ranks} were compared: outputs, gradients, values after the steps"]
+    worst = max(tensors, key=lambda each: each.narrow)
+    sentences.append(f"largest difference in {verdict.dtype}: {worst.narrow:.1e} ({worst.event})")
+    wide = [(each.wide, each) for each in tensors if each.wide is not None]
+    if wide:
+        most, worst = max(wide, key=lambda pair: pair[0])
+        sentences.append(f"largest difference in float64: {most:.1e} ({worst.event})")
+    return Section(title, tuple(sentences))
 
 
 def _beginning(verdict: Verdict, begins: Beginning) -> Section:
@@ -70,7 +70,7 @@ def _ends(layer: LayerPlan) -> Iterator[str]:
 def _wrong(verdict: Verdict) -> Section:
     wrong = verdict.wrong
     rows = tuple(
-        (str(each.event), each.placement, f"{each.narrow:.1e}", f"{each.wide:.1e}", each.judgement)
+        (str(each.event), each.placement, _said(each.narrow), _said(each.wide), each.judgement)
         for each in wrong[:SHOWN]
     )
     heads = ("tensor", "placement", verdict.dtype, "float64", "is")
@@ -100,8 +100,14 @@ def _worst(found: Iterable[Judged], kinds: tuple[str, ...]) -> str:
     those = [each for each in found if each.event.kind in kinds]
     if not those:
         return ""
-    return f"{max(each.narrow for each in those):.0e} / {max(each.wide for each in those):.0e}"
+    narrow = max(each.narrow for each in those)
+    wide = [each.wide for each in those if each.wide is not None]
+    return f"{narrow:.0e} / {max(wide):.0e}" if wide else f"{narrow:.0e}"
 
 
 def _both(judged: Judged, dtype: str) -> str:
-    return f"{judged.narrow:.1e} in {dtype}, {judged.wide:.1e} in float64"
+    return f"{_said(judged.narrow)} in {dtype}, {_said(judged.wide)} in float64"
+
+
+def _said(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1e}"

@@ -23,7 +23,22 @@ def compare(single: Seen, ranks: Sequence[Seen], plan: Plan) -> list[Difference]
     joining = _Joining(plan, ranks)
     floors = _floors(single)
     events = dict.fromkeys([*single.tensors, *(event for seen in ranks for event in seen.tensors)])
+    if any(seen.failure for seen in ranks):  # what came after it is nowhere
+        events = {event: None for event in events if all(event in seen.tensors for seen in ranks)}
     return [joining.difference(event, single.tensors.get(event), floors) for event in events]
+
+
+def compare_copies(ranks: Sequence[Seen]) -> list[Difference]:
+    """Return, for every tensor that all ranks have whole, whether they have the same."""
+    return [
+        Difference(event, 0.0, math.inf if copies_differ(event, ranks) else 0.0, str(WHOLE))
+        for event in ranks[0].digests
+    ]
+
+
+def copies_differ(event: Event, ranks: Sequence[Seen]) -> bool:
+    """Whether ranks that have a tensor whole have different ones, in any bit."""
+    return len({seen.digests[event] for seen in ranks if event in seen.digests}) > 1
 
 
 def _floors(single: Seen) -> Mapping[tuple[str, str], float]:
@@ -58,7 +73,7 @@ class _Joining:
         apart = [_distance(each, tensors[0]) for tensors in present for each in tensors if placement == WHOLE]
         scale = max(_size(expected), floors[event.phase, event.kind], np.finfo("float64").tiny)
         error = min(_distance(found, expected) for found in _over_replicas(whole, event, expected))
-        disagreement = math.inf if self._copies_differ(event) else max(apart, default=0.0) / scale
+        disagreement = math.inf if copies_differ(event, self.ranks) else max(apart, default=0.0) / scale
         return Difference(event, error / scale, disagreement, str(placement))
 
     def _holders(self, event: Event) -> list[list[Seen]]:
@@ -66,9 +81,6 @@ class _Joining:
         if event.kind in IN_LAYERS:
             return list(self.replicas.values())
         return [[self.ranks[0]]]
-
-    def _copies_differ(self, event: Event) -> bool:
-        return len({seen.digests[event] for seen in self.ranks if event in seen.digests}) > 1
 
     def _planned(self, event: Event) -> Placement | None:
         layer = self.layers.get((event.name, self.ranks[0].modes.get(event, "")))

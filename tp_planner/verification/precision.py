@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tp_planner.frontend.keras_internals import narrower_dtypes
 from tp_planner.frontend.layer_tree import named_layers, named_variables
+from tp_planner.ir.verdict import EPSILON
 from tp_planner.readable_plan import Plan
 
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,3 +63,9 @@ def _in_float64(data: Any) -> Any:
         if "itemsize" in found:
             found["itemsize"] = 8
     return found
+
+
+def narrowest(model: keras.Model) -> str:
+    """Return the dtype in which most is rounded of those that the model's layers compute in."""
+    dtypes: set[str] = {layer.compute_dtype for layer in named_layers(model).values()} & EPSILON.keys()
+    return max(dtypes, key=EPSILON.__getitem__)

@@ -16,7 +16,9 @@ from tp_planner.api import parallelize
 from tp_planner.frontend.fingerprint import fingerprint
 from tp_planner.frontend.trace import CallArguments
 from tp_planner.frontend.training_loss import TrainingLoss
+from tp_planner.ir.errors import in_one_line
 from tp_planner.ir.mesh import Mesh
+from tp_planner.ir.verdict import INFERENCE
 from tp_planner.readable_plan import Plan
 from tp_planner.verification.precision import StaysWide, compute_in_float64, widened
 from tp_planner.verification.processes import join_job
@@ -56,13 +58,13 @@ class Rehearsal:
             rank, mesh = number - 1, self.plan.mesh
             join_job(rank, mesh.size, store)
             parallelize(self.model, widened(self.plan, fingerprint(self.model)) if self.wide else self.plan)
-            return self._run(replica(rank, mesh), mesh.replicas, keep=rank == 0)
+            return self._run(replica(rank, mesh), mesh.replicas, keep=rank == 0, in_job=True)
 
     def _fresh_optimizer(self) -> keras.optimizers.Optimizer:
         """Return the optimizer as it was before its first step."""
         return type(self.optimizer).from_config(self.optimizer.get_config())
 
-    def _run(self, place: int, of: int, keep: bool = True) -> Seen:
+    def _run(self, place: int, of: int, keep: bool = True, in_job: bool = False) -> Seen:
         """Call and train the model on the rows of one of ``of`` replicas; ``keep`` what all processes have whole."""
         model, watch = self.model, Watch(self.model)
         inputs, targets = (_rows(each, place, of) for each in (self.inputs.first, self.targets))
@@ -74,7 +76,17 @@ class Rehearsal:
             jit_compile=False,
         )
         keras.utils.set_random_seed(1)
-        with watch.phase("inference"), torch.no_grad():
+        try:
+            self._call_and_train(watch, inputs, targets, keep)
+        except Exception as error:  # of the model's code, or of what another rank has left
+            if not in_job:
+                raise
+            watch.seen.failure = in_one_line(error)
+        return watch.seen
+
+    def _call_and_train(self, watch: Watch, inputs: Any, targets: Any, keep: bool) -> None:
+        model = self.model
+        with watch.phase(INFERENCE), torch.no_grad():
             CallArguments(keras.tree.map_structure(keras.ops.convert_to_tensor, inputs)).call(model, training=False)
         for step in range(1, self.steps + 1):
             with watch.phase(f"step {step}"):
@@ -82,7 +94,6 @@ class Rehearsal:
             watch.seen.note_logs(f"step {step}", logs)
             note_gradients(watch.seen, f"step {step}", model, keep)
         note_values(watch.seen, f"step {self.steps}", model, keep)
-        return watch.seen
 
 
 def replica(rank: int, mesh: Mesh) -> int:

@@ -7,17 +7,17 @@ from typing import Any
 import keras
 import numpy as np
 
-from tp_planner.frontend.layer_tree import named_layers
 from tp_planner.frontend.layout_map import read_layout_map
 from tp_planner.frontend.trace import CallArguments, fake_inputs, require_built
 from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import Layout
-from tp_planner.ir.verdict import EPSILON, Difference, judge
+from tp_planner.ir.verdict import Difference, Event, judge
 from tp_planner.planner import make_plan
 from tp_planner.readable_plan import Plan
 from tp_planner.training.model import applied_to
 from tp_planner.verification.comparison import compare
+from tp_planner.verification.precision import narrowest
 from tp_planner.verification.processes import run_forked
 from tp_planner.verification.readable import Verdict
 from tp_planner.verification.rehearsal import Rehearsal, Scout, Scouted, in_float64
@@ -71,10 +71,12 @@ def verify(
     plan = _planned(model, layout_map_or_plan, inputs, updating, training_loss)
     data, wanted = _data(model, plan, inputs, targets, training_loss)
     rehearsal = Rehearsal(model, plan, data, wanted, given or weighted_mean, weights, metrics, updating, steps)
-    narrow, _ = _run(rehearsal)
-    wide, readers = _run(in_float64(rehearsal))
-    dtype = _narrowest(model)
-    return Verdict(plan, dtype, judge(narrow, wide, dtype), readers)
+    dtype = narrowest(model)
+    narrow, readers, failure = _run(rehearsal)
+    if failure:
+        return Verdict(plan, dtype, judge(narrow, None, dtype), readers, failure)
+    wide, readers, failure = _run(in_float64(rehearsal))
+    return Verdict(plan, dtype, judge(narrow, wide, dtype), readers, failure)
 
 
 def weighted_mean(targets: Any, outputs: Any) -> Any:
@@ -82,15 +84,11 @@ def weighted_mean(targets: Any, outputs: Any) -> Any:
     return keras.ops.mean(targets * outputs, axis=-1)
 
 
-def _narrowest(model: keras.Model) -> str:
-    """Return the dtype in which most is rounded of those that the model's layers compute in."""
-    dtypes: set[str] = {layer.compute_dtype for layer in named_layers(model).values()} & EPSILON.keys()
-    return max(dtypes, key=EPSILON.__getitem__)
-
-
-def _run(rehearsal: Rehearsal) -> tuple[list[Difference], dict[Any, list[str]]]:
+def _run(rehearsal: Rehearsal) -> tuple[list[Difference], dict[Event, list[str]], str]:
+    """Return the differences, who reads what, and what the first rank that failed has failed with."""
     single, *ranks = run_forked(1 + rehearsal.plan.mesh.size, rehearsal)
-    return compare(single, ranks, rehearsal.plan), single.readers
+    failures = [f"rank {rank}: {seen.failure}" for rank, seen in enumerate(ranks) if seen.failure]
+    return compare(single, ranks, rehearsal.plan), single.readers, next(iter(failures), "")
 
 
 def _loss_of(model: keras.Model, loss: Any) -> tuple[Any, Any]:

@@ -27,10 +27,12 @@ class Seen:
 
     Of what all ranks hold whole the first has the tensor, all have ``digests``. ``modes`` are those of layers' calls,
     which have plans of their own; ``readers`` are the layers that take a layer's output, by the event of the output.
+    ``failure`` is what ended the run.
     """
 
     tensors: dict[Event, np.ndarray] = field(default_factory=dict)
     digests: dict[Event, bytes] = field(default_factory=dict)
+    failure: str = ""
     modes: dict[Event, str] = field(default_factory=dict)
     readers: dict[Event, list[str]] = field(default_factory=dict)
 
@@ -120,11 +122,11 @@ def note_gradients(seen: Seen, phase: str, model: keras.Model, keep: bool) -> No
             seen.note_whole(Event(phase, "gradient of", key), gradient, keep)
 
 
-def note_values(seen: Seen, phase: str, model: keras.Model, keep: bool) -> None:
+def note_values(seen: Seen, phase: str, model: keras.Model, keep: bool, slots: bool = True) -> None:
     """Note the values of the model's variables, and of the optimizer's, as ``note_gradients`` does."""
     for key, variable in named_variables(model).items():
         seen.note_whole(Event(phase, "weight", key), variable._value, keep)
-    for variable in model.optimizer.variables:
+    for variable in model.optimizer.variables if slots else ():
         seen.note_whole(Event(phase, "slot", variable.path), variable._value, keep)
 
 
