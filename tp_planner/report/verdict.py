@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from tp_planner.ir.names import fold_names
 from tp_planner.ir.plan import LayerPlan
 from tp_planner.ir.verdict import Beginning, Judged, Verdict
-from tp_planner.report.names import fold_names
 from tp_planner.report.sections import Item, Section, Table
 
 # The columns of the table, and the kinds of tensors in each. Differences are relative, in both dtypes.
