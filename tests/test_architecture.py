@@ -91,7 +91,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
             "planner",
             "progress",
         }
-        | {"readable_plan", "report", "search", "sweep"},
+        | {"readable_plan", "report", "search", "sweep", "verification"},
         {"keras", "rich", "torch", "typer"},
     ),
     "gpt": (set(), {"keras"}),
