@@ -14,7 +14,7 @@ import torch.distributed as dist
 import tp_planner
 from tests.workers import Pools
 from tp_planner.job import pulse, rendezvous
-from tp_planner.job.rendezvous import exchange, meet
+from tp_planner.job.rendezvous import Meeting, exchange, meet
 
 # On the ranks
 
@@ -128,6 +128,27 @@ def test_a_store_that_has_ended() -> None:
     assert str(error.value) == (
         "saving: the store where ranks meet cannot be reached; the process that keeps it has ended"
     )
+
+
+def test_the_store_stays_until_all_have_read() -> None:
+    """What rank 0 says last is heard, though its process ends at once and the store with it."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meetings = [
+        Meeting(dist.TCPStore("127.0.0.1", server.port, is_master=False), rank, (0, 1), "here", "planning")
+        for rank in range(2)
+    ]
+    with (
+        mock.patch.object(pulse, "let_pulse_beat"),
+        mock.patch.object(rendezvous, "_last", None),
+        ThreadPoolExecutor() as others,
+    ):
+        meetings[1].store.set("here/1", "fine")  # rank 1 has come, and looks again a while later
+        assert meetings[0].bring("problem") == ["problem", "fine"]
+        staying = others.submit(meetings[0].stay, 60.0)
+        assert not staying.done()
+        heard = others.submit(meetings[1].bring, "fine")
+        staying.result()
+        assert (heard.result(), rendezvous._last) == (["problem", "fine"], meetings[1])
 
 
 def test_a_job_that_starts_says_who_is_missing(caplog: pytest.LogCaptureFixture) -> None:

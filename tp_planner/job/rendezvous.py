@@ -6,6 +6,7 @@ another call; one without a pulse is not waited for.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import logging
@@ -26,6 +27,7 @@ logger = logging.getLogger("tp_planner")
 PATIENCE_S = 20.0  # after which a rank that waits says so; and again each time it has waited twice as long
 SOON_S = 1.0  # after which it is looked at where the others wait
 LONGEST_NAP_S = 0.2  # between two looks
+STAY_S = 3.0  # of a process that ends, for others to read what it brought last
 
 _begun: Counter[tuple[int, ...]] = Counter()  # meetings, by who takes part
 
@@ -102,14 +104,28 @@ class Meeting:
         try:
             self.store.set(self._place(self.rank), text)
             self._wait(keys)
-            return [self.store.get(key).decode() for key in keys]
+            brought = [self.store.get(key).decode() for key in keys]
         except dist.DistError as error:
             raise ParallelRuntimeError(
                 f"{self.what}: the store where ranks meet cannot be reached; the process that keeps it has ended"
             ) from error
+        with contextlib.suppress(dist.DistError):
+            self.store.set(self._heard(self.rank), "")
+        _stay_for(self)
+        return brought
+
+    def stay(self, seconds: float) -> None:
+        """Return when all have read what was brought, or after some seconds."""
+        keys, began = [self._heard(rank) for rank in self.ranks], time.monotonic()
+        with contextlib.suppress(dist.DistError):
+            while not self.store.check(keys) and time.monotonic() - began < seconds:
+                time.sleep(0.01)
 
     def _place(self, rank: int) -> str:
         return f"{self.key}/{rank}"
+
+    def _heard(self, rank: int) -> str:
+        return f"{self.key}/heard/{rank}"
 
     def _wait(self, keys: list[str]) -> None:
         """Return when all keys are there; who looks often and sleeps between is not told of every look by torch."""
@@ -163,6 +179,21 @@ class Meeting:
                     f"{self.what}: rank {rank} waits in {what} instead; "
                     f"every rank has to make the same calls in the same order"
                 )
+
+
+_last: Meeting | None = None
+
+
+def _stay_for(meeting: Meeting) -> None:
+    global _last
+    _last = meeting
+
+
+@atexit.register
+def _stay() -> None:
+    """Let the others read why rank 0 ends: the store often ends with its process."""
+    if _last is not None and _last.rank == 0:
+        _last.stay(STAY_S)
 
 
 def _where(rank: int) -> str:
