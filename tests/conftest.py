@@ -10,22 +10,26 @@ import pytest
 os.environ["KERAS_BACKEND"] = "torch"
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import keras
+import keras  # reads the environment once
 
-from tests.workers import Pools, WorkerPool  # imports Keras, which reads the environment once
+from tests.models import USUAL
+from tests.workers import Pools, WorkerPool
 
-# Models of the zoo that `make test` trains in both dtypes on both numbers of processes; the others in float64 on two.
-EVERYWHERE = {"gpt", "handwritten"}
+EVERYWHERE = "gpt"  # the model that `make test` trains in float32 and on four processes, too
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave some of what a fixture multiplies to `make sweep`: most of what runs on four processes runs on two, too."""
+    """Leave some of what fixtures multiply to `make sweep`: most of what runs on four processes runs on two, too."""
     for item in items:
         params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        trained = {"model", "dtype", "workers"} <= params.keys()
-        everywhere = trained and params["model"] in EVERYWHERE
-        if not everywhere and (params.get("workers") == 4 or (trained and params["dtype"] == "float32")):
+        if {"model", "dtype", "workers"} <= params.keys():
+            usual = params["workers"] == 2 and params["dtype"] == "float64" and params["model"] in USUAL
+            one_of_both = params["model"] == EVERYWHERE and (params["workers"] == 2) != (params["dtype"] == "float64")
+            is_slow = not usual and not one_of_both
+        else:
+            is_slow = params.get("workers") == 4
+        if is_slow:
             item.add_marker(pytest.mark.slow)
 
 

@@ -7,7 +7,7 @@ twice gives the same variable paths. Weights are random, biases and norms too: a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from typing import Any
 import keras
 import keras_hub
 import numpy as np
+import pytest
 import torch
 from keras.src.backend.common import dtypes, global_state
 from keras_hub.src.models.gemma import rms_normalization
@@ -738,3 +739,23 @@ CASES: dict[str, Case] = {
         Case("tied", tied, _token_batch, _CROSSENTROPY, _TIED_RULES, None),
     )
 }
+
+# What `make test` takes of the zoo where each model costs seconds: one of each kind. `make sweep` takes all of them.
+USUAL = frozenset(
+    {
+        "convnet",
+        "encoder_mask_zero",
+        "gpt",
+        "gpt with dropout",
+        "handwritten",
+        "llama",
+        "llama with tied embeddings and one head for keys",
+        "subclassed",
+        "tied",
+    }
+)
+
+
+def usual(names: Iterable[str]) -> list[Any]:
+    """Return the names as parameters of a test, those not in USUAL marked as slow."""
+    return [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in names]

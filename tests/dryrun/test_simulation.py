@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tp_planner
-from tests.models import CASES
+from tests.models import CASES, USUAL
 from tests.workers import Pools, WorkerPool, layout_map
 from tp_planner.dryrun.collector import without_collector
 from tp_planner.dryrun.metering import StepMeter
@@ -108,7 +108,7 @@ def test_memory_is_within_five_percent_of_what_is_measured(workers: WorkerPool, 
 @pytest.mark.parametrize(
     ("name", "sequence_parallel"),
     [
-        *((name, False) for name in CASES),
+        *(pytest.param(name, False, marks=[] if name in USUAL else pytest.mark.slow) for name in CASES),
         *(pytest.param(name, True, marks=[] if name in SIZES else pytest.mark.slow) for name in CASES),
     ],
 )

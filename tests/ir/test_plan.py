@@ -6,19 +6,21 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import keras
 import pytest
 
 import tp_planner
-from tests.models import CASES
+from tests.models import CASES, usual
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
 from tp_planner.planner import make_plan
 from tp_planner.readable_plan import Plan
 
 
+@cache
 def plan_case(name: str, parts: int = 2) -> Plan:
     rules = tuple(LayoutRule(pattern, axes) for pattern, axes in CASES[name].rules.items())
     return make_plan(CASES[name].build(), Layout(Mesh((("model", parts),)), rules))
@@ -42,8 +44,8 @@ def kinds(plan: Plan) -> list[str]:
     return [f"{each.phase} {each.kind} {each.layer}" for each in plan.collectives]
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("parts", [2, *(pytest.param(parts, marks=pytest.mark.slow) for parts in (1, 4))])
+@pytest.mark.parametrize("name", usual(CASES))
 def test_json_there_and_back(name: str, parts: int) -> None:
     plan = plan_case(name, parts)
     assert Plan.from_json(plan.to_json()) == plan

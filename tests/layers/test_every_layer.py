@@ -17,6 +17,29 @@ from tests.layer_zoo import CASES, WIDTHS, WITHOUT_WEIGHTS, layers_with_weights,
 from tests.workers import Pools
 
 LAYERS = sorted({case.layer for case in CASES.values()})
+# One of each kind: `make test` shards these, `make sweep` the others, too.
+USUAL = {
+    "Attention",
+    "BatchNormalization",
+    "Bidirectional",
+    "Conv2D",
+    "ConvLSTM1D",
+    "Dense",
+    "DepthwiseConv1D",
+    "EinsumDense",
+    "Embedding",
+    "GRU",
+    "GroupNormalization",
+    "GroupQueryAttention",
+    "Layer",
+    "LayerNormalization",
+    "MultiHeadAttention",
+    "Normalization",
+    "ReversibleEmbedding",
+    "SpectralNormalization",
+    "TimeDistributed",
+    "TorchModuleWrapper",
+}
 
 
 class Unknown(keras.layers.Layer):
@@ -48,7 +71,9 @@ def test_every_weight_matters(name: str) -> None:
 
 
 @pytest.mark.parametrize("width", [WIDTHS[0], *(pytest.param(width, marks=pytest.mark.slow) for width in WIDTHS[1:])])
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    "layer", [each if each in USUAL else pytest.param(each, marks=pytest.mark.slow) for each in LAYERS]
+)
 def test_sharded_layer(pools: Pools, layer: str, width: int) -> None:
     """Outputs, loss, gradients and state are those of the single device, and the layer can be restored."""
     names = [name for name, case in CASES.items() if case.layer == layer]

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tp_planner
-from tests.models import CASES
+from tests.models import CASES, usual
 from tests.workers import Pools, layout_map
 from tp_planner.ir.plan import LayerPlan, Plan
 
@@ -163,7 +163,7 @@ def test_recorder_sees_collectives_of_every_origin(pools: Pools) -> None:
     ]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", usual(MODELS))
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_plan_lists_exactly_the_collectives_that_run(pools: Pools, model: str, size: int) -> None:
     """One training step by Keras runs what is planned and no more, on every rank; a prediction its forward part."""

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import tp_planner
-from tests.models import CASES, Batch
+from tests.models import CASES, Batch, usual
 from tests.workers import Pools, WorkerPool, layout_map
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.ir.placement import Shard
@@ -153,8 +153,8 @@ def _logged(level: int) -> Iterator[list[str]]:
 # In the parent
 
 
-@pytest.mark.parametrize("slots", ["before", "after"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("slots", [pytest.param("before", marks=pytest.mark.slow), "after"])
+@pytest.mark.parametrize("name", usual(CASES))
 def test_ranks_store_their_share(workers: WorkerPool, name: str, slots: str) -> None:
     """A rank stores one of N chunks of each sharded variable, of its gradient and of its AdamW slots."""
     ranks = workers.run(store, name, slots, {})
