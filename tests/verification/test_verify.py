@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import re
 
 import keras
 import numpy as np
@@ -18,6 +18,7 @@ from tests.workers import Pools
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
 from tp_planner.planner import make_plan
+from tp_planner.report.html import plan_to_html
 from tp_planner.verification.verify import verify
 
 FAST = {"a gradient's sum that is dropped"}
@@ -59,7 +60,7 @@ def test_right_model_is_not_blamed(name: str, mesh: dict[str, int]) -> None:
         np.testing.assert_array_equal(array, expected)
 
 
-def test_verdict_is_told(capsys: Any) -> None:
+def test_verdict_is_told() -> None:
     """The report names the layer, both differences and the plan's lines; the JSON has every tensor."""
     model = CASES["gpt"].build()
     plan = next(each for each in FAULTS if each.name == "no sum after attention").plan(
@@ -73,6 +74,9 @@ def test_verdict_is_told(capsys: Any) -> None:
     data = json.loads(verdict.to_json())
     assert (data["same"], data["begins"]["layers"]) == (False, ["block_0_attention/attention_output"])
     assert {each["is"] for each in data["tensors"]} >= {"error", "rounding", "equal"}
+    page = plan_to_html(verdict.plan, verdict=verdict)
+    assert '<section id="verdict" class="wrong">' in page
+    assert re.search(r'class="layer[^"]*wrong"', page)
 
 
 # On the ranks

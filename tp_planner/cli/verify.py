@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,6 +18,7 @@ from tp_planner.cli.app import (
     OptimizerOption,
     SequenceOption,
     app,
+    write,
 )
 from tp_planner.cli.load import load_layout, load_model_and_inputs
 
@@ -39,6 +41,9 @@ def verify_command(
         ),
     ] = 1,
     as_json: JsonOption = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the plan as a page with the differences, too.")
+    ] = None,
 ) -> None:
     """Compare MODEL under a layout with MODEL on one device, tensor by tensor, on random weights and data.
 
@@ -49,6 +54,7 @@ def verify_command(
     """
     with working():
         from tp_planner.frontend.scaled import scaled_down
+        from tp_planner.report.html import plan_to_html
         from tp_planner.report.verdict import verdict_sections
         from tp_planner.verification.verify import verify
 
@@ -57,6 +63,8 @@ def verify_command(
         if scale > 1:
             built = scaled_down(built, scale)
         verdict = verify(built, rules, specs, loss=loss, optimizer=optimizer, steps=steps)
+        if html is not None:
+            write(html, plan_to_html(verdict.plan, verdict=verdict), "--html")
     if as_json:
         typer.echo(verdict.to_json(), nl=False)
     else:

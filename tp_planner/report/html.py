@@ -20,10 +20,12 @@ from tp_planner.ir.placement import Placement, Shape, local_shape
 from tp_planner.ir.plan import Plan, RuleReport
 from tp_planner.ir.plan_json import plan_hash
 from tp_planner.ir.step import Collective, MemoryUse
+from tp_planner.ir.verdict import Verdict
 from tp_planner.report.amounts import bytes_text
 from tp_planner.report.html_tree import kind_text, model_tree, searched_text, shape_text
 from tp_planner.report.markup import Markup, bytes_element, element, join, tip
 from tp_planner.report.outline import Leaf, Node, outline, walk
+from tp_planner.report.verdict import BEGINS, marks_of, verdict_sections
 
 MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "temporaries")
 PHASES = ("forward", "backward", "update")
@@ -31,10 +33,11 @@ RANKS_DRAWN = 16
 TABLE_HEADS = ("#", "layer", "layers", "style", "bytes", "on rank 0", "collectives", "each rank sends")
 
 
-def plan_to_html(plan: Plan, estimate: Sequence[str] = ()) -> str:
+def plan_to_html(plan: Plan, estimate: Sequence[str] = (), verdict: Verdict | None = None) -> str:
     """Return the plan as a page: totals, memory, the model as a tree with its weights and collectives, and tables.
 
-    ``estimate`` are the lines of ``estimate_lines``, where there is one.
+    ``estimate`` are the lines of ``estimate_lines``, where there is one. With a ``verdict`` the page begins with it,
+    and each layer has its differences.
     """
     tree = outline(plan)
     style, script = (files("tp_planner.report").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
@@ -47,8 +50,9 @@ def plan_to_html(plan: Plan, estimate: Sequence[str] = ()) -> str:
         element("title", f"{plan.model} on {plan.mesh}"),
         element("style", Markup(style)),
     )
-    figures = (_totals(plan), _notes(plan), _memory(plan), _estimate(estimate))
-    sections = (*figures, model_tree(plan, tree), _layer_table(tree), _rules(plan))
+    marks = {} if verdict is None else marks_of(verdict)
+    figures = (_verdict(verdict), _totals(plan), _notes(plan), _memory(plan), _estimate(estimate))
+    sections = (*figures, model_tree(plan, tree, marks), _layer_table(tree), _rules(plan))
     body = element("body", _header(plan), element("main", *sections), element("script", Markup(script)))
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
 
@@ -82,6 +86,19 @@ def _header(plan: Plan) -> Markup:
     }
     listed = [element("div", element("dt", name), element("dd", value)) for name, value in facts.items()]
     return element("header", element("p", "tensor-parallel plan"), element("h1", plan.model), element("dl", *listed))
+
+
+def _verdict(verdict: Verdict | None) -> Markup:
+    if verdict is None:
+        return Markup("")
+    first, *more = verdict_sections(verdict)
+    sentences = [
+        *first.sentences,
+        *(sentence for each in more if each.title.startswith(BEGINS) for sentence in each.sentences),
+    ]
+    lines = (element("p", sentence) for sentence in sentences)
+    state = "right" if verdict.is_same else "wrong"
+    return element("section", element("h2", first.title), *lines, id="verdict", class_=state)
 
 
 def _totals(plan: Plan) -> Markup:

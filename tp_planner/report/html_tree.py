@@ -41,12 +41,21 @@ class _Setting:
     ranks: int
     bands: Mapping[int, str]
     unfolded: bool
+    marks: Mapping[str, Mark]
 
 
-def model_tree(plan: Plan, tree: Sequence[Node]) -> Markup:
-    """Return the section with the tree, its legend, and the tools that fold and filter it."""
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What a page says of a layer beside its plan: a short text, and whether it is that something is wrong."""
+
+    text: str
+    is_wrong: bool
+
+
+def model_tree(plan: Plan, tree: Sequence[Node], marks: Mapping[str, Mark] | None = None) -> Markup:
+    """Return the section with the tree, its legend, and the tools that fold and filter it; ``marks`` are by layer."""
     leaves = [leaf for leaf, _, _ in walk(tree)]
-    setting = _Setting(plan.axis_size, _bands(leaves), len(leaves) <= UNFOLDED_UP_TO)
+    setting = _Setting(plan.axis_size, _bands(leaves), len(leaves) <= UNFOLDED_UP_TO, marks or {})
     lanes = f"lanes-{min(plan.axis_size, LANES_UP_TO)}"
     return element(
         "section",
@@ -171,10 +180,11 @@ def _layer(setting: _Setting, node: Node, leaf: Leaf, name: str, depth: int, tim
     def say(text: str) -> str:
         return without_numbers_of(leaf.name, text) if times > 1 else text
 
+    mark = setting.marks.get(leaf.name)
     cells = (
         element("span", class_="rail"),
         _name(node, depth, leaf.plan.class_name if leaf.plan else ""),
-        _style(leaf, say),
+        _style(leaf, say, mark),
         element("span", *_weights(setting, leaf, say), class_="weights"),
         _stored([(variable, 1) for variable in leaf.variables]),
     )
@@ -188,18 +198,23 @@ def _layer(setting: _Setting, node: Node, leaf: Leaf, name: str, depth: int, tim
         *(*edges["input"], *edges["variable"]),
         element("div", *cells, class_="line"),
         *(*edges["function"], *edges["other"], *edges["output"]),
-        class_=f"layer {band}".rstrip(),
+        class_=" ".join(filter(None, ("layer", band, _state(mark)))),
         data_search=searched_text(leaf, name),
     )
 
 
-def _style(leaf: Leaf, say: Say) -> Markup:
+def _state(mark: Mark | None) -> str:
+    return "" if mark is None else "wrong" if mark.is_wrong else "right"
+
+
+def _style(leaf: Leaf, say: Say, mark: Mark | None) -> Markup:
+    said = element("small", mark.text, class_="mark") if mark else ""
     if leaf.plan is None:
-        return element("span", class_="style")
+        return element("span", said, class_="style")
     badge = element("b", leaf.style, class_=f"badge {leaf.style}")
     flow = "" if leaf.enters == leaf.makes == Replicate() else f"{leaf.enters} → {leaf.makes}"
     lines = [say(leaf.plan.reason), *([f"takes {leaf.enters}, makes {leaf.makes}"] if flow else [])]
-    return element("span", tip(badge, f"l{leaf.order}", lines), element("small", flow), class_="style")
+    return element("span", tip(badge, f"l{leaf.order}", lines), element("small", flow), said, class_="style")
 
 
 def _weights(setting: _Setting, leaf: Leaf, say: Say) -> list[Markup]:

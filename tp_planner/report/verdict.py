@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from tp_planner.ir.names import fold_names
+from tp_planner.ir.names import FoldedName, fold_names
 from tp_planner.ir.plan import LayerPlan
 from tp_planner.ir.verdict import Beginning, Judged, Verdict
+from tp_planner.report.html_tree import Mark
 from tp_planner.report.sections import Item, Section, Table
 
 # The columns of the table, and the kinds of tensors in each. Differences are relative, in both dtypes.
@@ -16,6 +17,7 @@ _COLUMNS = {
     "gradients of variables": ("gradient of",),
     "variables and slots after": ("weight", "slot"),
 }
+BEGINS = "it begins to differ at"
 SHOWN = 12  # wrong tensors that are listed
 
 
@@ -56,7 +58,7 @@ def _beginning(verdict: Verdict, begins: Beginning) -> Section:
     planned = [layer for layer in verdict.plan.layers if layer.layer in names]
     items = tuple(Item(f"{each.layer}: {each.style}: {each.reason}", tuple(_ends(each))) for each in planned)
     said = f"see what the plan does there, and why: tp-planner explain {names[0]!r} MODEL --layout LAYOUT --mesh MESH"
-    return Section(f"it begins to differ at {', '.join(map(repr, names))}", (*sentences, said), items)
+    return Section(f"{BEGINS} {', '.join(map(repr, names))}", (*sentences, said), items)
 
 
 def _ends(layer: LayerPlan) -> Iterator[str]:
@@ -78,16 +80,30 @@ def _wrong(verdict: Verdict) -> Section:
     return Section("differences that are no rounding, in order", more, table=Table(heads, rows, frozenset(heads[2:4])))
 
 
-def _by_layer(verdict: Verdict) -> Section:
-    """Return the largest differences of each layer and of its variables, equal layers folded."""
+def marks_of(verdict: Verdict) -> dict[str, Mark]:
+    """Return what a page says of each layer: the largest difference of what is its own, and of layers like it."""
+    marks: dict[str, Mark] = {}
+    for folded, found in _folded(verdict):
+        text = _worst(found, tuple(each.event.kind for each in found))
+        mark = Mark(f"differs by {text}", any(each.is_wrong for each in found))
+        marks |= dict.fromkeys(folded.members, mark)
+    return marks
+
+
+def _folded(verdict: Verdict) -> Iterator[tuple[FoldedName, list[Judged]]]:
+    """Yield layers, equal ones folded, with what was compared of them and of their variables."""
     by_layer: dict[str, list[Judged]] = {}
     for each in verdict.tensors:
         kind, name = each.event.kind, each.event.name
         if kind not in ("loss", "metric"):
             by_layer.setdefault("optimizer" if kind == "slot" else verdict.layer_of(name), []).append(each)
-    rows = []
     for folded in fold_names(by_layer):
-        found = [each for member in folded.members for each in by_layer[member]]
+        yield folded, [each for member in folded.members for each in by_layer[member]]
+
+
+def _by_layer(verdict: Verdict) -> Section:
+    rows = []
+    for folded, found in _folded(verdict):
         cells = (_worst(found, kinds) for kinds in _COLUMNS.values())
         rows.append((str(folded), *cells, "ERROR" if any(each.is_wrong for each in found) else ""))
     return Section(
