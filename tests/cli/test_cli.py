@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import html
+import importlib
 import io
+import json
 import os
 import subprocess
 import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import keras
 import pytest
@@ -37,6 +41,25 @@ def pair(width=8):
     x = keras.Input((4,), name="features")
     y = keras.layers.Dense(width, activation="relu", name="up")(x)
     return keras.Model(x, keras.layers.Dense(4, name="down")(y), name="pair")
+
+def compiled():
+    model = pair()
+    model.compile("adam", "mean_squared_error")
+    return model
+
+class Scale(keras.layers.Layer):
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(), name="scale")
+
+    def call(self, x):
+        return x * self.scale
+
+def tower():
+    x = y = keras.Input((4,))
+    for number in range(3):
+        y = keras.layers.Dense(4, name=f"block_{number}_up")(y)
+    y = keras.layers.Dense(2, name="head")(y)
+    return keras.Model(x, Scale(name="last")(y), name="tower")
 
 def large():
     return pair(2**32)
@@ -163,7 +186,6 @@ def test_json_is_the_plan_of_the_model_on_a_device(name: str) -> None:
 def test_model_file_is_planned_without_its_weights(tmp_path: Path) -> None:
     """A .keras file has the plan of the model that was saved, even where its weights are gone."""
     model, path, stripped = models.gpt(), tmp_path / "gpt.keras", tmp_path / "stripped.keras"
-    model.compile("adam", "mse")
     model.save(path)
     with zipfile.ZipFile(path) as whole, zipfile.ZipFile(stripped, "w") as part:
         part.writestr("config.json", whole.read("config.json"))
@@ -228,7 +250,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "no factory": (["shop:pear"], "module 'shop' has no 'pear'; closest: 'pair'"),
     "factory that is none": (["shop:size"], "shop:size is no callable but int; name a function"),
-    "factory that fails": (["shop:broken"], f"shop:broken raised ValueError: out of luck (shop.py, line 33); {CALLED}"),
+    "factory that fails": (["shop:broken"], f"shop:broken raised ValueError: out of luck (shop.py, line 52); {CALLED}"),
     "factory with arguments": (
         ["shop:takes"],
         f"shop:takes raised TypeError: takes() missing 1 required positional argument: 'width'; {CALLED}",
@@ -323,7 +345,92 @@ def test_file_with_unknown_classes_names_the_way_out(tmp_path: Path) -> None:
     code, _, stderr = run("plan", str(path), "--layout", "mlp", "--mesh", "model=2")
     assert code == 2
     assert stderr.startswith(f"error: {path}: the model cannot be built (")
-    assert stderr.endswith("); if it has classes of your own, give package.module:factory instead\n")
+    advice = "if it has classes of your own, name their module: tp-planner --import MODULE plan ..."
+    assert stderr.endswith(f"); {advice}\n")
+
+
+def test_modules_are_imported_for_the_classes_of_a_file(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file with classes of one's own is read once their module is imported, which registers them."""
+    text = """
+import keras
+@keras.saving.register_keras_serializable("own")
+class Twice(keras.layers.Layer):
+    def call(self, x):
+        return x + x
+"""
+    (shop / "twice.py").write_text(text)
+    monkeypatch.syspath_prepend(shop)
+    x = keras.Input((4,))
+    own = keras.Model(x, keras.layers.Dense(4, name="up")(importlib.import_module("twice").Twice()(x)))
+    own.save("own.keras")
+
+    def forget() -> None:
+        del sys.modules["twice"], keras.saving.get_custom_objects()["own>Twice"]
+
+    forget()
+    assert run("--import", "twice", "paths", "own.keras") == (0, "up/kernel  4x4\nup/bias    4\n", "")
+    forget()
+
+
+def test_paths_are_what_rules_can_name(shop: Path) -> None:
+    """They are listed without a layout: in text equal ones of many blocks at once, in JSON each."""
+    code, stdout, _ = run("paths", "shop:tower")
+    assert (code, stdout.splitlines()) == (
+        0,
+        [
+            "block_[0-2]_up/kernel  4x4",
+            "block_[0-2]_up/bias    4",
+            "head/kernel            4x2",
+            "head/bias              2",
+            "last/scale             scalar",
+        ],
+    )
+    code, stdout, _ = run("paths", "shop:pair", "--json")
+    paths = {"up/kernel": [4, 8], "up/bias": [8], "down/kernel": [8, 4], "down/bias": [4]}
+    assert (code, json.loads(stdout)) == (0, paths)
+
+
+def compiled_pair() -> keras.Model:
+    x = keras.Input((4,))
+    model = keras.Model(x, keras.layers.Dense(4, name="down")(keras.layers.Dense(8, name="up")(x)))
+    model.compile("adam", "mean_squared_error")
+    return model
+
+
+def distance(truth: Any, found: Any) -> Any:
+    return keras.ops.mean(truth - found)
+
+
+@pytest.mark.parametrize("source", ["file", "factory"])
+def test_step_is_that_of_a_compiled_model(shop: Path, source: str) -> None:
+    """The plan of a compiled model has its optimizer and loss, from a file too, unless others are named."""
+    model = "shop:compiled"
+    if source == "file":
+        compiled_pair().save("compiled.keras")
+        model = "compiled.keras"
+    layout = ["--layout", "mlp", "--mesh", "model=2"]
+    step = json.loads(run("plan", model, *layout, "--json")[1])["step"]
+    assert (step["optimizer"], step["loss"]) == ("Adam", "mean_squared_error")
+    named = json.loads(run("plan", model, *layout, "--json", "--optimizer", "sgd", "--loss", "mae")[1])["step"]
+    assert (named["optimizer"], named["loss"]) == ("SGD", "mean_absolute_error")
+
+
+def test_file_compiled_with_a_loss_of_its_own_is_planned_without(shop: Path) -> None:
+    """A loss that no module here has is left out, as one of a model at hand is."""
+    model = compiled_pair()
+    model.compile("adam", distance)
+    model.save("compiled.keras")
+    step = json.loads(run("plan", "compiled.keras", "--layout", "mlp", "--mesh", "model=2", "--json")[1])["step"]
+    assert (step["optimizer"], step["loss"]) == ("Adam", "")
+
+
+def test_estimate_is_on_the_page(shop: Path) -> None:
+    """The page has the estimate that the text ends with."""
+    layout = ["--layout", "mlp", "--mesh", "model=2", "--optimizer", "adam"]
+    code, stdout, _ = run("plan", "shop:pair", *layout, "--hardware", "h100", "--html", "page.html")
+    assert code == 0
+    estimate = stdout[stdout.index("estimated, not measured") :].rstrip()
+    assert html.escape(estimate) in (shop / "page.html").read_text("utf-8")
 
 
 def test_other_backends_are_refused(shop: Path) -> None:

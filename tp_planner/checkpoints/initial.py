@@ -16,6 +16,7 @@ from keras.src.random import seed_generator
 
 from tp_planner.frontend.keras_internals import convert_to_tensor
 from tp_planner.frontend.layer_tree import named_variables
+from tp_planner.frontend.valueless import without_values
 from tp_planner.ir.errors import PlanError
 from tp_planner.job.rendezvous import exchange
 from tp_planner.patches import replaced, wrapped
@@ -37,7 +38,7 @@ def deferred_init() -> Iterator[None]:
     ...     model = build_model()
     >>> tp_planner.parallelize(model, layout_map)  # doctest: +SKIP
     """
-    with wrapped(BackendVariable, "__init__", _remembering, "values are made later, in shards"), keras.device("meta"):
+    with wrapped(BackendVariable, "__init__", _remembering, "values are made later, in shards"), without_values():
         yield
 
 

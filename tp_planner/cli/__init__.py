@@ -9,6 +9,7 @@ from tp_planner.cli import diff as _diff
 from tp_planner.cli import explain as _explain
 from tp_planner.cli import layout as _layout
 from tp_planner.cli import lint as _lint
+from tp_planner.cli import paths as _paths
 from tp_planner.cli import plan as _plan
 from tp_planner.cli import run as _run
 from tp_planner.cli import selftest as _selftest
@@ -20,6 +21,7 @@ __all__ = ["app", "main"]
 
 _COMMANDS = (
     _plan,
+    _paths,
     _explain,
     _diff,
     _sweep,

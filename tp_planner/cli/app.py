@@ -74,8 +74,21 @@ def about(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import", metavar="MODULE", help="Import MODULE first: it has classes that a .keras file names."
+        ),
+    ] = None,
 ) -> None:
     """Plan tensor parallelism for Keras models on PyTorch."""
+    if imports:
+        from tp_planner.cli.load import imported
+
+        with mistakes_reported():
+            choose_backend()
+            for name in imports:
+                imported(name)
 
 
 def choose_backend() -> None:

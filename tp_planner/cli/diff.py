@@ -9,7 +9,7 @@ import typer
 
 from tp_planner.cli.answer import JsonOption, show, working
 from tp_planner.cli.app import BatchOption, InputOption, LossOption, OptimizerOption, app, mistake
-from tp_planner.cli.load import load_layout, load_loss, load_model_and_inputs, load_optimizer
+from tp_planner.cli.load import load_job, load_layout
 
 if TYPE_CHECKING:
     from tp_planner.readable_plan import Plan
@@ -44,7 +44,7 @@ def diff_command(
         from tp_planner.passes.compare_plans import compare_plans
         from tp_planner.report.diff import difference_sections
 
-        plans = [_plan(text, model, mesh, input or [], batch, optimizer, loss) for text in (before, after)]
+        plans = [_plan(text, model, mesh, input, batch, optimizer, loss) for text in (before, after)]
         difference = compare_plans(*plans)
     show(difference, difference_sections(difference, before, after), as_json)
     raise typer.Exit(0 if difference.is_empty else 1)
@@ -54,7 +54,7 @@ def _plan(
     text: str,
     model: str | None,
     mesh: str | None,
-    inputs: list[str],
+    inputs: list[str] | None,
     batch: int | None,
     optimizer: str | None,
     loss: str | None,
@@ -66,9 +66,9 @@ def _plan(
         raise mistake(f"{text!r} is not a .json file, so it is a layout to plan: give {missing} too")
     from tp_planner.planner import make_plan
 
-    rules, updating = load_layout(text, mesh), load_optimizer(optimizer)
-    built, specs = load_model_and_inputs(model, inputs, batch)
-    return make_plan(built, rules, specs, updating, load_loss(loss))
+    rules = load_layout(text, mesh)
+    job = load_job(model, inputs, batch, optimizer, loss)
+    return make_plan(job.model, rules, job.inputs, job.optimizer, job.loss)
 
 
 def _read(path: Path) -> Plan:

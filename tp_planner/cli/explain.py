@@ -17,7 +17,7 @@ from tp_planner.cli.app import (
     OptimizerOption,
     app,
 )
-from tp_planner.cli.load import load_layout, load_loss, load_model_and_inputs, load_optimizer
+from tp_planner.cli.load import load_job, load_layout
 
 
 @app.command("explain")
@@ -43,7 +43,6 @@ def explain_command(
         from tp_planner.report.explain import explanation_sections
 
         rules = load_layout(layout, mesh)
-        updating, training_loss = load_optimizer(optimizer), load_loss(loss)
-        built, specs = load_model_and_inputs(model, input or [], batch)
-        explanation = explain(built, rules, path, specs, updating, training_loss)
+        job = load_job(model, input, batch, optimizer, loss)
+        explanation = explain(job.model, rules, path, job.inputs, job.optimizer, job.loss)
     show(explanation, explanation_sections(explanation), as_json)

@@ -19,7 +19,7 @@ from tp_planner.cli.app import (
     mistake,
     write,
 )
-from tp_planner.cli.load import load_loss, load_model_and_inputs, load_optimizer
+from tp_planner.cli.load import load_job
 
 if TYPE_CHECKING:
     from tp_planner.ir.hardware import Hardware
@@ -106,9 +106,8 @@ def _on_mesh(asked: _Question, mesh: str) -> Found:
     from tp_planner.search.find import search
 
     wanted, profile, most = parse_mesh(mesh), asked.profile, asked.most
-    updating, training_loss = load_optimizer(asked.optimizer), load_loss(asked.loss)
-    built, specs = load_model_and_inputs(asked.model, asked.inputs, asked.batch)
-    return search(built, wanted, profile, specs, updating, training_loss, most)
+    job = load_job(asked.model, asked.inputs, asked.batch, asked.optimizer, asked.loss)
+    return search(job.model, wanted, profile, job.inputs, job.optimizer, job.loss, most)
 
 
 def _on_devices(asked: _Question, devices: int, devices_per_node: int) -> tuple[MeshTried, ...]:
@@ -117,6 +116,5 @@ def _on_devices(asked: _Question, devices: int, devices_per_node: int) -> tuple[
     if asked.batch is None:
         raise mistake("--devices needs --batch, the size of the batch that all devices train on in one step")
     profile, most = asked.profile, asked.most
-    updating, training_loss = load_optimizer(asked.optimizer), load_loss(asked.loss)
-    built, _ = load_model_and_inputs(asked.model, asked.inputs, asked.batch)
-    return search_meshes(built, devices, devices_per_node, asked.batch, profile, updating, training_loss, most)
+    job = load_job(asked.model, asked.inputs, asked.batch, asked.optimizer, asked.loss)
+    return search_meshes(job.model, devices, devices_per_node, asked.batch, profile, job.optimizer, job.loss, most)

@@ -10,11 +10,11 @@ import re
 import sys
 import traceback
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tp_planner.cli.app import mistake
 from tp_planner.ir.errors import in_one_line
@@ -29,11 +29,41 @@ _INPUT = re.compile(r"(?:(?P<name>\w+)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w
 _FORMS = "give the path of a .keras file, or package.module:factory"
 
 
-def load_model_and_inputs(text: str, inputs: Sequence[str], batch: int | None) -> tuple[keras.Model, Any]:
+class Job(NamedTuple):
+    """What a layout is planned for."""
+
+    model: keras.Model
+    inputs: Any
+    optimizer: keras.optimizers.Optimizer | None
+    loss: TrainingLoss | None
+
+
+def load_job(
+    text: str, inputs: Sequence[str] | None, batch: int | None, optimizer: str | None, loss: str | None
+) -> Job:
+    """Return the model, what to trace it with, and the update and the loss of its step.
+
+    Args:
+        text: names the model.
+        inputs: as ``--input`` names them; by default the model's own, with a batch of this size.
+        batch: that size, where there are no ``inputs``.
+        optimizer: the name of one of Keras's; by default the one that the model is compiled with.
+        loss: the same.
+    """
+    from tp_planner.frontend.training_loss import TrainingLoss
+
+    updating = _optimizer(optimizer)
+    if loss is not None:
+        TrainingLoss(loss)  # so that a name that is none of a loss is told before the model is read
+    model, specs = load_model_and_inputs(text, inputs, batch)
+    return Job(model, specs, updating or getattr(model, "optimizer", None), TrainingLoss.of(model, loss))
+
+
+def load_model_and_inputs(text: str, inputs: Sequence[str] | None, batch: int | None) -> tuple[keras.Model, Any]:
     """Return the model, and what to trace it with: the given inputs, or its own with a batch of this size."""
     if inputs and batch is not None:
         raise mistake("--batch and --input exclude each other; give the batch as the first size of each --input")
-    specs = read_inputs(inputs)
+    specs = read_inputs(inputs or ())
     model = load_model(text)
     if batch is None:
         return model, specs
@@ -42,7 +72,7 @@ def load_model_and_inputs(text: str, inputs: Sequence[str], batch: int | None) -
     return model, batched_inputs(model, batch)
 
 
-def load_optimizer(name: str | None) -> keras.optimizers.Optimizer | None:
+def _optimizer(name: str | None) -> keras.optimizers.Optimizer | None:
     """Return the Keras optimizer of this name, with its default settings."""
     import keras
 
@@ -52,13 +82,6 @@ def load_optimizer(name: str | None) -> keras.optimizers.Optimizer | None:
         return keras.optimizers.get(name)
     except ValueError:
         raise mistake(f"optimizer {name!r} is none of Keras's; write for example adamw, sgd or lion") from None
-
-
-def load_loss(name: str | None) -> TrainingLoss | None:
-    """Return the Keras loss of this name, with its default settings."""
-    from tp_planner.frontend.training_loss import TrainingLoss
-
-    return None if name is None else TrainingLoss(name)
 
 
 def load_layout(layout: str, mesh: str, sequence_parallel: bool = False) -> Layout:
@@ -97,21 +120,18 @@ def _read_input(text: str) -> tuple[str | None, keras.InputSpec]:
 
 def load_model(text: str) -> keras.Model:
     """Return the model on the meta device, where variables have shapes and no memory."""
-    import keras
-
     if text.endswith(".keras"):
-        load = _model_of_file
-    elif ":" in text:
-        load = _model_of_factory
-    else:
-        raise mistake(f"model {text!r} is neither; {_FORMS}")
-    with keras.device("meta"):
-        return load(text)
+        return _model_of_file(text)
+    if ":" in text:
+        return _model_of_factory(text)
+    raise mistake(f"model {text!r} is neither; {_FORMS}")
 
 
 def _model_of_file(text: str) -> Any:
-    """Return the architecture in a .keras file; its weights stay in the file."""
+    """Return the architecture in a .keras file, compiled as it was; its weights stay in the file."""
     import keras
+
+    from tp_planner.frontend.valueless import without_values
 
     try:
         with zipfile.ZipFile(text) as archive:
@@ -120,23 +140,43 @@ def _model_of_file(text: str) -> Any:
         raise mistake(f"{text}: no such file; {_FORMS}") from None
     except (OSError, zipfile.BadZipFile, KeyError, json.JSONDecodeError) as error:
         raise mistake(f"{text}: not a Keras model file ({_said(error)}); write one with model.save") from None
-    config.pop("compile_config", None)  # optimizer and loss do not matter to the plan
+    settings = config.pop("compile_config", None)
     try:
-        return keras.saving.deserialize_keras_object(config)
+        with without_values():
+            model = keras.saving.deserialize_keras_object(config)
+        if settings:
+            _compile(model, settings)
+        return model
     except Exception as error:  # layers of the file may raise anything
         raise mistake(
             f"{text}: the model cannot be built ({_said(error)}); "
-            f"if it has classes of your own, give package.module:factory instead"
+            f"if it has classes of your own, name their module: tp-planner --import MODULE plan ..."
         ) from None
+
+
+def _compile(model: Any, settings: Mapping[str, Any]) -> None:
+    """Compile the model with what a file says of its optimizer and, where that is known here, its loss."""
+    import keras
+
+    read = keras.saving.deserialize_keras_object
+    optimizer = read(settings.get("optimizer"))
+    try:
+        loss, weights = read(settings.get("loss")), read(settings.get("loss_weights"))
+    except (TypeError, ValueError):  # a function of the user's own, which plans do without wherever it is
+        loss = weights = None
+    model.compile(optimizer=optimizer, loss=loss, loss_weights=weights)
 
 
 def _model_of_factory(text: str) -> Any:
     import keras
 
+    from tp_planner.frontend.valueless import without_values
+
     module_name, _, name = text.partition(":")
-    factory = _factory(_imported(module_name), name)
+    factory = _factory(imported(module_name), name)
     try:
-        model = factory()
+        with without_values():
+            model = factory()
     except (Exception, SystemExit) as error:  # it is the user's code
         raise mistake(f"{text} raised {_said(error)}; it is called without arguments and returns a model") from None
     if not isinstance(model, keras.Model):
@@ -144,7 +184,8 @@ def _model_of_factory(text: str) -> Any:
     return model
 
 
-def _imported(name: str) -> Any:
+def imported(name: str) -> Any:
+    """Return the module of this name, from here or from the Python path."""
     with _importing_from_here():
         try:
             return importlib.import_module(name)

@@ -20,7 +20,7 @@ from tp_planner.cli.app import (
     app,
     write,
 )
-from tp_planner.cli.load import load_layout, load_loss, load_model_and_inputs, load_optimizer
+from tp_planner.cli.load import load_job, load_layout
 
 if TYPE_CHECKING:
     from tp_planner.ir.hardware import Hardware
@@ -57,15 +57,14 @@ def plan_command(
         from tp_planner.report.html import plan_to_html
 
         rules = load_layout(layout, mesh, sequence_parallel)
-        updating, training_loss = load_optimizer(optimizer), load_loss(loss)
         profile = None if hardware is None else _profile(hardware)
-        built, specs = load_model_and_inputs(model, input or [], batch)
-        plan = make_plan(built, rules, specs, updating, training_loss)
+        job = load_job(model, input, batch, optimizer, loss)
+        plan = make_plan(job.model, rules, job.inputs, job.optimizer, job.loss)
         estimate = [] if profile is None else estimate_lines(plan, profile)
         if output is not None:
             write(output, plan.to_json())
         if html is not None:
-            write(html, plan_to_html(plan), "--html")
+            write(html, plan_to_html(plan, estimate), "--html")
     if as_json:
         typer.echo(plan.to_json(), nl=False)
     else:

@@ -17,7 +17,7 @@ from tp_planner.cli.app import (
     app,
     mistake,
 )
-from tp_planner.cli.load import load_layout, load_loss, load_model_and_inputs, load_optimizer
+from tp_planner.cli.load import load_job, load_layout
 
 
 @app.command("sweep")
@@ -42,9 +42,8 @@ def sweep_command(
 
         wanted = _sizes(sizes)
         rules = load_layout(layout, f"{axis}=1").rules
-        updating, training_loss = load_optimizer(optimizer), load_loss(loss)
-        built, specs = load_model_and_inputs(model, input or [], batch)
-        swept = sweep(built, rules, axis, wanted, specs, updating, training_loss)
+        job = load_job(model, input, batch, optimizer, loss)
+        swept = sweep(job.model, rules, axis, wanted, job.inputs, job.optimizer, job.loss)
     show(swept, sweep_sections(swept), as_json)
 
 

@@ -83,7 +83,7 @@ def simulate(
     """
     repeats = graph.repeats if _blocks_are_independent(model, graph, optimizer) else {}
     left_out = graph.repeated_layers if repeats else frozenset()
-    settings = None if optimizer is None else optimizer.get_config()  # reads values, so before tensors are fake
+    settings = None if optimizer is None else _settings(optimizer)  # reads values, so before tensors are fake
     meter = StepMeter(axes)
     blocks = BlockRepeats(named_layers(model), graph, repeats, meter)
     with fake_tensors(), without_collector(), only_new_garbage():
@@ -111,6 +111,16 @@ def simulate(
     name = "" if optimizer is None else type(optimizer).__name__
     taken = Step(name, step.loss_name, memory_of(log), work_of(log), step.whole_update)
     return Simulation(collectives_of(log), taken, tuple(step.notes))
+
+
+def _settings(optimizer: keras.optimizers.Optimizer) -> Any:
+    try:
+        return optimizer.get_config()
+    except NotImplementedError as error:  # torch's, where a tensor on the meta device is read
+        raise PlanError(
+            f"optimizer {optimizer.name!r} was made on the meta device, so its learning rate is not known; compile the "
+            f"model outside of keras.device('meta'), or inside of tp_planner.deferred_init()"
+        ) from error
 
 
 class TrainingStep:
