@@ -29,7 +29,7 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check keras==3.15.1
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps keras-hub==0.32.0
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check regex kagglehub tokenizers sentencepiece safetensors
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check regex grain kagglehub tokenizers sentencepiece safetensors
 	touch $@
 
 test: $(INSTALLED) ## Run the tests

@@ -60,6 +60,13 @@ def called_unknown() -> keras.Model:
     return model
 
 
+def compiled_without_values() -> keras.Model:
+    with keras.device("meta"):
+        model = small()
+        model.compile(keras.optimizers.Adam(name="adam"), "mse")
+    return model
+
+
 def damaged(change: Callable[[dict[str, Any]], Any]) -> str:
     data = json.loads(plan_small({"up/kernel": COLUMN}).to_json())
     change(data)
@@ -93,7 +100,12 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: tp_planner.plan(small(), on_mesh({"up/kernel": COLUMN}), inputs=np.zeros((2, 5), "float32")),
         "model 'small' cannot be traced with inputs (2, 5) float32: ValueError: Input 0 with name 'inputs' of layer "
         "'small' is incompatible with the layer: expected shape=(None, 4), found shape=(2, 5); "
-        "pass plan(..., inputs=) with inputs that model(inputs) accepts",
+        "call model(inputs) on them to see whether it accepts them",
+    ),
+    "optimizer without values": (
+        lambda: tp_planner.plan(compiled_without_values(), on_mesh({"up/kernel": COLUMN})),
+        "optimizer 'adam' was made on the meta device, so its learning rate is not known; compile the model outside of "
+        "keras.device('meta'), or inside of tp_planner.deferred_init()",
     ),
     "not a layout map": (
         lambda: tp_planner.plan(small(), {"up/kernel": COLUMN}),

@@ -90,7 +90,16 @@ def __getattr__(name: str) -> Any:
     # and the command line can still choose Keras's backend.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != "tensorflow":
+            raise
+        raise ModuleNotFoundError(
+            "Keras looks for TensorFlow, its default; set KERAS_BACKEND=torch in the environment before Python starts, "
+            "or os.environ['KERAS_BACKEND'] = 'torch' before the first import of keras or tp_planner",
+            name=error.name,
+        ) from None
 
 
 def __dir__() -> list[str]:

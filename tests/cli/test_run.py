@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from tp_planner.cli import run
 from tp_planner.ir.errors import PlanError
@@ -57,6 +59,14 @@ def test_torchrun_settings(arguments: Any, gpus: int, expected: Any) -> None:
         except PlanError as error:
             found = str(error)
     assert found == expected
+
+
+def test_a_job_that_is_interrupted_is_no_error_of_torch() -> None:
+    """Who presses Ctrl-C reads one line, not where torch's launcher waited."""
+    interrupt = SignalException("received", signal.SIGINT)
+    with mock.patch("torch.distributed.run.run", side_effect=interrupt):
+        said = run.launch(["--standalone", COUNT], ["module"], "train.py")
+    assert said == "train.py was stopped by SIGINT; so were its processes"
 
 
 SCRIPT = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -79,6 +80,7 @@ def launch(settings: list[str], command: list[str], name: str) -> str:
         command: the module and its arguments.
         name: what a message calls it.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
@@ -87,6 +89,9 @@ def launch(settings: list[str], command: list[str], name: str) -> str:
     )  # seconds until a process that will not stop is killed
     try:
         run(get_args_parser().parse_args([*settings, "--module", *command]))
+    except (KeyboardInterrupt, SignalException) as error:
+        stopped = getattr(error, "sigval", signal.SIGINT)
+        return f"{name} was stopped by {signal.Signals(stopped).name}; so were its processes"
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
         code = first.exitcode

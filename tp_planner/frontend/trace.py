@@ -113,10 +113,13 @@ def trace(
                 f"model {model.name!r} cannot be planned: {in_one_line(error).partition(': ')[2]}"
             ) from error
         except Exception as error:
+            remedy = "call model(inputs) on them to see whether it accepts them"
+            if inputs is None:
+                remedy = "pass plan(..., inputs=) with inputs that model(inputs) accepts"
             raise PlanError(
                 f"model {model.name!r} cannot be traced with inputs {describe_inputs(arguments)}: "
                 f"{in_one_line(error)}; "
-                f"pass plan(..., inputs=) with inputs that model(inputs) accepts"
+                f"{remedy}"
             ) from error
     graph = _build_graph(model, layers, variables, recorder, training, outputs)
     return replace(graph, functions=tuple(seen.functions)) if seen else graph

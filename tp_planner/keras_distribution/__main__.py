@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
+
+INTERRUPTED = 128 + signal.SIGINT  # the exit code that shells expect
 
 
 def main() -> None:
@@ -16,7 +19,12 @@ def main() -> None:
     enable_keras_distribution()
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except KeyboardInterrupt:  # of all ranks; that of rank 0 says where it was
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":
