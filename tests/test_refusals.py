@@ -17,6 +17,7 @@ from tests.models import CASES
 from tests.workers import WorkerPool, layout_map
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.ir.mesh import Mesh, parse_mesh
+from tp_planner.ir.plan_json import FORMAT_VERSION
 from tp_planner.readable_plan import Plan
 from tp_planner.storage.variables import ParallelVariable
 from tp_planner.training.model import applied_to
@@ -213,7 +214,7 @@ REFUSALS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "plan of another version": (
         lambda: Plan.from_json(damaged(lambda data: data.update(format_version=99))),
-        "plan has format version 99, this tp_planner reads 4; plan the model again",
+        f"plan has format version 99, this tp_planner reads {FORMAT_VERSION}; plan the model again",
     ),
     "plan without variables": (
         lambda: Plan.from_json(damaged(lambda data: data.pop("variables"))),

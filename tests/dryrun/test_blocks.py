@@ -12,7 +12,7 @@ import keras
 import keras_hub
 import pytest
 
-from tests.models import CASES
+from tests.models import CASES, usual
 from tests.replicas import layout as layout_across
 from tp_planner import planner
 from tp_planner.frontend.blocks import Blocks, find_blocks, layer_signature
@@ -30,7 +30,7 @@ def layout_of(name: str) -> Layout:
     return Layout(Mesh((("model", 2),)), rules)
 
 
-@pytest.mark.parametrize("name", ["gpt", "encoder", "encoder_mask_zero", "vit", "llama", "subclassed"])
+@pytest.mark.parametrize("name", usual(["gpt", "encoder", "encoder_mask_zero", "vit", "llama", "subclassed"]))
 def test_plan_is_that_of_all_blocks(name: str) -> None:
     """One block for all gives the same plan, simulated step included, as running each of them."""
     model = CASES[name].build()
@@ -413,6 +413,7 @@ def traced_blocks(model: keras.Model) -> list[str]:
     strict=True,
     reason="what crosses into a region of a frozen or shared block is kept until the call ends",
 )
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [partly_frozen, encoder_and_decoder])
 def test_peak_in_the_forward_pass_of_frozen_blocks(build: Callable[[], keras.Model]) -> None:
     layout = Layout(Mesh((("model", 2),)), tuple(LayoutRule(pattern, axes) for pattern, axes in RULES.items()))

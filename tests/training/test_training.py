@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import tp_planner
-from tests.models import CASES
+from tests.models import CASES, usual
 from tests.workers import WorkerPool, layout_map
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.ir.mesh import Mesh
@@ -358,7 +358,7 @@ def test_dropout(pools: Callable[[int], WorkerPool], seeded: bool) -> None:
         assert replicas == results[0][1]
 
 
-@pytest.mark.parametrize("seeded", [False, True])
+@pytest.mark.parametrize("seeded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_dropout_in_any_memory_order(workers: WorkerPool, seeded: bool) -> None:
     """A mask is drawn in the order in which the single device draws it."""
     check_equal(workers.run(llama_with_dropout, seeded)[0], 1e-12)
@@ -390,7 +390,7 @@ def test_regularizers_and_constraints(pools: Callable[[int], WorkerPool]) -> Non
     check_equal(pools(2).run(penalized)[0], 1e-12)
 
 
-@pytest.mark.parametrize("name", ["mlp", "gpt", "llama", "tied"])
+@pytest.mark.parametrize("name", usual(["mlp", "gpt", "llama", "tied"]))
 def test_lora(pools: Callable[[int], WorkerPool], name: str) -> None:
     """Adapters of sharded layers train as on a single device."""
     check_equal(pools(2).run(with_lora, name)[0], 1e-5, floor=1e-4)
