@@ -5,13 +5,14 @@ All problems of a layout are reported at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.graph import VariableInfo
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
+from tp_planner.ir.names import fold_names
 from tp_planner.ir.placement import WHOLE, Placement, Replicate, Shard, chunk_sizes_text
 from tp_planner.ir.plan import RuleReport
 from tp_planner.passes.check_rules import check_rules, matching_rules
@@ -57,12 +58,20 @@ def resolve_rules(layout: Layout, variables: Mapping[str, VariableInfo], layer_p
     named = {name: rule for name, rule in outputs.items() if rule is not None}
     resolved = {key: _resolve(variable, owner[key], layout.mesh) for key, variable in variables.items()}
     reports = tuple(_report(rule, owner, named) for rule in layout.rules)
-    ignored = [
-        f"variable {variables[key].path!r} is named by layout rule {each.rule!r} but stays whole: {each.reason}"
-        for key, each in resolved.items()
-        if each.rule is not None and each.reason == variables[key].kept_whole
-    ]
-    return Resolution(resolved, named, reports, (*(finding.text for finding in findings), *ignored))
+    return Resolution(
+        resolved, named, reports, (*(finding.text for finding in findings), *_kept_whole(resolved, variables))
+    )
+
+
+def _kept_whole(resolved: Mapping[str, Resolved], variables: Mapping[str, VariableInfo]) -> Iterator[str]:
+    """Yield a note for all equal variables that one rule names in vain."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for key, each in resolved.items():
+        if each.rule is not None and each.reason == variables[key].kept_whole:
+            groups.setdefault((each.rule, each.reason), []).append(variables[key].path)
+    for (rule, reason), paths in groups.items():
+        for name in fold_names(paths):
+            yield f"variable {str(name)!r} is named by layout rule {rule!r} but stays whole: {reason}"
 
 
 def _naming(layout: Layout, path: str) -> LayoutRule | None:
