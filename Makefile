@@ -5,6 +5,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 NIGHTLY := .venv-nightly/bin/python
+# Files of tests are shared between two processes: half of the suite plans, on one core, while the other runs jobs.
+PYTEST := $(PYTHON) -m pytest -q --numprocesses 2 --dist loadfile
 
 NIGHTLY_TESTS := tests/test_parity.py tests/regions/test_collectives.py tests/training/test_contract.py \
 	tests/keras_distribution/test_keras_distribution.py tests/keras_distribution/test_model_parallel.py \
@@ -33,13 +35,13 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 test: $(INSTALLED) ## Run the tests
-	$(PYTHON) -m pytest -q
+	$(PYTEST)
 
 check: $(INSTALLED) ## Run the linter, the formatter's check, the type checker and the tests
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(PYTHON) -m pytest -q
+	$(PYTEST)
 
 demo: $(INSTALLED) ## Train a small GPT on two processes and compare it with one
 	$(PYTHON) -m tp_planner.demo
@@ -48,7 +50,7 @@ selftest: $(INSTALLED) ## Check keras.distribution on this machine: one process 
 	$(PYTHON) -m tp_planner.cli selftest
 
 sweep: $(INSTALLED) ## Run the slow tests: every layer and every family, on 2 and on 4 processes
-	$(PYTHON) -m pytest -q -m slow
+	$(PYTEST) -m slow
 	$(PYTHON) benchmarks/sweep_layers.py
 
 bench: $(INSTALLED) ## Run all benchmarks and write their results page, in about ten minutes
