@@ -158,6 +158,18 @@ def test_a_found_layout_is_a_file(tmp_path: Path) -> None:
         find_layout(model, "model=4", batch_of(model, 64), memory="1kB")
 
 
+def test_memory_is_kept() -> None:
+    """Where the cheapest layout takes too much memory, the cheapest of those that fit is found, and none too large."""
+    model, optimizer = built(lambda: two_dense(64)), keras.optimizers.Adam()
+    free = search(model, parse_mesh("model=4"), H100, batch_of(model, 2), optimizer)
+    most = 0.7 * free.plan.step.memory.peak.total
+    kept = search(model, parse_mesh("model=4"), H100, batch_of(model, 2), optimizer, memory=most)
+    assert not any(variable.is_sharded for variable in free.plan.variables)
+    assert any(variable.is_sharded for variable in kept.plan.variables)
+    assert kept.plan.step.memory.peak.total <= most < free.plan.step.memory.peak.total
+    assert kept.cost > free.cost
+
+
 def test_memory_is_no_size() -> None:
     with pytest.raises(PlanError) as error:
         read_memory("much")

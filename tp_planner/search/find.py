@@ -6,6 +6,7 @@ equal blocks alike. How layers are computed follows, as in every plan.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,7 +35,7 @@ from tp_planner.readable_plan import Plan
 from tp_planner.search.formulate import Formulation, Group, Stored
 from tp_planner.search.found import Candidate, Found, is_as_planned
 from tp_planner.search.prices import Prices, seconds_of
-from tp_planner.search.rules import axes_of, write_rules
+from tp_planner.search.rules import axes_of, escaped, write_rules
 from tp_planner.search.ways import Walker
 
 MOST_PLANS = 12  # layouts that are planned, at most
@@ -91,8 +92,10 @@ class _Planner:
     def whole(self, mesh: Mesh) -> Candidate:
         """Return the layout in which nothing is sharded: a rule says so of one variable, for files have rules."""
         variables = survey(self.model)[1].values()
-        largest = max(variables, key=lambda each: len(each.shape))
-        return self.candidate(Layout(mesh, (LayoutRule(largest.path, (None,) * len(largest.shape)),)))
+        paths = Counter(each.path for each in variables)
+        named = [each for each in variables if paths[each.path] == 1]
+        rules = [LayoutRule(escaped(each.path), (None,) * len(each.shape)) for each in named]
+        return self.candidate(Layout(mesh, tuple(sorted(rules, key=lambda rule: -len(rule.axes))[:1])))
 
 
 def _formulate(model: keras.Model, inputs: Any, prices: Prices) -> Formulation:
@@ -137,11 +140,11 @@ def _groups(graph: ModelGraph, parts: int) -> list[Group]:
 
 
 def _options(members: Sequence[VariableInfo], parts: int, read: set[str | None]) -> tuple[Placement, ...]:
-    if any(each.kept_whole or each.key not in read for each in members):
-        return (WHOLE,)
-    ndim = min(len(each.shape) for each in members)
-    dims = [dim for dim in range(ndim) if all(divides(each.shape, Shard(dim), parts) for each in members)]
-    return (WHOLE, *(Shard(dim) for dim in dims if all(each.shape[dim] for each in members)))
+    ranks = {len(each.shape) for each in members}
+    if len(ranks) > 1 or any(each.kept_whole or each.key not in read for each in members):
+        return (WHOLE,)  # a rule is for variables of one rank
+    shards = map(Shard, range(ranks.pop()))
+    return (WHOLE, *(shard for shard in shards if all(divides(each.shape, shard, parts) for each in members)))
 
 
 @dataclass

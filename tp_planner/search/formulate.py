@@ -15,7 +15,7 @@ from tp_planner.ir.placement import WHOLE, Placement
 from tp_planner.search.prices import Prices
 from tp_planner.search.program import IntegerProgram, Solution
 from tp_planner.search.steps import Again, Step, steps_of
-from tp_planner.search.ways import Crossing, Slot, Walker, Way
+from tp_planner.search.ways import Crossing, Gradients, Slot, Walker, Way
 
 Stored = Mapping[str, Placement]  # by variable key
 
@@ -45,13 +45,22 @@ class Formulation:
 
     def __post_init__(self) -> None:
         self._standing = {each.key: group.key for group in self.groups for each in group.variables}
+        self._tensors = {each.variable: each for each in self.graph.tensors.values() if each.variable is not None}
+        self._gradients = Gradients(self.graph)
         for group in self.groups:
             columns = {}
             for option in group.options:
                 cost = sum(self.prices.of_storing(each, option) for each in group.variables)
+                cost += len(group.variables) * self._of_gradients(group.key, option)
                 columns[option] = self.program.column(cost, integral=True)
             self.states[Slot("stored", group.key)] = columns
             self.program.equal(dict.fromkeys(columns.values(), 1.0), 1.0)
+
+    def _of_gradients(self, key: str, option: Placement) -> float:
+        """Return the time of adding up a variable's gradients, where several ops read it."""
+        tensor = self._tensors.get(key)
+        parts = self.prices.base.axis_size
+        return 0.0 if tensor is None else self.prices.of_work(self._gradients.added(tensor, option, parts))
 
     # --- building --------------------------------------------------------------------------------------
 

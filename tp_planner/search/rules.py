@@ -39,6 +39,11 @@ def write_rules(
     return tuple(rules)
 
 
+def escaped(text: str) -> str:
+    """Return the pattern of this text: ``re.escape``, but for characters that mean nothing in patterns."""
+    return re.sub(r"([.^$*+?{}\[\]\\|()])", r"\\\1", text)
+
+
 def axes_of(placement: Shard, ndim: int, axis: str) -> tuple[AxisSpec, ...]:
     """Return a rule's entries for a variable of ``ndim`` dims that is sharded over ``axis``."""
     return tuple(axis if dim == placement.dim else None for dim in range(ndim))
@@ -53,7 +58,7 @@ def _patterns(wanted: Sequence[str], paths: Sequence[str], most: int) -> Iterato
     groups: list[tuple[Segments, list[str]]] = []
     for segments, members in starred.items():
         if any(_matches("/".join(segments), path) for path in others):
-            groups += [(tuple(map(re.escape, path.split("/"))), [path]) for path in members]
+            groups += [(tuple(map(escaped, path.split("/"))), [path]) for path in members]
         else:
             groups.append((segments, members))
     shortened = [(_shortened(segments, others), members) for segments, members in groups]
@@ -72,7 +77,7 @@ def _is_simpler(path: str, pattern: str, others: Sequence[str]) -> bool:
 
 
 def _with_any_number(segment: str) -> str:
-    return re.sub(r"\d+", _NUMBER, re.sub(r"([^\w])", r"\\\1", segment))
+    return re.sub(r"\d+", _NUMBER, escaped(segment))
 
 
 def _matches(pattern: str, path: str) -> bool:

@@ -7,14 +7,16 @@ remember their answers. So the search knows of no layer and no op; what it sees 
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tp_planner.dryrun.op_work import NO_WORK, OpMeter, OpWork
 from tp_planner.dryrun.sharding_rules import DTensorRules
-from tp_planner.ir.graph import FunctionCall, ModelGraph, Op
-from tp_planner.ir.placement import WHOLE, Partial, Placement
+from tp_planner.ir.graph import FunctionCall, ModelGraph, Op, TensorInfo
+from tp_planner.ir.placement import WHOLE, Partial, Placement, local_shape
 from tp_planner.ir.plan import Boundary, Transition
 from tp_planner.passes.choose_styles import StyleChoice, choose_styles, input_placement, output_dim, weight_uses
 from tp_planner.passes.follow_ops import Followed
@@ -82,7 +84,7 @@ class Walker:
         options: Mapping[str, Sequence[Placement]],
     ) -> None:
         self.graph, self.rules, self.meter, self.parts, self.options = graph, rules, meter, parts, options
-        self._times, self._sources = Times(graph), Sources(graph)
+        self._times, self._sources, self._gradients = Times(graph), Sources(graph), Gradients(graph)
         # What is asked about; the walk is given these same objects each time.
         self._stored: dict[str, Placement] = dict.fromkeys(graph.variables, WHOLE)
         self._styles: dict[LayerMode, StyleChoice] = {}
@@ -233,7 +235,16 @@ class Walker:
         if dropout:
             placement = next(iter(taken.values()), WHOLE)
             return sum((self._work_of(op, [placement] * len(op.inputs), None) for op in self._ops(step)), NO_WORK)
-        return sum((self._work_followed(op, notes) for op in self._ops(step)), NO_WORK)
+        work = sum((self._work_followed(op, notes) for op in self._ops(step)), NO_WORK)
+        return work + self._work_of_gradients(step, self._known.placements)
+
+    def _work_of_gradients(self, step: Step, placed: Mapping[int, Placement]) -> OpWork:
+        """Return the work of adding up the gradients of what the step makes."""
+        made = (tensor for op in self._ops(step) for tensor in op.outputs)
+        added = (
+            self._gradients.added(self.graph.tensors[tensor], placed.get(tensor, WHOLE), self.parts) for tensor in made
+        )
+        return sum(added, NO_WORK)
 
     def _ops(self, step: Step) -> Sequence[Op]:
         return self.graph.ops[slice(*step.ops)]
@@ -272,7 +283,28 @@ class Walker:
                 for each, made in zip(op.outputs, outputs, strict=True):
                     placed[each] = WHOLE if isinstance(made, Partial) else made
             work += self._work_of(op, [inputs[each] for each in op.inputs], followed)
-        return work
+        return work + self._work_of_gradients(step, placed)
+
+
+class Gradients:
+    """How the gradients of a tensor are added up that several ops read."""
+
+    def __init__(self, graph: ModelGraph) -> None:
+        tensors = graph.tensors
+        self._readers = Counter(
+            tensor
+            for op in graph.ops
+            if any(tensors[made].has_gradient for made in op.outputs)
+            for tensor in dict.fromkeys(op.inputs)
+        )
+
+    def added(self, tensor: TensorInfo, placement: Placement, parts: int) -> OpWork:
+        """Return the work of adding up the gradients of a tensor, placed so."""
+        times = self._readers[tensor.id] - 1
+        if times < 1 or not tensor.has_gradient:
+            return NO_WORK
+        size = math.prod(local_shape(tensor.shape, placement, parts)) * tensor.itemsize
+        return OpWork((), 3 * size * times, times)
 
 
 def _combinations(domains: Sequence[Sequence[Placement]]) -> Iterator[tuple[Placement, ...]]:
