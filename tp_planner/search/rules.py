@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from tp_planner.ir.layout import AxisSpec, LayoutRule
 from tp_planner.ir.placement import Shard
+from tp_planner.passes.check_rules import matching_rules
 
 Segments = tuple[str, ...]
 _NUMBER = "[0-9]+"
@@ -36,7 +37,14 @@ def write_rules(
         wanted = [path for path, each in placed.items() if each == axes]
         for pattern in _patterns(wanted, paths, most):
             rules.append(LayoutRule(pattern, axes))
+    if any(_said(rules, path) != ([placed[path]] if path in placed else []) for path in paths):
+        return tuple(LayoutRule(escaped(path), axes) for path, axes in placed.items())
     return tuple(rules)
+
+
+def _said(rules: Sequence[LayoutRule], path: str) -> list[tuple[AxisSpec, ...]]:
+    """Return what rules say of a path: one thing, if they are a layout."""
+    return [rule.axes for rule in matching_rules(rules, path)]
 
 
 def escaped(text: str) -> str:
@@ -55,15 +63,14 @@ def _patterns(wanted: Sequence[str], paths: Sequence[str], most: int) -> Iterato
     starred: dict[Segments, list[str]] = {}
     for path in wanted:
         starred.setdefault(tuple(_with_any_number(each) for each in path.split("/")), []).append(path)
-    groups: list[tuple[Segments, list[str]]] = []
+    groups: list[Segments] = []
     for segments, members in starred.items():
         if any(_matches("/".join(segments), path) for path in others):
-            groups += [(tuple(map(escaped, path.split("/"))), [path]) for path in members]
+            groups += [tuple(map(escaped, path.split("/"))) for path in members]
         else:
-            groups.append((segments, members))
-    shortened = [(_shortened(segments, others), members) for segments, members in groups]
+            groups.append(segments)
     left = list(wanted)
-    for segments in _with_siblings([segments for segments, _ in shortened], others, most):
+    for segments in _with_siblings([_shortened(each, others) for each in groups], others, most):
         pattern = "/".join(segments).replace(f"{_ANYWHERE}/", _ANYWHERE)
         covered = [path for path in left if _matches(pattern, path)]
         if covered:
