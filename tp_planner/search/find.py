@@ -38,7 +38,7 @@ from tp_planner.search.prices import Prices, seconds_of
 from tp_planner.search.rules import axes_of, escaped, write_rules
 from tp_planner.search.ways import Walker
 
-MOST_PLANS = 12  # layouts that are planned, at most
+MOST_PLANS = 6  # layouts that are planned, at most
 
 
 def search(
