@@ -212,7 +212,7 @@ def published(name: str) -> tuple[keras.Model, Any]:
 @pytest.mark.parametrize("parts", [2, 4, 8])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_found_is_no_dearer_than_the_preset(name: str, parts: int) -> None:
-    """Of each family what is found costs as much as the preset or less; nothing costs less where the program is right."""
+    """What is found for a family costs as much as its preset or less; nothing costs less where the program is right."""
     model, inputs = published(name)
     optimizer, loss = keras.optimizers.Adam(), TrainingLoss(FAMILIES[name].case.make_loss())
     layout = FAMILIES[name].layout(parts)
