@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "sweep": ({"ir", "passes", "frontend", "planner"}, {"keras"}),
     "search": (
         {"dryrun", "frontend", "ir", "job", "passes", "planner", "progress", "readable_plan", "search"},
-        {"keras", "numpy", "scipy"},
+        {"keras", "networkx", "numpy", "scipy"},
     ),
     "agreement": ({"frontend", "ir", "job", "readable_plan"}, {"keras"}),
     "api": (

@@ -6,8 +6,9 @@ equal blocks alike. How layers are computed follows, as in every plan.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,10 +36,13 @@ from tp_planner.readable_plan import Plan
 from tp_planner.search.formulate import Formulation, Group, Stored
 from tp_planner.search.found import Candidate, Found, is_as_planned
 from tp_planner.search.prices import Prices, seconds_of
+from tp_planner.search.program import Solution
+from tp_planner.search.refusals import refused_regions
 from tp_planner.search.rules import axes_of, escaped, write_rules
 from tp_planner.search.ways import Walker
 
 MOST_PLANS = 6  # layouts that are planned, at most
+MOST_ROUNDS = 24  # times that the program is solved, at most
 
 
 def search(
@@ -157,26 +161,38 @@ class _Search:
     memory: float | None
 
     def run(self) -> Found:
-        candidates: list[Candidate] = []
-        lowest = 0.0  # of all layouts that were not planned yet
-        while len(candidates) < MOST_PLANS:
+        planned: dict[tuple[Placement, ...], Candidate] = {}
+        lowest = 0.0  # of all that is not forbidden yet
+        for _ in range(MOST_ROUNDS):
             stage(f"solving for a layout of {self.base.plan.model}")
             solution = self.formulation.program.solve()
-            if solution is None:
-                break
-            lowest = solution.bound + self.formulation.constant
-            best = self._cheapest(candidates)
-            if best is not None and lowest >= best.cost:
+            lowest = math.inf if solution is None else solution.bound + self.formulation.constant
+            best = self._cheapest(planned.values())
+            if solution is None or (best is not None and lowest >= best.cost):
                 break
             stored = self.formulation.stored(solution)
-            candidate = self._planned(stored, solution.cost + self.formulation.constant)
-            candidates.append(candidate)
-            if not self._fits(candidate.plan):
-                self._limit(candidate.plan)
-            elif is_as_planned(candidate):
+            key, program_cost = tuple(stored.values()), solution.cost + self.formulation.constant
+            if key not in planned and len(planned) == MOST_PLANS:
                 break
+            known = planned.get(key)
+            candidate = replace(known, program_cost=program_cost) if known else self._planned(stored, program_cost)
+            planned[key] = candidate
+            if self._fits(candidate.plan) and is_as_planned(candidate):
+                break
+            self._refuse(solution, stored, candidate.plan)
+        return self._found(tuple(planned.values()), lowest)
+
+    def _refuse(self, solution: Solution, stored: Stored, plan: Plan) -> None:
+        """Forbid what has been planned, and was not what the program said, or does not fit."""
+        if not self._fits(plan):
+            self._limit(plan)
             self.formulation.forbid(stored)
-        return self._found(candidates, lowest)
+            return
+        refused = list(refused_regions(self.formulation.graph, self.formulation.chosen(solution), plan))
+        for columns in refused:
+            self.formulation.forbid_together(columns)
+        if not refused:
+            self.formulation.forbid(stored)
 
     def _found(self, candidates: Sequence[Candidate], lowest: float) -> Found:
         best = self._cheapest(candidates)
@@ -199,7 +215,7 @@ class _Search:
         rules = write_rules(placed, [each.path for each in variables.values()])
         return self.planner.candidate(Layout(mesh, rules), program_cost)
 
-    def _cheapest(self, candidates: Sequence[Candidate]) -> Candidate | None:
+    def _cheapest(self, candidates: Iterable[Candidate]) -> Candidate | None:
         return min((each for each in candidates if self._fits(each.plan)), key=lambda each: each.cost, default=None)
 
     def _fits(self, plan: Plan) -> bool:

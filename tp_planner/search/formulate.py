@@ -42,6 +42,7 @@ class Formulation:
     program: IntegerProgram = field(default_factory=IntegerProgram)
     states: dict[Slot, dict[Placement, int]] = field(default_factory=dict)
     constant: float = 0.0  # what a step costs whatever the layout
+    ways: list[tuple[Step, dict[int, Way]]] = field(default_factory=list)  # by column
 
     def __post_init__(self) -> None:
         self._standing = {each.key: group.key for group in self.groups for each in group.variables}
@@ -112,6 +113,7 @@ class Formulation:
         plans: dict[object, list[dict[str, list[int]]]] = {}
         for step, ways in found:
             columns = [self._add_way(step, way, shared) for way in ways]
+            self.ways.append((step, dict(zip(columns, ways, strict=True))))
             self.constant -= self.program.costs[columns[0]]  # the first is the way of whole tensors
             self.program.equal(dict.fromkeys(columns, 1.0), 1.0)
             self._bind_slots(ways, columns)
@@ -210,6 +212,15 @@ class Formulation:
         """Let the solution not store all variables so."""
         columns = [self.states[Slot("stored", group.key)][stored[group.key]] for group in self.groups]
         self.program.row(dict.fromkeys(columns, 1.0), 0.0, len(columns) - 1.0)
+
+    def chosen(self, solution: Solution) -> dict[int, tuple[Step, Way]]:
+        """Return the ways that a solution takes, by column."""
+        return {column: (step, way) for step, ways in self.ways for column, way in ways.items() if solution.has(column)}
+
+    def forbid_together(self, columns: Iterable[int]) -> None:
+        """Let the solution not take all of these ways."""
+        entries = dict.fromkeys(columns, 1.0)
+        self.program.row(entries, 0.0, len(entries) - 1.0)
 
     def stored(self, solution: Solution) -> dict[str, Placement]:
         """Return how a solution stores each variable."""

@@ -42,11 +42,12 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Crossing:
-    """A boundary that is crossed; equal ones are crossed once."""
+    """A boundary that is crossed; equal ones are crossed once. ``variable`` is the one that is read there, if any."""
 
     where: Any
     boundary: Boundary
     times: int
+    variable: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +203,7 @@ class Walker:
             if placed.place == "input":
                 tensor = dict(self.graph.calls[placed.call].inputs)[placed.position]
                 where, times = tensor, self._times.of_crossing(placed.call, tensor)
-            yield from self._crossing(where, placed.boundary, times)
+            yield from self._crossing(where, placed.boundary, times, placed.variable)
         for call, plans in notes._functions.items():
             for first, plan in plans.items():
                 arguments = dict(self._functions[first].inputs)
@@ -212,9 +213,9 @@ class Walker:
                 if plan.output is not None:
                     yield from self._crossing((call, first), plan.output, self._times.of(call))
 
-    def _crossing(self, where: Any, boundary: Boundary, times: int) -> Iterator[Crossing]:
+    def _crossing(self, where: Any, boundary: Boundary, times: int, variable: str | None = None) -> Iterator[Crossing]:
         if not boundary.is_identity:
-            yield Crossing((where, boundary.forward, boundary.backward), boundary, times)
+            yield Crossing((where, boundary.forward, boundary.backward), boundary, times, variable)
 
     def _plan(self, step: Step, notes: Notes) -> Any:
         """Return what has to be the same for all calls of a layer, or of a function in its code."""

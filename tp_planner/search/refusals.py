@@ -1,0 +1,60 @@
+"""Refusals: regions that a program thought possible, and planning has ended.
+
+The walk over the whole model, and the proof, see what no step alone does: code that writes a number of heads, say. Then
+the planner lets layers of the region return whole tensors, or gathers variables. What the region was is forbidden from
+then on, in every layout; what the planner made of it is in the program already, as other ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import networkx as nx
+
+from tp_planner.ir.graph import ModelGraph
+from tp_planner.ir.placement import WHOLE
+from tp_planner.ir.plan import Plan
+from tp_planner.search.steps import Step
+from tp_planner.search.ways import Way
+
+Chosen = Mapping[int, tuple[Step, Way]]  # by column
+End = tuple[str, str, str]  # of a region: layer, mode, and "output" or the variable
+
+
+def refused_regions(graph: ModelGraph, chosen: Chosen, plan: Plan) -> Iterator[frozenset[int]]:
+    """Yield the columns of each region of the chosen ways that ends in the plan where it does not in the program."""
+    ended = frozenset(_ends_of_plan(plan))
+    for columns in regions(chosen):
+        of_region = {end for column in columns for end in _ends_of_way(graph, *chosen[column])}
+        calls = [graph.calls[chosen[column][0].call] for column in columns]
+        layers = {(call.layer, call.mode) for call in calls}
+        if any(end[:2] in layers and end not in of_region for end in ended):
+            yield columns
+
+
+def regions(chosen: Chosen) -> Iterator[frozenset[int]]:
+    """Yield the columns of steps that are connected through sharded tensors, or have sharded variables alone."""
+    graph: nx.Graph = nx.Graph()
+    for column, (_, way) in chosen.items():
+        sharded = [slot for slot, placement in (*way.given, *way.made) if placement != WHOLE]
+        if sharded:
+            graph.add_node(column)
+        graph.add_edges_from((column, slot) for slot in sharded if slot.kind == "tensor")
+    for component in nx.connected_components(graph):
+        yield frozenset(node for node in component if isinstance(node, int))
+
+
+def _ends_of_plan(plan: Plan) -> Iterator[End]:
+    for layer in plan.layers:
+        if layer.output is not None and layer.output.forward.collective == "all_gather":
+            yield layer.layer, layer.mode, "output"
+        for use in layer.uses:
+            if use.boundary.forward.collective == "all_gather":
+                yield layer.layer, layer.mode, use.variable
+
+
+def _ends_of_way(graph: ModelGraph, step: Step, way: Way) -> Iterator[End]:
+    call = graph.calls[step.call]
+    for crossing in way.crossings:
+        if crossing.boundary.forward.collective == "all_gather":
+            yield call.layer, call.mode, crossing.variable or "output"
