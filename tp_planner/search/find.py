@@ -1,7 +1,7 @@
 """Find a layout: an integer program over all layouts of a space, and a plan of what it chooses.
 
 The space: each variable is replicated, or sharded on a dim that divides by the size of the model axis; variables of
-equal blocks alike. How layers are computed follows, as in every plan.
+equal blocks alike, and vectors of one layer. How layers are computed follows, as in every plan.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tp_planner.ir.graph import ModelGraph, VariableInfo
 from tp_planner.ir.hardware import Hardware
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
-from tp_planner.ir.placement import WHOLE, Placement, Shard, divides
+from tp_planner.ir.placement import WHOLE, Placement, Shape, Shard, divides
 from tp_planner.job.process_group import planning_axes
 from tp_planner.planner import make_plan
 from tp_planner.progress import stage
@@ -128,6 +128,7 @@ def _groups(graph: ModelGraph, parts: int) -> list[Group]:
         return key
 
     pairs = [pair for repeat in graph.repeats.values() for pair in repeat.variables]
+    pairs += _vectors_of_layers(graph)
     first: dict[str, str] = {}
     pairs += [(first.setdefault(each.path, key), key) for key, each in graph.variables.items()]
     order = {key: number for number, key in enumerate(graph.variables)}
@@ -141,6 +142,14 @@ def _groups(graph: ModelGraph, parts: int) -> list[Group]:
     for key, variable in graph.variables.items():
         groups.setdefault(root(key), []).append(variable)
     return [Group(tuple(members), _options(members, parts, read)) for members in groups.values()]
+
+
+def _vectors_of_layers(graph: ModelGraph) -> list[tuple[str, str]]:
+    """Return the pairs of equally long vectors of one layer, such as the scale and offset of a norm."""
+    first: dict[tuple[str, Shape], str] = {}
+    vectors = [(name, key) for name, layer in graph.layers.items() for key in layer.variables]
+    shapes = {key: graph.variables[key].shape for _, key in vectors}
+    return [(first.setdefault((name, shapes[key]), key), key) for name, key in vectors if len(shapes[key]) == 1]
 
 
 def _options(members: Sequence[VariableInfo], parts: int, read: set[str | None]) -> tuple[Placement, ...]:

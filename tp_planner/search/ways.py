@@ -106,9 +106,13 @@ class Walker:
     def _ways(self, step: Step, taken: Mapping[int, Placement], stored: Sequence[Placement]) -> Iterator[Way]:
         self._stored.update(zip(step.variables, stored, strict=True))
         try:
+            enough: list[set[VariableRead]] = []  # what it is enough to gather
             for closed, gathered in self._closings(step):
+                if any(less < set(gathered) for less in enough):
+                    continue
                 way = self._way(step, taken, closed, gathered)
                 if way is not None:
+                    enough.append(set(gathered))
                     yield way
         finally:
             self._stored.update(dict.fromkeys(step.variables, WHOLE))
