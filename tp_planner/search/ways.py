@@ -93,6 +93,7 @@ class Walker:
         self._gathered: dict[VariableRead, str] = {}
         closings = Closings(layers=self._closed, reads=self._gathered)
         self._known = Known(graph, self._stored, self._styles, closings, rules, parts)
+        self._calls = Counter(call.layer for call in graph.calls.values() if call.id not in graph.repeats)
         self._functions = {function.ops[0]: function for function in graph.functions or ()}
 
     def ways(self, step: Step, tensors: Mapping[int, Sequence[Placement]]) -> Iterator[Way]:
@@ -106,43 +107,62 @@ class Walker:
     def _ways(self, step: Step, taken: Mapping[int, Placement], stored: Sequence[Placement]) -> Iterator[Way]:
         self._stored.update(zip(step.variables, stored, strict=True))
         try:
-            enough: list[set[VariableRead]] = []  # what it is enough to gather
-            for closed, gathered in self._closings(step):
-                if any(less < set(gathered) for less in enough):
-                    continue
-                way = self._way(step, taken, closed, gathered)
-                if way is not None:
-                    enough.append(set(gathered))
-                    yield way
+            if (choice := self._choice(step)) is not None:
+                for closed in (False, True) if self._leaves_shards(step, choice) else (False,):
+                    way = self._way(step, taken, closed, frozenset())
+                    if isinstance(way, Way):
+                        yield way
+            else:
+                yield from self._ways_by_op(step, taken)
         finally:
             self._stored.update(dict.fromkeys(step.variables, WHOLE))
 
-    def _closings(self, step: Step) -> Iterator[tuple[bool, tuple[VariableRead, ...]]]:
-        """Yield where sharding can end in the step: at its output, or at the uses of some variables."""
-        layer = self.graph.calls[step.call].layer
+    def _choice(self, step: Step) -> StyleChoice | None:
+        """Return the style of a step that is one contraction of shards."""
         self._styles.clear()
-        choice = None
-        if step.layer_call is not None:
-            info = {layer: self.graph.layers[layer]}
-            self._styles.update(choose_styles(info, self.graph.variables, self._stored, self.parts))
-            choice = self._known.contraction(step.layer_call)
-        if choice is not None:
-            yield False, ()
-            core = step.layer_call.core_output if step.layer_call else None
-            tensor = step.layer_call.outputs[0] if step.layer_call and core is None else core
-            assert tensor is not None
-            if output_dim(choice, len(self.graph.tensors[tensor].shape)) is not None:
-                yield True, ()
+        if step.layer_call is None:
+            return None
+        layer = step.layer_call.layer
+        info = {layer: self.graph.layers[layer]}
+        self._styles.update(choose_styles(info, self.graph.variables, self._stored, self.parts))
+        return self._known.contraction(step.layer_call)
+
+    def _leaves_shards(self, step: Step, choice: StyleChoice) -> bool:
+        """Whether a contraction makes shards, which can be gathered at once."""
+        assert step.layer_call is not None
+        core = step.layer_call.core_output
+        tensor = step.layer_call.outputs[0] if core is None else core
+        return output_dim(choice, len(self.graph.tensors[tensor].shape)) is not None
+
+    def _ways_by_op(self, step: Step, taken: Mapping[int, Placement]) -> Iterator[Way]:
+        """Yield the ways of a step that is followed op by op: variables are used as stored, or gathered.
+
+        Where only this step uses them, those are gathered that a conflict is about, as planning does.
+        """
+        reads = [self._known.read_of(step.call, key) for key in step.variables if self._stored[key] != WHOLE]
+        if self._uses_alone(step):
+            gathered: frozenset[VariableRead] = frozenset()
+            while not isinstance(way := self._way(step, taken, False, gathered), Way):
+                refused = frozenset(read for read in reads if ("read", read) in way)
+                if refused <= gathered:
+                    return
+                gathered |= refused
+            yield way
             return
-        sharded = [key for key in step.variables if self._stored[key] != WHOLE]
-        for count in range(len(sharded) + 1):
-            for keys in itertools.combinations(sharded, count):
-                yield False, tuple(self._known.read_of(step.call, key) for key in keys)
+        for count in range(len(reads) + 1):
+            for keys in itertools.combinations(reads, count):
+                way = self._way(step, taken, False, frozenset(keys))
+                if isinstance(way, Way):
+                    yield way
+
+    def _uses_alone(self, step: Step) -> bool:
+        """Whether no other step reads variables in calls of the step's layer."""
+        return step.layer_call is not None and self._calls[step.layer_call.layer] == 1
 
     def _way(
-        self, step: Step, taken: Mapping[int, Placement], closed: bool, gathered: tuple[VariableRead, ...]
-    ) -> Way | None:
-        """Return the way that the walk takes; None if it meets a conflict."""
+        self, step: Step, taken: Mapping[int, Placement], closed: bool, gathered: frozenset[VariableRead]
+    ) -> Way | Origins:
+        """Return the way that the walk takes; if it meets conflicts, where their shards come from."""
         known, call = self._known, self.graph.calls[step.call]
         known.placements.clear()
         known.origins.clear()
@@ -153,14 +173,13 @@ class Walker:
                 known.place(tensor, placement, _SOMEWHERE)
         if closed:
             self._closed[call.layer, call.mode] = "a whole tensor is read"
-        self._gathered.update(dict.fromkeys(gathered, "whole tensors are read"))
+        self._gathered.update(dict.fromkeys(sorted(gathered), "whole tensors are read"))
         notes = Notes(known)
         self._follow(step, notes)
+        if not notes.conflicts:
+            enter_tensors_read_with_shards(known, notes, self._sources)
         if notes.conflicts:
-            return None
-        enter_tensors_read_with_shards(known, notes, self._sources)
-        if notes.conflicts:
-            return None
+            return Origins().union(*(conflict.origins for conflict in notes.conflicts))
         made = tuple((Slot("tensor", tensor), known.placements.get(tensor, WHOLE)) for tensor in step.makes)
         return Way(
             given=self._given(step, taken, gathered),
@@ -186,7 +205,7 @@ class Walker:
                     return
 
     def _given(
-        self, step: Step, taken: Mapping[int, Placement], gathered: tuple[VariableRead, ...]
+        self, step: Step, taken: Mapping[int, Placement], gathered: frozenset[VariableRead]
     ) -> tuple[tuple[Slot, Placement], ...]:
         whole = {key for _, key in gathered}
         tensors = [(Slot("tensor", tensor), placement) for tensor, placement in taken.items()]
