@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import tp_planner
 from tests.models import CASES
+from tests.test_any_layout import random_rules
 from tests.verification.faults import FAULTS, Fault
 from tests.workers import Pools
 from tp_planner.ir.layout import Layout, LayoutRule
@@ -58,6 +59,19 @@ def test_right_model_is_not_blamed(name: str, mesh: dict[str, int]) -> None:
     assert {each.event.kind for each in verdict.tensors} > {"output", "gradient at", "loss", "gradient of", "weight"}
     for array, expected in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(array, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(14))
+@pytest.mark.parametrize("name", CASES)
+def test_any_layout_that_is_right_is_not_blamed(name: str, seed: int) -> None:
+    """About two hundred layouts without sense, of all that is sharded, gathered and reduced in them."""
+    model = CASES[name].build()
+    rules = tuple(LayoutRule(pattern, axes) for pattern, axes in random_rules(model, seed).items())
+    inputs, targets = CASES[name].batch(np.random.default_rng(seed), 3)
+    layout = Layout(Mesh((("model", 2),)), rules, sequence_parallel=seed % 2 == 1)
+    verdict = verify(model, layout, inputs, targets, loss_of(name))
+    assert verdict.is_same, str(verdict)
 
 
 def test_verdict_is_told() -> None:
