@@ -20,7 +20,7 @@ from tp_planner.frontend.optimizer import read_optimizer
 from tp_planner.frontend.trace import require_built
 from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.errors import PlanError
-from tp_planner.ir.layout import Layout
+from tp_planner.ir.layout import DeviceType, Layout
 from tp_planner.ir.mesh import Mesh
 from tp_planner.job.axes import Axes
 from tp_planner.job.process_group import (
@@ -52,6 +52,7 @@ def plan(
     loss: Any = None,
     sequence_parallel: bool | None = None,
     gather_again: bool | None = None,
+    device: DeviceType | None = None,
 ) -> Plan:
     """Return how ``model`` would be sharded under ``layout_map``; needs no device and changes nothing.
 
@@ -73,6 +74,8 @@ def plan(
             memory. By default as the layout says, which is no.
         gather_again: whether what sharded layers gather from the residual stream is not kept for the backward pass
             but gathered again there: less memory, more communication. By default it is.
+        device: "cpu" or "cuda", whose kernels count in memory and work. By default that of the mesh's devices,
+            as their names say, else "cpu". Layers and collectives are the same.
 
     Raises:
         PlanError: with every problem of the model, the mesh and the rules.
@@ -83,6 +86,9 @@ def plan(
     require_built(model)
     _require_plain(model)
     layout = _with_stream(read_layout(layout_map, batch_axis), sequence_parallel, gather_again)
+    if device not in (None, "cpu", "cuda"):
+        raise PlanError(f"device is {device!r}; it is 'cpu' or 'cuda', or None for that of the mesh")
+    layout = replace(layout, devices=device or layout.devices)
     return make_plan(model, layout, inputs, read_optimizer(optimizer, model), TrainingLoss.of(model, loss))
 
 

@@ -13,6 +13,7 @@ from tp_planner.dryrun.prove import prove
 from tp_planner.dryrun.sharding_rules import DTensorRules
 from tp_planner.dryrun.simulate import simulate
 from tp_planner.frontend.blocks import Blocks, find_blocks, find_equal_layers
+from tp_planner.frontend.cuda_kernels import kernels_of
 from tp_planner.frontend.fingerprint import fingerprint
 from tp_planner.frontend.kept_tensors import no_fakes_left
 from tp_planner.frontend.layer_tree import named_layers, naming_once
@@ -51,7 +52,7 @@ def make_plan(
 
     Args:
         model: a built, plain model.
-        layout: the rules and the mesh.
+        layout: the rules and the mesh, and the devices whose kernels count; by default CPUs.
         inputs: as for ``trace``.
         optimizer: makes the update of the simulated training step; by default there is none.
         loss: the loss of that step; by default the sum of the outputs stands for it.
@@ -61,7 +62,7 @@ def make_plan(
     """
     require_built(model)
     layout = layout.across(layout.mesh.batch_axis)
-    with naming_once(model), without_collector(), no_fakes_left(model):
+    with naming_once(model), without_collector(), no_fakes_left(model), kernels_of(layout.devices or "cpu"):
         layers, variables = survey(model)
         require_quick_rules(layout.rules, layers, variables)
         resolution = resolve_rules(layout, variables, {name: layer.path for name, layer in layers.items()})
@@ -196,6 +197,7 @@ class _Job:
             input_gradients=input_gradients,
             notes=self.resolution.notes + notes,
             sequence_parallel=self.layout.sequence_parallel,
+            device=self.layout.devices or "cpu",
         )
 
 

@@ -229,6 +229,7 @@ FORMS = "give the path of a .keras file, or package.module:factory"
 CALLED = "it is called without arguments and returns a model"
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
+    "no device": (["shop.keras", "--device", "gpu"], "--device is 'gpu'; it is cpu or cuda"),
     "no model": (["shop.py"], f"model 'shop.py' is neither; {FORMS}"),
     "no file": (["gone.keras"], f"gone.keras: no such file; {FORMS}"),
     "no model file": (

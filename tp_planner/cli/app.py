@@ -48,6 +48,10 @@ SequenceOption = Annotated[
         help="Shard what is between sharded layers over the sequence: norms, dropout and sums take less memory.",
     ),
 ]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(metavar="cpu|cuda", help="Count memory and work of this device's kernels; by default cpu's."),
+]
 OptimizerOption = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="The optimizer of the simulated training step, e.g. adamw: its slots count."),

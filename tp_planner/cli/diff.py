@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tp_planner.cli.answer import JsonOption, show, working
-from tp_planner.cli.app import BatchOption, InputOption, LossOption, OptimizerOption, app, mistake
-from tp_planner.cli.load import load_job, load_layout
+from tp_planner.cli.app import BatchOption, DeviceOption, InputOption, LossOption, OptimizerOption, app, mistake
+from tp_planner.cli.load import load_device, load_job, load_layout
 
 if TYPE_CHECKING:
     from tp_planner.readable_plan import Plan
@@ -33,6 +33,7 @@ def diff_command(
     batch: BatchOption = None,
     optimizer: OptimizerOption = None,
     loss: LossOption = None,
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what differs between two plans, decision by decision, from the first to the second.
@@ -44,7 +45,7 @@ def diff_command(
         from tp_planner.passes.compare_plans import compare_plans
         from tp_planner.report.diff import difference_sections
 
-        plans = [_plan(text, model, mesh, input, batch, optimizer, loss) for text in (before, after)]
+        plans = [_plan(text, model, mesh, input, batch, optimizer, loss, device) for text in (before, after)]
         difference = compare_plans(*plans)
     show(difference, difference_sections(difference, before, after), as_json)
     raise typer.Exit(0 if difference.is_empty else 1)
@@ -58,6 +59,7 @@ def _plan(
     batch: int | None,
     optimizer: str | None,
     loss: str | None,
+    device: str | None,
 ) -> Plan:
     if text.endswith(".json"):
         return _read(Path(text))
@@ -66,7 +68,7 @@ def _plan(
         raise mistake(f"{text!r} is not a .json file, so it is a layout to plan: give {missing} too")
     from tp_planner.planner import make_plan
 
-    rules = load_layout(text, mesh)
+    rules = load_layout(text, mesh, devices=load_device(device))
     job = load_job(model, inputs, batch, optimizer, loss)
     return make_plan(job.model, rules, job.inputs, job.optimizer, job.loss)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import keras
 
     from tp_planner.frontend.training_loss import TrainingLoss
-    from tp_planner.ir.layout import Layout
+    from tp_planner.ir.layout import DeviceType, Layout
 
 _INPUT = re.compile(r"(?:(?P<name>\w+)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
 _FORMS = "give the path of a .keras file, or package.module:factory"
@@ -84,13 +84,21 @@ def _optimizer(name: str | None) -> keras.optimizers.Optimizer | None:
         raise mistake(f"optimizer {name!r} is none of Keras's; write for example adamw, sgd or lion") from None
 
 
-def load_layout(layout: str, mesh: str, sequence_parallel: bool = False) -> Layout:
-    """Return the layout in a file, or of a preset, on a mesh, sequence-parallel if either says so."""
+def load_layout(layout: str, mesh: str, sequence_parallel: bool = False, devices: DeviceType | None = None) -> Layout:
+    """Return the layout in a file, or of a preset, on a mesh of such devices, sequence-parallel if either says so."""
     from tp_planner.frontend.layout_file import find_layout_file, read_layout_file
     from tp_planner.ir.mesh import parse_mesh
 
     read = read_layout_file(find_layout_file(layout)).on(parse_mesh(mesh))
-    return replace(read, sequence_parallel=read.sequence_parallel or sequence_parallel)
+    return replace(read, sequence_parallel=read.sequence_parallel or sequence_parallel, devices=devices)
+
+
+def load_device(name: str | None) -> DeviceType | None:
+    """Return the devices that ``--device`` names."""
+    match name:
+        case "cpu" | "cuda" | None:
+            return name
+    raise mistake(f"--device is {name!r}; it is cpu or cuda")
 
 
 def read_inputs(texts: Sequence[str]) -> Any:

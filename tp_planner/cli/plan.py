@@ -10,6 +10,7 @@ import typer
 from tp_planner.cli.answer import working
 from tp_planner.cli.app import (
     BatchOption,
+    DeviceOption,
     InputOption,
     LayoutOption,
     LossOption,
@@ -20,7 +21,7 @@ from tp_planner.cli.app import (
     app,
     write,
 )
-from tp_planner.cli.load import load_job, load_layout
+from tp_planner.cli.load import load_device, load_job, load_layout
 
 if TYPE_CHECKING:
     from tp_planner.ir.hardware import Hardware
@@ -37,6 +38,7 @@ def plan_command(
     optimizer: OptimizerOption = None,
     loss: LossOption = None,
     sequence_parallel: SequenceOption = False,
+    device: DeviceOption = None,
     hardware: Annotated[
         str | None,
         typer.Option(
@@ -56,8 +58,9 @@ def plan_command(
         from tp_planner.report.estimate import estimate_lines
         from tp_planner.report.html import plan_to_html
 
-        rules = load_layout(layout, mesh, sequence_parallel)
         profile = None if hardware is None else _profile(hardware)
+        devices = load_device(device) or (None if profile is None else profile.device)
+        rules = load_layout(layout, mesh, sequence_parallel, devices)
         job = load_job(model, input, batch, optimizer, loss)
         plan = make_plan(job.model, rules, job.inputs, job.optimizer, job.loss)
         estimate = [] if profile is None else estimate_lines(plan, profile)

@@ -29,12 +29,13 @@ from tp_planner.regions.recording import LOCAL_OPS, CollectiveRecorder
 class StepMeter(CollectiveRecorder):
     """Writes the log of a step while it is entered.
 
-    ``stands_for`` says of how many equal variables a storage is one; 1 where it has no entry.
+    ``stands_for`` says of how many equal variables a storage is one; 1 where it has no entry. The device's allocator
+    gives multiples of ``block`` bytes.
     """
 
-    def __init__(self, axes: Axes) -> None:
+    def __init__(self, axes: Axes, block: int = 1) -> None:
         super().__init__(axes)
-        self.log = StepLog()
+        self.log = StepLog(block=block)
         self.stands_for: dict[int, int] = {}
         self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}
         self._began: Phase = "forward"
@@ -49,7 +50,7 @@ class StepMeter(CollectiveRecorder):
         known = self._alive.get(key)
         if known is not None:
             return known[0]
-        number = self.log.allocate(storage.nbytes() * times)
+        number = self.log.allocate(storage.nbytes(), times=times)
         self._alive[key] = number, weakref.ref(storage, functools.partial(self._gone, key, number))
         return number
 

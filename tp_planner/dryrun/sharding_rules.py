@@ -32,8 +32,12 @@ CPU_ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu.default"
 SCANS = {f"aten.{name}.default" for name in ("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "_cummax_helper")}
 # Ops that look up along a dim. DTensor makes summands of them with a mask that it keeps from one use to the next.
 LOOKUPS = {"aten.embedding.default", "aten.gather.default", "aten.index_select.default"}
-# Ops that draw random numbers only where their dropout_p is not 0; Keras always calls them with 0.
-ATTENTION_DROPOUT = {CPU_ATTENTION}
+FLASH_ATTENTION = "aten._scaled_dot_product_flash_attention.default"
+EFFICIENT_ATTENTION = "aten._scaled_dot_product_efficient_attention.default"
+# Outputs that are sharded as the query is, the result and its sums over keys, and those that are of all: seeds.
+ATTENTION_OUTPUTS = {CPU_ATTENTION: (2, 0), FLASH_ATTENTION: (2, 3), EFFICIENT_ATTENTION: (2, 2)}
+# Ops that draw random numbers only where their dropout_p is not 0.
+ATTENTION_DROPOUT = set(ATTENTION_OUTPUTS)
 
 
 class DTensorRules:
@@ -207,14 +211,16 @@ def _outputs(result: Any, arguments: tuple[Any, ...], parts: int) -> Followed | 
     return Followed(tuple(placements), arguments)
 
 
-def _follow_cpu_attention(
+def _follow_attention(
     op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement], parts: int
 ) -> Followed | Refused:
-    """Torch's fused attention for CPUs works on each batch entry and head alone; DTensor has no rule for it.
+    """Torch's fused attention works on each batch entry and head alone; DTensor has no rule for that of CPUs.
 
     query (B, H, T, D), key (B, H, S, D), value (B, H, S, V), attn_mask broadcastable to (B, H, T, S).
     """
     leaves, _ = tree_flatten(op.arguments)
+    if _attention_dropout(op):
+        return Refused("draws random numbers for a sharded tensor")
     query, key, value, *masks = [op.inputs[leaf.position] for leaf in leaves if isinstance(leaf, TensorRef)]
     placement = inputs[query]
     same = inputs[key] == placement and inputs[value] == placement
@@ -225,7 +231,16 @@ def _follow_cpu_attention(
         broadcast = len(shape) < 4 or shape[placement.dim] == 1
         if inputs[mask] != (Replicate() if broadcast else placement):
             return Refused("takes a mask that is not sharded like the query")
-    return Followed((placement, placement), _constants(op))
+    sharded, whole = ATTENTION_OUTPUTS[op.name]
+    return Followed((placement,) * sharded + (Replicate(),) * whole, _constants(op))
+
+
+def _attention_dropout(op: Op) -> float:
+    """Return the probability with which the op drops a weight; code that leaves it out drops none."""
+    arguments, named = op.arguments
+    names = [each.name for each in resolve_op(op.name)._schema.arguments]
+    given = dict(zip(names, arguments, strict=False)) | named
+    return float(given.get("dropout_p", 0.0))
 
 
 def _follow_convolution(
@@ -273,7 +288,9 @@ def _constants(op: Op) -> tuple[Any, ...]:
 
 # Rules for ops for which DTensor has none, or a wrong one.
 OWN_RULES: Mapping[str, Callable[..., Followed | Refused]] = {
-    CPU_ATTENTION: _follow_cpu_attention,
+    CPU_ATTENTION: _follow_attention,
+    FLASH_ATTENTION: _follow_attention,
+    EFFICIENT_ATTENTION: _follow_attention,
     "aten.convolution.default": _follow_convolution,
 }
 # Rules for ops of several tensors of which one is a summand on every rank.

@@ -10,7 +10,7 @@ import functools
 import gc
 import math
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -23,6 +23,7 @@ from tp_planner.dryrun.repeats import BlockRepeats, multiplicities, stand_ins
 from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.frontend.trace import CallArguments, conditions_need_values, fake_inputs, fake_tensors
 from tp_planner.frontend.training_loss import TrainingLoss
+from tp_planner.ir.caching_allocator import BLOCK, reserved_for
 from tp_planner.ir.errors import PlanError, in_one_line
 from tp_planner.ir.graph import ModelGraph
 from tp_planner.ir.plan import Plan
@@ -84,7 +85,7 @@ def simulate(
     repeats = graph.repeats if _blocks_are_independent(model, graph, optimizer) else {}
     left_out = graph.repeated_layers if repeats else frozenset()
     settings = None if optimizer is None else _settings(optimizer)  # reads values, so before tensors are fake
-    meter = StepMeter(axes)
+    meter = StepMeter(axes, BLOCK if plan.device == "cuda" else 1)
     blocks = BlockRepeats(named_layers(model), graph, repeats, meter)
     with fake_tensors(), without_collector(), only_new_garbage():
         arguments = fake_inputs(model, inputs)
@@ -109,7 +110,10 @@ def simulate(
     log = unfold(meter.log, twins)
     _add_gradients(log, plan, step.trained, stand_ins(repeats))
     name = "" if optimizer is None else type(optimizer).__name__
-    taken = Step(name, step.loss_name, memory_of(log), work_of(log), step.whole_update)
+    memory = memory_of(log)
+    if plan.device == "cuda":
+        memory = replace(memory, reserved=reserved_for(log.events))
+    taken = Step(name, step.loss_name, memory, work_of(log), step.whole_update)
     return Simulation(collectives_of(log), taken, tuple(step.notes))
 
 
@@ -240,7 +244,7 @@ class TrainingStep:
         for variable, slot in self._slots:
             if others[id(variable)]:
                 self.meter.log.allocate(
-                    local_tensor(slot).untyped_storage().nbytes() * others[id(variable)], "optimizer"
+                    local_tensor(slot).untyped_storage().nbytes(), "optimizer", others[id(variable)]
                 )
 
     def _stand_for(self, variable: Any, number: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.hardware import Figure, FigureRange, Hardware
+from tp_planner.ir.layout import DeviceType
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # A wheel carries the profiles inside the package; a source tree has them beside it.
@@ -107,7 +108,16 @@ class _Reader:
             ring_step_latency=self._range("ring_step_latency"),
             launch_overhead=self._range("launch_overhead"),
             node_size=self._figure("node_size"),
+            device=self._device(),
         )
+
+    def _device(self) -> DeviceType:
+        match self.document.get("device", "cpu"):
+            case "cpu" | "cuda" as device:
+                return device
+            case other:
+                self._report("device", other, "'cpu' or 'cuda'")
+                return "cpu"
 
     def _rates(self) -> tuple[tuple[str, Figure], ...]:
         table = self.document.get("matmul_rate")

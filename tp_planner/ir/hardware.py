@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tp_planner.ir.layout import DeviceType
 from tp_planner.ir.step import Phase
 
 
@@ -44,6 +45,7 @@ class Hardware:
     ring_step_latency: FigureRange  # of each step around the ring on top of that
     launch_overhead: FigureRange  # of the host for each op
     node_size: Figure  # devices that the links connect
+    device: DeviceType = "cpu"  # whose kernels run on it
 
 
 @dataclass(frozen=True, slots=True)

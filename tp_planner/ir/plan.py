@@ -8,7 +8,7 @@ from typing import Literal
 
 from tp_planner.ir.contract import Recording, check_contract
 from tp_planner.ir.errors import PlanError
-from tp_planner.ir.layout import LayoutRule
+from tp_planner.ir.layout import DeviceType, LayoutRule
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.placement import (
     WHOLE,
@@ -240,7 +240,8 @@ class Plan:
     ``collectives`` are those of one training step, in order of execution, and ``step`` is what else it takes of one
     rank. ``buckets`` are the keys of variables whose gradients are averaged over the batch axis together, in the
     order in which that begins. ``sums`` are those of variables that are used on shards of the residual stream: their
-    gradients are added over the model axis together, when the backward pass ends.
+    gradients are added over the model axis together, when the backward pass ends. ``device`` is the one whose kernels
+    ``step`` counts; layers and collectives are the same on all.
     """
 
     model: str
@@ -258,6 +259,7 @@ class Plan:
     buckets: tuple[tuple[str, ...], ...] = ()
     sequence_parallel: bool = False  # whether the residual stream was to be sharded
     sums: tuple[tuple[str, ...], ...] = ()
+    device: DeviceType = "cpu"
 
     @property
     def shards_stream(self) -> bool:

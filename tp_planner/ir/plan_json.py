@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tp_planner.ir.errors import PlanError
-from tp_planner.ir.layout import LayoutRule
+from tp_planner.ir.layout import DeviceType, LayoutRule
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.placement import Replicate, local_shape, parse_placement
 from tp_planner.ir.plan import (
@@ -238,12 +238,20 @@ def _encode_plan(plan: Plan) -> dict[str, Any]:
         "buckets": [list(bucket) for bucket in plan.buckets],
         "sequence_parallel": plan.sequence_parallel,
         "sums": [list(bucket) for bucket in plan.sums],
+        "device": plan.device,
     }
 
 
 def _decode_rule(data: Mapping[str, Any]) -> RuleReport:
     axes = tuple(tuple(axis) if isinstance(axis, list) else axis for axis in data["axes"])
     return RuleReport(LayoutRule(data["pattern"], axes), tuple(data["variables"]), tuple(data["outputs"]))
+
+
+def _decode_device(name: str) -> DeviceType:
+    match name:
+        case "cpu" | "cuda":
+            return name
+    raise ValueError(f"device {name!r} is neither 'cpu' nor 'cuda'")
 
 
 def _decode_plan(data: Mapping[str, Any]) -> Plan:
@@ -267,4 +275,5 @@ def _decode_plan(data: Mapping[str, Any]) -> Plan:
         buckets=tuple(tuple(bucket) for bucket in data["buckets"]),
         sequence_parallel=data["sequence_parallel"],
         sums=tuple(tuple(bucket) for bucket in data["sums"]),
+        device=_decode_device(data["device"]),
     )

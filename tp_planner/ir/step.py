@@ -82,11 +82,13 @@ class Memory:
     """Memory of rank 0, whose shards are the largest, in one training step.
 
     ``largest`` has each kind at its own largest, ``peak`` all kinds at the moment when their sum is largest.
+    ``reserved`` are the bytes that CUDA's caching allocator takes of the device for it all; None on CPUs.
     """
 
     largest: MemoryUse
     peak: MemoryUse
     peak_phase: Phase
+    reserved: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,7 @@ def encode_step(step: Step) -> dict[str, Any]:
             "largest": _encode_use(memory.largest),
             "peak": _encode_use(memory.peak),
             "peak_phase": memory.peak_phase,
+            "reserved": memory.reserved,
         },
         "work": [
             {
@@ -152,7 +155,7 @@ def decode_step(data: Mapping[str, Any]) -> Step:
     return Step(
         data["optimizer"],
         data["loss"],
-        Memory(MemoryUse(**memory["largest"]), MemoryUse(**memory["peak"]), memory["peak_phase"]),
+        Memory(MemoryUse(**memory["largest"]), MemoryUse(**memory["peak"]), memory["peak_phase"], memory["reserved"]),
         tuple(
             Work(work["phase"], tuple(sorted(work["matmul_flops"].items())), work["memory_bytes"], work["ops"])
             for work in data["work"]

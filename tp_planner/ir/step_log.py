@@ -18,10 +18,11 @@ PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
 
 # Tuples, because a log has a few hundred thousand of them.
 class Allocated(NamedTuple):
-    """A storage of ``bytes`` came to be."""
+    """A storage of ``bytes`` came to be, which stands for so many equal ones."""
 
     storage: int
     bytes: int
+    times: int = 1
 
 
 class Freed(NamedTuple):
@@ -90,14 +91,15 @@ class StepLog:
     events: list[Event] = field(default_factory=list)
     kinds: dict[int, StorageKind] = field(default_factory=dict)
     storages: int = 0
+    block: int = 1  # bytes of which the device's allocator gives multiples
 
-    def allocate(self, size: int, kind: StorageKind | None = None) -> int:
-        """Note a new storage of ``size`` bytes and return its number."""
+    def allocate(self, size: int, kind: StorageKind | None = None, times: int = 1) -> int:
+        """Note a new storage of ``size`` bytes, which stands for so many equal ones, and return its number."""
         number = self.storages
         self.storages += 1
         if kind is not None:
             self.kinds[number] = kind
-        self.events.append(Allocated(number, size))
+        self.events.append(Allocated(number, -(-size // self.block) * self.block, times))
         return number
 
 
@@ -134,9 +136,9 @@ def memory_of(log: StepLog) -> Memory:
     for event in log.events:
         if isinstance(event, Allocated):
             kind = log.kinds.get(event.storage, "temporaries")
-            sizes[event.storage] = event.bytes
-            use[kind] += event.bytes
-            total += event.bytes
+            sizes[event.storage] = size = event.bytes * event.times
+            use[kind] += size
+            total += size
             if use[kind] > largest[kind]:
                 largest[kind] = use[kind]
             if total > highest:
@@ -167,7 +169,7 @@ def unfold(log: StepLog, twins: Mapping[int, Twin]) -> StepLog:
 class _Unfolding:
     def __init__(self, log: StepLog, twins: Mapping[int, Twin]) -> None:
         self.log, self.twins = log, twins
-        self.out = StepLog(kinds=dict(log.kinds), storages=log.storages)
+        self.out = StepLog(kinds=dict(log.kinds), storages=log.storages, block=log.block)
         self.freed = {event.storage for event in log.events if isinstance(event, Freed)}
         self.freed_forward = _freed_before_backward(log.events)
         self.spans = _spans(log.events)
@@ -243,9 +245,9 @@ class _Unfolding:
                 if copy < self.log.storages:
                     self.gone.add(copy)
         elif event.storage in self.own[chain]:
-            self._allocate_early(Allocated(self.own[chain].pop(event.storage), event.bytes), chain[:-1])
+            self._allocate_early(Allocated(self.own[chain].pop(event.storage), event.bytes, event.times), chain[:-1])
         elif event.storage not in self.returned:
-            copies[event.storage] = self.out.allocate(event.bytes, self.log.kinds.get(event.storage))
+            copies[event.storage] = self.out.allocate(event.bytes, self.log.kinds.get(event.storage), event.times)
 
     def _allocate_early(self, event: Allocated, chain: tuple[int, ...]) -> None:
         """Let what a block hands on come to be when its twin makes it, and not when the block has ended."""

@@ -51,6 +51,7 @@ def _of_plan(plan: Plan) -> Properties:
         "sequence parallel": "yes" if plan.sequence_parallel else "no",
         "buckets of summands": "; ".join(f"({', '.join(bucket)})" for bucket in plan.sums),
         "gradients of the inputs": "right" if plan.input_gradients else "not right",
+        "kernels": plan.device,
         "optimizer": plan.step.optimizer,
         "loss": plan.step.loss,
         "whole update": str(plan.step.whole_update),
@@ -192,6 +193,8 @@ def _changed_amounts(before: Step, after: Step) -> tuple[AmountChange, ...]:
 def _amounts(step: Step) -> dict[tuple[str, Unit], int]:
     """Return the numbers of a step by what they count and their unit."""
     amounts: dict[tuple[str, Unit], int] = {}
+    if step.memory.reserved is not None:
+        amounts["reserved", "bytes"] = step.memory.reserved
     for name, use in (("at the memory peak", step.memory.peak), ("at their largest", step.memory.largest)):
         amounts |= {(f"{field.name} {name}", "bytes"): getattr(use, field.name) for field in fields(MemoryUse)}
     for work in step.work:

@@ -32,9 +32,11 @@ def _phase(phase: PhaseTime) -> str:
 
 
 def _memory(plan: Plan, hardware: Hardware) -> str:
-    peak, size = plan.step.memory.peak.total, int(hardware.memory_size.value)
-    of_all = f"memory at the peak, {plan.step.memory.peak_phase}: {bytes_text(peak)} of {bytes_text(size)}"
-    if peak <= size:
+    memory, size = plan.step.memory, int(hardware.memory_size.value)
+    of_all = f"memory at the peak, {memory.peak_phase}: {bytes_text(memory.peak.total)} of {bytes_text(size)}"
+    if memory.reserved is not None:
+        of_all += f", {bytes_text(memory.reserved)} reserved"
+    if (memory.reserved or memory.peak.total) <= size:
         return of_all
     return f"{of_all}: it does not fit; take more ranks, a smaller batch or hardware with more memory"
 

@@ -244,6 +244,9 @@ def _memory_table(plan: Plan) -> Markup:
         for kind, size in _parts(memory.peak)
     ]
     table = element("table", element("thead", element("tr", *heads)), element("tbody", *rows))
+    if memory.reserved is not None:
+        words = "CUDA's kernels, allocated in blocks of 512 B; reserved by PyTorch's caching allocator: "
+        table = join(table, _quiet(words + bytes_text(memory.reserved)))
     if not plan.step.optimizer:
         table = join(table, _quiet("No optimizer is named, so its state and its update are not in these figures."))
     if not plan.step.loss:

@@ -115,15 +115,16 @@ def memory_lines(plan: Plan) -> list[str]:
     """Return what rank 0 holds in one training step, one sentence a line."""
     memory, optimizer = plan.step.memory, plan.step.optimizer or "no optimizer named"
     loss = f"loss {plan.step.loss}" if plan.step.loss else "no loss of Keras named"
+    kernels = ", CUDA's kernels" if plan.device == "cuda" else ""
     kinds = ("parameters", "gradients", "optimizer", "activations", "temporaries")
     peak = ", ".join(f"{kind} {bytes_text(getattr(memory.peak, kind))}" for kind in kinds)
     largest = ", ".join(f"{kind} {bytes_text(getattr(memory.largest, kind))}" for kind in kinds)
     return [
-        f"memory of rank 0 in one training step, {optimizer}, {loss}: "
+        f"memory of rank 0 in one training step, {optimizer}, {loss}{kernels}: "
         f"{bytes_text(memory.peak.total)} at the peak, {memory.peak_phase}",
         f"  at the peak: {peak}",
         f"  each at its own largest: {largest}",
-    ]
+    ] + ([] if memory.reserved is None else [f"  reserved by CUDA's caching allocator: {bytes_text(memory.reserved)}"])
 
 
 def collectives_heading(plan: Plan) -> str:

@@ -1,0 +1,122 @@
+"""Kernels of CUDA on fake CPU tensors: which attention is chosen, what it keeps, and plans that count them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import dropout
+from torch.nn.functional import scaled_dot_product_attention as attention
+
+from tests.families import FAMILIES, plan_of
+from tests.models import CASES
+from tp_planner import plan
+from tp_planner.frontend.cuda_kernels import Attention, choose_attention, kernels_of
+from tp_planner.frontend.dispatch import WatchingMode
+from tp_planner.frontend.fake_mode import FakeCpuMode
+from tp_planner.ir.errors import PlanError
+from tp_planner.ir.layout import Layout, LayoutRule
+from tp_planner.ir.mesh import Mesh
+from tp_planner.ir.plan_json import plan_from_json
+from tp_planner.planner import make_plan
+
+BFLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float32, torch.float64
+CHOICES: dict[str, tuple[torch.dtype, tuple[int, ...], tuple[int, ...], dict[str, Any], Attention]] = {
+    "half": (BFLOAT16, (2, 4, 8, 16), (2, 4, 8, 16), {}, "flash"),
+    "half, odd head": (BFLOAT16, (2, 4, 8, 10), (2, 4, 8, 10), {}, "flash"),
+    "half, causal": (BFLOAT16, (2, 4, 8, 16), (2, 4, 8, 16), {"is_causal": True}, "flash"),
+    "half, causal, more keys": (BFLOAT16, (2, 4, 8, 16), (2, 4, 9, 16), {"is_causal": True}, "efficient"),
+    "half, mask": (BFLOAT16, (2, 4, 8, 16), (2, 4, 8, 16), {"mask": True}, "efficient"),
+    "half, mask, odd head": (BFLOAT16, (2, 4, 8, 12), (2, 4, 8, 12), {"mask": True}, "math"),
+    "half, largest head": (BFLOAT16, (2, 4, 8, 256), (2, 4, 8, 256), {}, "flash"),
+    "half, larger head": (BFLOAT16, (2, 4, 8, 264), (2, 4, 8, 264), {}, "efficient"),
+    "half, grouped": (BFLOAT16, (2, 4, 8, 16), (2, 2, 8, 16), {"enable_gqa": True}, "flash"),
+    "single": (FLOAT32, (2, 4, 8, 12), (2, 4, 8, 12), {}, "efficient"),
+    "single, odd head": (FLOAT32, (2, 4, 8, 10), (2, 4, 8, 10), {}, "math"),
+    "single, grouped": (FLOAT32, (2, 4, 8, 16), (2, 2, 8, 16), {"enable_gqa": True}, "math"),
+    "double": (FLOAT64, (2, 4, 8, 16), (2, 4, 8, 16), {}, "math"),
+    "three dims": (BFLOAT16, (4, 8, 16), (4, 8, 16), {}, "math"),
+}
+
+
+@pytest.mark.parametrize(("dtype", "query", "key", "options", "expected"), CHOICES.values(), ids=CHOICES)
+def test_choice_of_attention(
+    dtype: torch.dtype, query: tuple[int, ...], key: tuple[int, ...], options: dict[str, Any], expected: Attention
+) -> None:
+    """Torch's documented conditions; the op that runs is the chosen one, and what comes out has the query's shape."""
+    options = dict(options)
+    with FakeCpuMode():
+        q = torch.empty(query, dtype=dtype, requires_grad=True)
+        k, v = torch.empty(key, dtype=dtype), torch.empty(key, dtype=dtype)
+        if options.pop("mask", False):
+            options["attn_mask"] = torch.empty(query[-2], key[-2], dtype=torch.bool)
+        assert choose_attention(q, k, v, **options) == expected
+        with kernels_of("cuda"), _Names() as seen:
+            made = attention(q, k, v, **options)
+            made.sum().backward()
+    assert (made.shape, q.grad.shape) == (q.shape, q.shape)
+    fused = {name.split("_attention")[0].rpartition("_")[2] for name in seen.names if "scaled_dot" in name}
+    assert fused == (set() if expected == "math" else {expected})
+
+
+class _Names(WatchingMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def watch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        self.names.append(func.__name__)
+        return func(*args, **kwargs)
+
+
+def test_dropout_keeps_a_byte_of_each_element() -> None:
+    with FakeCpuMode(), kernels_of("cuda"), _Names() as seen:
+        x = torch.empty(4, 8, requires_grad=True)
+        kept = dropout(x, 0.5).grad_fn._saved_result1  # type: ignore[union-attr]
+        dropout(x, 0.5, training=False)
+    assert (kept.shape, kept.dtype) == (x.shape, torch.bool)
+    assert [name for name in seen.names if "dropout" in name] == ["native_dropout.default"]
+
+
+def test_real_tensors_meet_their_own_kernels() -> None:
+    tensors = [torch.randn(1, 2, 4, 8) for _ in range(3)]
+    with kernels_of("cuda"):
+        found = attention(*tensors)
+    torch.testing.assert_close(found, attention(*tensors), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ("gpt2", "llama3") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
+def test_layers_and_collectives_are_those_of_the_cpu(name: str) -> None:
+    """Kernels change what a step holds and computes, and nothing else in the plan."""
+    family, on_cpu = FAMILIES[name], plan_of(name, 2)
+    inputs, _ = family.batch(np.random.default_rng(0), 2)
+    on_cuda = make_plan(family.build(), replace(family.layout(2), devices="cuda"), inputs)
+    assert on_cuda.device == "cuda"
+    assert replace(on_cuda, device="cpu", step=on_cpu.step) == on_cpu
+    assert on_cuda.step.memory.peak.parameters % 512 == 0
+
+
+PAIR = Layout(Mesh((("model", 2),)), (LayoutRule("up/kernel", (None, "model")),))
+
+
+def test_device_of_a_plan_is_named() -> None:
+    """It is given, or the mesh's; what neither names counts the CPU's kernels, and JSON with another is refused."""
+    case = CASES["mlp"]
+    with pytest.raises(PlanError) as caught:
+        plan(case.build(), PAIR, device="gpu")  # type: ignore[arg-type]
+    assert str(caught.value) == "device is 'gpu'; it is 'cpu' or 'cuda', or None for that of the mesh"
+    found = plan(case.build(), PAIR, device="cuda")
+    assert found.device == "cuda"
+    assert ", CUDA's kernels: " in str(found)
+    assert plan(case.build(), replace(PAIR, devices="cuda")) == found
+    assert plan(case.build(), replace(PAIR, devices="cuda"), device="cpu").device == "cpu"
+    with pytest.raises(PlanError) as caught:
+        plan_from_json(found.to_json().replace('"device": "cuda"', '"device": "tpu"'))
+    assert str(caught.value) == (
+        "plan is damaged (ValueError: device 'tpu' is neither 'cpu' nor 'cuda'); plan the model again"
+    )
