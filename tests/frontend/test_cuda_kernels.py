@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import dropout
 from torch.nn.functional import scaled_dot_product_attention as attention
+from torch.utils.checkpoint import checkpoint
 
 from tests.families import FAMILIES, plan_of
 from tests.models import CASES
@@ -79,6 +80,15 @@ def test_dropout_keeps_a_byte_of_each_element() -> None:
         dropout(x, 0.5, training=False)
     assert (kept.shape, kept.dtype) == (x.shape, torch.bool)
     assert [name for name in seen.names if "dropout" in name] == ["native_dropout.default"]
+
+
+def test_what_runs_again_takes_the_same_kernels() -> None:
+    """A checkpointed function is called a second time in the backward pass, by whichever way in."""
+    with FakeCpuMode(), kernels_of("cuda"), _Names() as seen:
+        query = torch.empty(2, 4, 8, 16, requires_grad=True)
+        checkpoint(attention, query, query, query, use_reentrant=False).sum().backward()
+        torch.autograd.grad(checkpoint(attention, query, query, query, use_reentrant=False).sum(), query)
+    assert seen.names.count("_scaled_dot_product_efficient_attention.default") == 4
 
 
 def test_real_tensors_meet_their_own_kernels() -> None:

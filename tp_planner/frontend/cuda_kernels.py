@@ -7,15 +7,17 @@ in place of the CPU's. They differ in what they keep for the backward pass and i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
+from torch import autograd
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
 from tp_planner.ir.layout import DeviceType
+from tp_planner.patches import wrapped
 
 Attention = Literal["flash", "efficient", "math"]
 
@@ -24,9 +26,24 @@ _FLASH_HEAD_MULTIPLE = 8  # heads of other sizes are padded
 _BIAS_MULTIPLE = 8  # elements at whose multiples the rows of a bias begin; others are copied
 
 
-def kernels_of(device: DeviceType) -> contextlib.AbstractContextManager[Any]:
-    """Return a context manager inside which fake CPU tensors meet the kernels of ``device``."""
-    return CudaKernels() if device == "cuda" else contextlib.nullcontext()
+@contextlib.contextmanager
+def kernels_of(device: DeviceType) -> Iterator[None]:
+    """Inside, fake CPU tensors meet the kernels of ``device``."""
+    if device == "cpu":
+        yield
+        return
+    mode = CudaKernels()
+
+    def with_mode(run: Callable[..., Any]) -> Callable[..., Any]:
+        def run_with_mode(*args: Any, **kwargs: Any) -> Any:
+            with mode:
+                return run(*args, **kwargs)
+
+        return run_with_mode
+
+    why = "a mode is off inside of torch functions, and backward is one, in which layers may run again"
+    with mode, wrapped(autograd, "_engine_run_backward", with_mode, why):
+        yield
 
 
 class CudaKernels(TorchFunctionMode):
