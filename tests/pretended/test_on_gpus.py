@@ -24,6 +24,7 @@ import tp_planner
 from tests.families import FAMILIES
 from tests.layers.test_generation import prompts
 from tests.models import Case
+from tests.pretended.kernels import synchronising
 from tests.pretended.machine import start
 from tests.pretended.reports import reports
 from tests.pretended.storages import on_device
@@ -213,6 +214,34 @@ def run_case(name: str, folder: Path) -> Seen:
     return CASES[name]()
 
 
+def waits() -> dict[str, dict[str, int]]:
+    """Return where the host waits for the device in a step that is not the first, by case."""
+    return {name: _waits(*case) for name, case in STEPS_WITHOUT_WAITING.items()}
+
+
+def _waits(name: str, optimizer: str, jit: bool, sizes: Mapping[str, Any]) -> dict[str, int]:
+    case = MODELS[name]
+    x, y = case.batch(np.random.default_rng(0), BATCH_SIZE)
+    model = built(case, **sizes)
+    tp_planner.parallelize(model, layout(case.rules), inputs=x)
+    model.compile(OPTIMIZERS[optimizer](), case.make_loss(), jit_compile=jit)
+    data = keras.tree.map_structure(lambda leaf: torch.as_tensor(leaf, device="cuda"), (x, y))
+    for _ in range(3):
+        model.train_step(data)
+    synchronising.clear()
+    model.train_step(data)
+    return dict(synchronising)
+
+
+STEPS_WITHOUT_WAITING: dict[str, tuple[str, str, bool, Mapping[str, Any]]] = {
+    "adamw": ("gpt", "adamw", False, {}),
+    "adamw, replayed": ("gpt", "adamw", True, {}),
+    "a mask of padding": ("llama", "adamw", False, {}),
+    "momentum": ("mlp", "momentum", False, {}),
+    "norms clipped": ("mlp", "clip each norm", False, {}),
+    "in slices": ("mlp", "rmsprop", False, {}),
+}
+
 FAULTS: dict[str, Callable[[torch.Tensor], Any]] = {
     "a mask made on the host": lambda tensor: tensor * torch.ones(tensor.shape),
     "an index made on the device for the host's": lambda tensor: torch.gather(torch.zeros(3, 4), 1, tensor.long()),
@@ -264,6 +293,12 @@ def test_nothing_is_reported(gpus: WorkerPool, case: str, tmp_path: Path) -> Non
     for seen in gpus.run(run_case, case, tmp_path):
         assert seen.reports == {}
         assert seen.losses == pytest.approx(seen.expected, rel=1e-4)
+
+
+def test_the_host_waits_for_no_value(gpus: WorkerPool) -> None:
+    """Of a step of Keras's trainer without callbacks, on tensors that are on the device."""
+    for found in gpus.run(waits):
+        assert found == {name: {} for name in STEPS_WITHOUT_WAITING}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

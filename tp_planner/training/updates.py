@@ -15,6 +15,7 @@ from typing import Any
 import keras
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tp_planner.regions.calls import running
 from tp_planner.storage.variables import BackendVariable, ParallelVariable, local_tensor
@@ -139,12 +140,26 @@ def _fused_sgd(optimizer: Any, parts: Sequence[_Part], learning_rate: Any) -> No
         [each.slot("momentums") for each in parts],
         lr=-1.0,
         momentum=optimizer.momentum,
-        dampening=1.0 + float(keras.ops.convert_to_tensor(learning_rate)),
+        dampening=1.0 + _number(learning_rate),
         weight_decay=0.0,
         nesterov=False,
         maximize=False,
         is_first_step=False,
     )
+
+
+def _number(rate: Any) -> float:
+    """Return a rate as a number; the host waits for a device only where the rate has changed, as by schedules."""
+    tensor = getattr(rate, "_value", rate)
+    if not isinstance(tensor, torch.Tensor):
+        return float(tensor)
+    known: tuple[int, float] | None = _NUMBERS.get(tensor)
+    if known is None or known[0] != tensor._version:
+        known = _NUMBERS[tensor] = tensor._version, float(tensor)
+    return known[1]
+
+
+_NUMBERS = WeakTensorKeyDictionary()  # rates: the version of the tensor, and what it holds
 
 
 _FUSED: dict[Any, Callable[[Any, Sequence[_Part], Any], None]] = {
