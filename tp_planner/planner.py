@@ -35,6 +35,7 @@ from tp_planner.passes.honor_output_rules import honor_output_rules
 from tp_planner.passes.note_own_state import note_own_state
 from tp_planner.passes.place_boundaries import close, must_walk_all_blocks, place_boundaries, write_layer_plans
 from tp_planner.passes.resolve_rules import Resolution, resolve_rules
+from tp_planner.passes.shard_into_loss import note_whole_logits, shard_into_loss
 from tp_planner.passes.spread_conflicts import spread_conflicts
 from tp_planner.passes.walk.stream import Stream
 from tp_planner.progress import stage
@@ -131,7 +132,8 @@ class _Job:
                     stage(f"proving the plan of {self.model.name}")
                     conflicts = prove(self.model, self.inputs, plan, graphs, walks, one_replica)
                     if not conflicts:
-                        return self._simulated(self._across_replicas(plan, graphs[0]), graphs[0], axes)
+                        plan = self._across_replicas(self._into_loss(plan, graphs), graphs[0])
+                        return self._simulated(plan, graphs[0], axes)
                     equal = find_equal_layers(self.model, self.planned_alike)
                     conflicts = spread_conflicts(conflicts, equal, graphs, walks)
                 if graphs[0].functions is not None:
@@ -140,6 +142,15 @@ class _Job:
                     closings = close(closings, conflicts)
                 else:  # boundaries at the functions inside layers may do
                     graphs, closings = _distinct(with_functions), start
+
+    def _into_loss(self, plan: Plan, graphs: Sequence[ModelGraph]) -> Plan:
+        """Return the plan with logits in shards up to the loss, or a note of what it takes that the loss cannot."""
+        layers = shard_into_loss(plan.layers, graphs, plan.axis_size)
+        if self.loss is None or layers == plan.layers:
+            return plan
+        if self.loss.reads_shards:
+            return replace(plan, layers=layers)
+        return replace(plan, notes=(*plan.notes, note_whole_logits(layers, self.loss.name)))
 
     def _simulated(self, plan: Plan, graph: ModelGraph, axes: Axes) -> Plan:
         """Return the plan with what its training step takes."""

@@ -10,6 +10,7 @@ import functools
 import gc
 import math
 from collections.abc import Callable, Mapping, Set
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,12 +43,13 @@ from tp_planner.ir.step_log import (
 from tp_planner.job.axes import Axes
 from tp_planner.layers.apply import applied_for_simulation
 from tp_planner.passes.place_boundaries import tensor_names_again
-from tp_planner.regions.calls import Site
+from tp_planner.regions.calls import Site, in_a_step_of
 from tp_planner.regions.recording import REASONS
 from tp_planner.regions.replicas import Replicas
 from tp_planner.regions.summands import site_of
 from tp_planner.storage.variables import local_tensor
 from tp_planner.training.optimizer import adopt_optimizer, updates_all_at_once
+from tp_planner.training.vocabulary import follow_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,7 @@ class TrainingStep:
             others: how many variables besides itself a variable stands for, by key.
         """
         meter, model = self.meter, self.model
+        follow_logits()
         keys = {id(variable): key for key, variable in named_variables(model).items()}
         here = [variable for key, variable in named_variables(model).items() if key not in self.left_out]
         ids = {id(variable) for variable in here}
@@ -173,7 +176,8 @@ class TrainingStep:
         meter.hold(arguments.tensors, "activations")
         self._build_optimizer(trainable, {id(each): others.get(keys[id(each)], 0) for each in trainable})
         with meter:
-            outputs = arguments.call(model, training=True)
+            with nullcontext() if self._loss is None else in_a_step_of(model):
+                outputs = arguments.call(model, training=True)
             loss = self._loss_of(outputs)
             if not self.loss_name:
                 del outputs

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 import torch
+from keras.src.losses.losses import LossFunctionWrapper
 from keras.src.trainers.compile_utils import CompileLoss
 
 from tp_planner.ir.errors import PlanError
@@ -43,6 +44,12 @@ class TrainingLoss:
             return None
         return cls(compiled._user_loss, compiled._user_loss_weights, names)
 
+    @property
+    def reads_shards(self) -> bool:
+        """Whether it is one cross-entropy, which can be computed where each rank has a part of the logits."""
+        given = [each for each in keras.tree.flatten(self._arguments[0]) if each is not None]
+        return len(given) == 1 and is_cross_entropy_of_logits(given[0])
+
     def __call__(self, outputs: Any) -> torch.Tensor:
         """Return the loss of a model's outputs, all targets being zero.
 
@@ -68,6 +75,15 @@ class TrainingLoss:
         compiled.build(outputs, outputs)
         of_indices = {tuple(each.path) for each in compiled._flat_losses if _takes_indices(each.loss)}
         return compiled, [tuple(path) in of_indices for path, _ in keras.tree.flatten_with_path(outputs)]
+
+
+def is_cross_entropy_of_logits(loss: Any) -> bool:
+    """Whether a loss is a cross-entropy of Keras over the last dim of logits."""
+    if not isinstance(loss, LossFunctionWrapper) or loss.fn not in (*OF_INDICES, keras.losses.categorical_crossentropy):
+        return False
+    options = loss._fn_kwargs
+    of_keras = type(loss).call is LossFunctionWrapper.call
+    return of_keras and bool(options.get("from_logits", False)) and options.get("axis", -1) == -1
 
 
 def _name(loss: Any) -> str:

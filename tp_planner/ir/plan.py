@@ -167,7 +167,8 @@ class LayerPlan:
     returns sharded tensors, ``scope`` is the layer inside whose call the whole region lies. For dropout on a
     sharded tensor ``dropout_order`` is the order in memory, outermost first, of the dims of the whole tensor, in
     which a single device draws the mask. ``functions`` are the torch functions in its own code at which something
-    changes.
+    changes. ``into_loss`` says that in a training step what it returns is not gathered at ``output``, but read in
+    shards by the loss.
     """
 
     layer: str
@@ -186,6 +187,7 @@ class LayerPlan:
     dropout_order: tuple[int, ...] = ()
     functions: tuple[FunctionPlan, ...] = ()
     calls: int = 1
+    into_loss: bool = False
 
     @property
     def where_stream_is_whole(self) -> LayerPlan:

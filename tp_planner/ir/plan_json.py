@@ -181,6 +181,7 @@ def _encode_layer(layer: LayerPlan) -> dict[str, Any]:
         "dropout_order": list(layer.dropout_order),
         "functions": [_encode_function(function) for function in layer.functions],
         "calls": layer.calls,
+        "into_loss": layer.into_loss,
     }
 
 
@@ -203,6 +204,7 @@ def _decode_layer(data: Mapping[str, Any]) -> LayerPlan:
         dropout_order=tuple(data["dropout_order"]),
         functions=tuple(_decode_function(function) for function in data["functions"]),
         calls=data["calls"],
+        into_loss=data["into_loss"],
     )
 
 

@@ -36,7 +36,7 @@ class Collective:
     @property
     def of_activation(self) -> bool:
         """Whether it stands where a layer or a function in its code takes or returns tensors, not at a variable."""
-        return self.place.partition(" (")[0].rpartition(" ")[2] in ("input", "output")
+        return self.place.partition(" (")[0].rpartition(" ")[2] in ("input", "output", "loss")
 
     @property
     def wire_bytes(self) -> int:

@@ -26,7 +26,7 @@ from tp_planner.job.scattering import scatter_parts
 from tp_planner.layers.generation import follow_caches
 from tp_planner.layers.statistics import OF_THE_BATCH, share_statistics
 from tp_planner.layers.stream import shard_stream
-from tp_planner.layers.styles import STYLES, LayerCalls, Undo, open_scope, refuse_input_gradients
+from tp_planner.layers.styles import STYLES, LayerCalls, Undo, keep_for_the_loss, open_scope, refuse_input_gradients
 from tp_planner.regions.calls import Reader, Site
 from tp_planner.regions.left_out import watch_calls
 from tp_planner.regions.recomputation import follow_recomputation
@@ -175,6 +175,8 @@ def apply_layers(
                 applied.undo.append(follow_variables(layer))
             if (forget := follow_caches(layer, name, plan, axes.model, id(model))) is not None:
                 applied.undo.append(forget)
+        for layer_plan in (each for each in plan.layers if each.into_loss):
+            keep_for_the_loss(model, layer_plan, axes.model, applied.undo)
         if plan.shards_stream:
             applied.undo.append(shard_stream(model, axes.model.size))
         if applied.replicas is not None:

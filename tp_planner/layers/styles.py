@@ -29,6 +29,7 @@ from tp_planner.regions.boundaries import cross
 from tp_planner.regions.calls import Frame, Reader, Site, end_with_call, running
 from tp_planner.regions.functions import FunctionCalls, PlannedFunction, planned_functions
 from tp_planner.regions.left_out import watch_calls
+from tp_planner.regions.logits import logits_of
 from tp_planner.storage.log import logger
 from tp_planner.storage.variables import own_shard, read_whole
 
@@ -228,7 +229,8 @@ class LayerCalls:
         elif plan.dropout_order and frame.kept is not None:
             placement = plan.sharded_inputs[0][1]
             result = frame.kept * own_shard(result, placement, self.axis)
-        if plan.output is not None and planned.exit is not None:
+        kept = plan.into_loss and running.keeping == self.model
+        if plan.output is not None and planned.exit is not None and not kept:
             result = cross(result, plan.output, self.axis, planned.exit)
         if "bias" in plan.epilogue_after_output and layer.bias is not None:
             result = keras.ops.add(result, layer.bias)
@@ -366,6 +368,31 @@ def open_scope(layer: keras.Layer, model: int, name: str, undo: list[Undo]) -> N
     undo.append(end_with_call(layer))
     undo.append(layer.register_forward_pre_hook(before, prepend=True).remove)
     undo.append(layer.register_forward_hook(after, always_call=True).remove)
+
+
+def keep_for_the_loss(model: keras.Model, plan: LayerPlan, axis: Axis, undo: list[Undo]) -> None:
+    """In steps of the model, let it return in shards what the layer of ``plan`` returns; see ``regions/logits.py``."""
+    boundary = plan.output
+    assert boundary is not None
+    site = _site(plan, "output", boundary)
+
+    def before(model: keras.Model, args: Any) -> None:
+        if running.loss_of == id(model) and not is_symbolic():
+            running.keeping = id(model)
+
+    def after(model: keras.Model, args: Any, output: Any) -> Any:
+        if running.keeping != id(model):
+            return None
+        running.keeping = None
+        if output is None:  # an error
+            return None
+        logits = logits_of(output, boundary, axis, site)
+        if hasattr(output, "_keras_mask"):
+            set_keras_mask(logits, output._keras_mask)
+        return logits
+
+    undo.append(model.register_forward_pre_hook(before, prepend=True).remove)
+    undo.append(model.register_forward_hook(after, always_call=True).remove)
 
 
 def refuse_input_gradients(model: keras.Model, undo: list[Undo]) -> None:

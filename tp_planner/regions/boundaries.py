@@ -42,7 +42,7 @@ def change(tensor: torch.Tensor, transition: Transition, axis: Axis, site: Site)
 def _change(tensor: torch.Tensor, transition: Transition, axis: Axis) -> torch.Tensor:
     match transition.source, transition.target:
         case Partial(), Replicate():
-            return _all_reduce(tensor.contiguous(), axis)
+            return all_reduce(tensor.contiguous(), axis)
         case Shard(dim), Replicate():
             return _all_gather(tensor.contiguous(), dim, axis)
         case Partial(), Shard(dim):
@@ -96,9 +96,10 @@ def _padded(tensor: torch.Tensor, dim: int, length: int) -> torch.Tensor:
 # all-reduce of 16 KiB; here the ops are called themselves, below autograd, for no gradient flows through them.
 
 
-def _all_reduce(summand: torch.Tensor, axis: Axis) -> torch.Tensor:
+def all_reduce(summand: torch.Tensor, axis: Axis, operation: str = "sum") -> torch.Tensor:
+    """Return the sum, or the largest (``"max"``), of what all ranks of the axis have; no gradient flows through it."""
     with torch._C._AutoDispatchBelowAutograd():
-        result: torch.Tensor = _OPS.wait_tensor(_OPS.all_reduce(summand, "sum", axis.group))
+        result: torch.Tensor = _OPS.wait_tensor(_OPS.all_reduce(summand, operation, axis.group))
     return result
 
 

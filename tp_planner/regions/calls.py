@@ -63,6 +63,10 @@ def run_at_once(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tens
     return function(*args)
 
 
+def ignore(*_: object) -> None:
+    """Do nothing."""
+
+
 class _Running(threading.local):
     def __init__(self) -> None:
         self.frames: list[Frame] = []
@@ -75,6 +79,10 @@ class _Running(threading.local):
         self.stream_is_whole = True  # whether every rank has the whole residual stream; in planned calls a shard
         self.indivisible = 0  # the length of a sequence that was to be sharded, and cannot be
         self.updating = False  # whether an optimizer applies gradients
+        self.loss_of: int | None = None  # the model whose training or test step runs, by id
+        self.keeping: int | None = None  # that model while it is called: what its loss reads stays in shards
+        self.for_metrics = False  # whether what is computed now is for metrics
+        self.gathered_for_metrics: Callable[[int], None] = ignore  # told of the bytes of what they read whole
         self.updated_alone: torch.Tensor | None = None  # what an optimizer updates, where that is but one variable
         self.site: Site | None = None  # where the collectives that run now stand in the plan
         self.recomputable = False  # whether the backward pass runs again what runs now, or is at it
@@ -125,6 +133,27 @@ def standing_at(site: Site | None) -> Iterator[None]:
         yield
     finally:
         running.site = before
+
+
+@contextmanager
+def in_a_step_of(model: object) -> Iterator[None]:
+    """Inside, a step of the model runs: what its call returns is for its loss and its metrics."""
+    before, running.loss_of = running.loss_of, id(model)
+    try:
+        yield
+    finally:
+        running.loss_of, running.keeping = before, None
+
+
+@contextmanager
+def for_metrics(gathered: Callable[[int], None] = ignore) -> Iterator[None]:
+    """Inside, metrics are computed; ``gathered`` is told of the bytes of all that they read whole."""
+    before = running.for_metrics, running.gathered_for_metrics
+    running.for_metrics, running.gathered_for_metrics = True, gathered
+    try:
+        yield
+    finally:
+        running.for_metrics, running.gathered_for_metrics = before
 
 
 @contextmanager

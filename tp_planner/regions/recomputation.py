@@ -44,7 +44,8 @@ class OpenCalls:
     """The layer calls of parallel models that are running, innermost last, and the layers inside whose calls they are.
 
     ``functions`` is how often the innermost layer's code has called each of the torch functions that are counted,
-    ``of_keras`` what Keras knows of the calls, by name, and ``stream_is_whole`` how they have the residual stream.
+    ``of_keras`` what Keras knows of the calls, by name, ``stream_is_whole`` how they have the residual stream, and
+    ``keeping`` the model whose call is for its loss, if one is.
     """
 
     frames: tuple[Frame, ...]
@@ -52,6 +53,7 @@ class OpenCalls:
     functions: Counter[str] | None
     of_keras: Mapping[str, Any]
     stream_is_whole: bool
+    keeping: int | None
 
     @classmethod
     def now(cls) -> OpenCalls:
@@ -60,7 +62,7 @@ class OpenCalls:
         watched = frames[-1].functions if frames else None
         of_keras = {name: copy.copy(get_global_attribute(name)) for name in OF_KERAS}
         functions = None if watched is None else watched.counts.copy()
-        return cls(frames, running.scopes.copy(), functions, of_keras, running.stream_is_whole)
+        return cls(frames, running.scopes.copy(), functions, of_keras, running.stream_is_whole, running.keeping)
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
@@ -68,6 +70,7 @@ class OpenCalls:
         frames = [frame.copy() for frame in self.frames]
         before = running.frames, running.scopes, running.entered, running.watching, running.recomputable
         stream, running.stream_is_whole = running.stream_is_whole, self.stream_is_whole
+        keeping, running.keeping = running.keeping, self.keeping
         running.frames, running.scopes, running.entered = frames, self.scopes.copy(), WeakTensorKeyDictionary()
         running.watching, running.recomputable = int(self.functions is not None), True
         try:
@@ -80,7 +83,7 @@ class OpenCalls:
                 yield
         finally:
             running.frames, running.scopes, running.entered, running.watching, running.recomputable = before
-            running.stream_is_whole = stream
+            running.stream_is_whole, running.keeping = stream, keeping
 
     @contextlib.contextmanager
     def _known_to_keras(self) -> Iterator[None]:

@@ -112,7 +112,12 @@ def _sort_of_call(leaves: Sequence[Any], tensors: Sequence[torch.Tensor], struct
         else:
             return None
     scope = get_autocast_scope()
-    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch._C._is_any_autocast_enabled()
+    modes = (
+        running.keeping is not None,
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch._C._is_any_autocast_enabled(),
+    )
     return structure, tuple(parts), None if scope is None else scope.dtype, modes, _call_context()
 
 

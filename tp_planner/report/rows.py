@@ -197,7 +197,8 @@ def _boundary_cells(layer: LayerPlan, own: Sequence[VariablePlan], crossed: set[
     if layer.output is not None:
         has_bias = any(variable.key.endswith("/bias") for variable in own)
         bias = ", then bias" if has_bias and layer.epilogue_after_output.startswith("bias") else ""
-        cells.append(f"out {_changes(layer.output)}{bias}")
+        into_loss = ", in training in shards into the loss" if layer.into_loss else ""
+        cells.append(f"out {_changes(layer.output)}{bias}{into_loss}")
     elif layer.output_placement not in (None, Replicate()):
         cells.append(f"out {layer.output_placement}")
     return tuple(cells)

@@ -14,7 +14,7 @@ from tp_planner.ir.placement import Shard
 from tp_planner.layers.apply import Applied
 from tp_planner.layers.generation import generating_together
 from tp_planner.patches import wrap_for_good
-from tp_planner.regions.calls import Site
+from tp_planner.regions.calls import Site, in_a_step_of
 from tp_planner.regions.replicas import Replicas
 from tp_planner.regions.summands import site_of
 from tp_planner.replay.replay import REPLAYED, replaying
@@ -35,6 +35,7 @@ from tp_planner.training.same_data import SameData, has_to_be_fed_alike
 from tp_planner.training.torch_helpers import help_with_parameters_of
 from tp_planner.training.torch_optimizers import follow_parameters
 from tp_planner.training.totals import results_of_all
+from tp_planner.training.vocabulary import follow_logits, measuring
 from tp_planner.training.writing import write_together
 
 ATTRIBUTE = "_tp_planner"
@@ -60,6 +61,8 @@ def take_over(model: keras.Model, applied: Applied) -> None:
     _override(model, "compile", _compiling(model, applied), applied)
     if type(model).train_step is Trainer.train_step:
         _override(model, "train_step", _training_step(model), applied)
+    if any(layer.into_loss for layer in applied.plan.layers):
+        _keep_logits_in_shards(model, applied)
     _replay_if_asked(model, applied)
     _keep_from_distributing(model, applied)
     if hasattr(model, "generate_step"):
@@ -74,6 +77,23 @@ def take_over(model: keras.Model, applied: Applied) -> None:
     help_with_parameters_of(applied.axes)
     if getattr(model, "optimizer", None) is not None:
         adopt_optimizer(model.optimizer, applied.axes)
+
+
+def _keep_logits_in_shards(model: keras.Model, applied: Applied) -> None:
+    """In Keras's steps and in those that a user wrote, let the model's losses and metrics read logits in shards."""
+    follow_logits()
+    for name in ("train_step", "test_step"):
+        _override(model, name, _in_a_step(model, getattr(model, name)), applied)
+    _override(model, "compute_metrics", measuring(model), applied)
+
+
+def _in_a_step(model: keras.Model, plain: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        with in_a_step_of(model):
+            return plain(*args, **kwargs)
+
+    return step
 
 
 def _keep_from_distributing(model: keras.Model, applied: Applied) -> None:
