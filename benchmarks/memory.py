@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,14 +44,24 @@ step before; "off" is how far the prediction is from it."""
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One model: its builder and sizes, the case of tests/models.py that it is like, and a batch's size."""
+    """One model: its builder and sizes, the case of tests/models.py that it is like, and a batch's size.
+
+    ``whole_logits``: every rank gathers the logits for the loss. ``sequence_parallel``: as for ``tp_planner.plan``.
+    """
 
     name: str
     case: str
     build: Callable[..., keras.Model]
     vocabulary: int
     length: int
-    batch: int
+    batch: int = 8
+    whole_logits: bool = False
+    sequence_parallel: bool = False
+
+    def make_loss(self) -> keras.losses.Loss:
+        """Return the loss; where it is over an axis that is no last one by name, ranks gather the logits for it."""
+        axis = 2 if self.whole_logits else -1
+        return keras.losses.SparseCategoricalCrossentropy(from_logits=True, axis=axis)
 
     def draw_batch(self) -> tuple[Any, np.ndarray]:
         """Return inputs and labels."""
@@ -64,14 +74,22 @@ class Model:
 
 def _gpt(width: int, length: int, vocabulary: int) -> Model:
     build = partial(gpt, width=width, heads=8, blocks=4, length=length, vocabulary=vocabulary)
-    return Model(f"gpt-{width}", "gpt", build, vocabulary, length, batch=8)
+    return Model(f"gpt-{width}", "gpt", build, vocabulary, length)
 
 
 def _llama(width: int, length: int, vocabulary: int, recomputed: bool = False) -> Model:
     sizes = {"width": width, "heads": 8, "kv_heads": 4, "hidden": 3 * width, "blocks": 4}
     build = partial(llama, **sizes, length=length, vocabulary=vocabulary, recomputed=recomputed)
     name = f"llama-{width}{'-recomputed' if recomputed else ''}"
-    return Model(name, "llama", build, vocabulary, length, batch=8)
+    return Model(name, "llama", build, vocabulary, length)
+
+
+def _with_whole_logits(model: Model) -> Model:
+    return replace(model, name=f"{model.name}-whole-logits", whole_logits=True)
+
+
+def _on_sequence(model: Model) -> Model:
+    return replace(model, name=f"{model.name}-sequence", sequence_parallel=True)
 
 
 MODELS = {
@@ -84,6 +102,10 @@ MODELS = {
         _llama(256, 64, 1024),
         _llama(512, 128, 4096),
         _llama(512, 128, 4096, recomputed=True),
+        _with_whole_logits(_gpt(512, 128, 4096)),
+        _with_whole_logits(_llama(512, 128, 4096)),
+        _on_sequence(_gpt(512, 128, 4096)),
+        _on_sequence(_llama(512, 128, 4096, recomputed=True)),
     )
 }
 
@@ -96,8 +118,9 @@ def measure(name: str) -> dict[str, Any]:
     sized = MODELS[name]
     x, y = sized.draw_batch()
     model = sized.build()
-    model.compile(keras.optimizers.AdamW(), CASES[sized.case].make_loss(), jit_compile=False)
-    plan = tp_planner.plan(model, layout_map(CASES[sized.case].rules), inputs=x)
+    model.compile(keras.optimizers.AdamW(), sized.make_loss(), jit_compile=False)
+    rules = layout_map(CASES[sized.case].rules)
+    plan = tp_planner.plan(model, rules, inputs=x, sequence_parallel=sized.sequence_parallel)
     tp_planner.parallelize(model, plan)
     model.train_on_batch(x, y)  # Keras builds optimizer and metrics
     # Gloo's thread may let go of a tensor a moment after its collective is done, so the least of a few steps is taken.
@@ -132,13 +155,13 @@ def run(name: str) -> dict[str, Any]:
 def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield the lines of a table in MiB with two lines for each model: predicted, measured."""
     yield (
-        f"  {'model':24}{'':10}{'peak':>9}" + "".join(f"{kind:>13}" for kind in KINDS) + f"{'by Keras':>10}{'off':>8}"
+        f"  {'model':28}{'':10}{'peak':>9}" + "".join(f"{kind:>13}" for kind in KINDS) + f"{'by Keras':>10}{'off':>8}"
     )
     for row in rows:
         first = row["ranks"][0]
         for what in ("predicted", "measured"):
             memory = first[what]
-            line = f"  {row['model'] if what == 'predicted' else '':24}{what:10}{memory['peak_total'] / MIB:9.2f}"
+            line = f"  {row['model'] if what == 'predicted' else '':28}{what:10}{memory['peak_total'] / MIB:9.2f}"
             line += "".join(f"{memory['largest'][kind] / MIB:13.2f}" for kind in KINDS)
             if what == "measured":
                 line += f"{first['by_keras']['peak_total'] / MIB:10.2f}{off(row):8.2%}"

@@ -401,16 +401,16 @@ MISTAKES: dict[str, tuple[Callable[[], keras.Model], Rules, str, Told]] = {
         ],
     ),
     "dim that does not divide": (
-        partial(mlp, outputs=9),
-        {**MLP, "head/kernel": (None, "model")},
+        partial(mlp, width=9),
+        {**MLP, "head/kernel": ("model", None)},
         "model=2",
         [
             (
                 "warning",
                 "uneven-dim",
-                "layout rule 'head/kernel' shards dim 1 of 'head/kernel', of length 9, over 2 ranks: they store 5, "
-                "4 of it, and it is gathered at use. That takes 1 collective, in which a rank sends 640 bytes; use "
-                "a number of ranks that divides 9, or take it out of the rule: then a rank stores 512 bytes more",
+                "layout rule 'head/kernel' shards dim 0 of 'head/kernel', of length 9, over 2 ranks: they store 5, "
+                "4 of it, and it is gathered at use. That takes 1 collective, in which a rank sends 160 bytes; use "
+                "a number of ranks that divides 9, or take it out of the rule: then a rank stores 128 bytes more",
             ),
         ],
     ),

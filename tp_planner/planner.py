@@ -36,6 +36,7 @@ from tp_planner.passes.note_own_state import note_own_state
 from tp_planner.passes.place_boundaries import close, must_walk_all_blocks, place_boundaries, write_layer_plans
 from tp_planner.passes.resolve_rules import Resolution, resolve_rules
 from tp_planner.passes.shard_into_loss import note_whole_logits, shard_into_loss
+from tp_planner.passes.split_unevenly import split_unevenly
 from tp_planner.passes.spread_conflicts import spread_conflicts
 from tp_planner.passes.walk.stream import Stream
 from tp_planner.progress import stage
@@ -111,8 +112,10 @@ class _Job:
         closings, on_sequence, notes = honor_output_rules(self.resolution.outputs, styles, axis)
         stream = Stream(self.layout.sequence_parallel, self.layout.gather_again, on_sequence)
         stage(f"tracing {self.model.name}")
-        with_functions, start = self._trace(blocks), closings
+        with_functions = self._trace(blocks)
         graphs = _distinct([replace(graph, functions=None) for graph in with_functions])
+        styles, start = split_unevenly(styles, closings, self.layers, self.variables, stored, graphs, parts)
+        closings = start
         if (
             stream.is_anywhere
         ):  # code between the layers often reads sizes of it, so that its functions have to be known
@@ -150,7 +153,7 @@ class _Job:
             return plan
         if self.loss.reads_shards:
             return replace(plan, layers=layers)
-        return replace(plan, notes=(*plan.notes, note_whole_logits(layers, self.loss.name)))
+        return replace(plan, notes=plan.notes + note_whole_logits(layers, self.loss.name))
 
     def _simulated(self, plan: Plan, graph: ModelGraph, axes: Axes) -> Plan:
         """Return the plan with what its training step takes."""

@@ -158,8 +158,13 @@ def test_reshape_straight_into_a_row_layer_is_not_trusted() -> None:
 
 
 def test_uneven_dims_are_gathered_and_said_so() -> None:
-    plan = plan_layers([keras.layers.Dense(7, name="up")], {"up/kernel": (None, "model")})
-    (layer,) = [each for each in plan.layers if each.layer == "up"]
+    layers = [keras.layers.Dense(7, name="up"), keras.layers.Dense(3, name="head")]
+    plan = plan_layers(layers, {"up/kernel": (None, "model"), "head/kernel": (None, "model")})
+    layer, head = plan.layers
+    assert (head.style, head.reason) == (
+        "column",
+        "an output dim of the weight is sharded; gathered: ranks have 2, 1 of 3",
+    )
     assert (layer.style, layer.reason) == (
         "gathered",
         "stored sharded, gathered at use: 'up/kernel' of shape (8, 7) does not divide evenly by 2",

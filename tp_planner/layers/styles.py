@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from tp_planner.frontend.calling import is_symbolic
 from tp_planner.frontend.contractions import call_mode
 from tp_planner.ir.errors import ParallelRuntimeError
-from tp_planner.ir.placement import Shard
+from tp_planner.ir.placement import Shard, chunk_sizes
 from tp_planner.ir.plan import Boundary, LayerPlan
 from tp_planner.job.axes import Axis
 from tp_planner.regions.boundaries import cross
@@ -270,11 +270,11 @@ class LayerCalls:
         An id that no rank holds stays out of range on every rank, so that it fails as on a single device.
         """
         ids = args[0] if not args[0].is_floating_point() else keras.ops.cast(args[0], "int32")
-        rows = layer.input_dim // self.axis.size
+        sizes = chunk_sizes(layer.input_dim, self.axis.size)
         ids = torch.where(ids < 0, ids + layer.input_dim, ids)
         ids = torch.where(ids < 0, layer.input_dim, ids)
-        local = ids - self.axis.rank * rows
-        elsewhere = (local < 0) | ((local >= rows) & (ids < layer.input_dim))
+        local = ids - self.axis.rank * sizes[0]
+        elsewhere = (local < 0) | ((local >= sizes[self.axis.rank]) & (ids < layer.input_dim))
         return (local.masked_fill(elsewhere, 0), *args[1:]), elsewhere
 
     def _whole_mask(self, plan: LayerPlan, args: Any, kwargs: Any) -> tuple[Any, torch.Tensor | None]:

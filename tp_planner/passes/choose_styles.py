@@ -61,6 +61,11 @@ def _choose(
         return StyleChoice("gathered", f"{uneven[0]!r} of shape {shape} does not divide evenly by {parts}")
     if contraction is None:
         return StyleChoice("elementwise", f"{layer.class_name} is planned from the ops it runs")
+    return style_of_contraction(contraction, placements)
+
+
+def style_of_contraction(contraction: Contraction, placements: Mapping[str, Placement]) -> StyleChoice:
+    """Return the style of a contraction whose weights are placed so, in shards of whatever sizes."""
     main = placements[contraction.main_weight]
     if not isinstance(main, Shard):
         return StyleChoice("gathered", f"its main weight {contraction.main_weight!r} is whole on every rank")

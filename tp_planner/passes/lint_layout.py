@@ -117,10 +117,12 @@ def _kept_whole(plan: Plan, variables: Mapping[str, VariableInfo]) -> Iterator[F
 
 
 def _uneven(plan: Plan) -> Iterator[Finding]:
-    """Yield the variables whose sharded dim does not divide, by rule and length of the dim."""
+    """Yield the variables gathered because their sharded dim does not divide, by rule and length of the dim."""
+    styles = _styles(plan)
     groups: dict[tuple[str, int, int], list[VariablePlan]] = {}
     for variable in plan.variables:
-        if isinstance(variable.placement, Shard) and not _is_even(variable, plan):
+        in_parts = styles.get(variable.key, {}).keys() <= {"vocabulary", "column"} and variable.key in styles
+        if isinstance(variable.placement, Shard) and not _is_even(variable, plan) and not in_parts:
             dim = variable.placement.dim
             groups.setdefault((variable.rule or "", dim, variable.shape[dim]), []).append(variable)
     for (rule, dim, length), members in groups.items():

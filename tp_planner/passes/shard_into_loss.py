@@ -10,11 +10,13 @@ from tp_planner.ir.graph import ModelGraph
 from tp_planner.ir.placement import Replicate, Shard
 from tp_planner.ir.plan import LayerPlan
 
+WORTH_A_NOTE = 2**20  # bytes
+
 
 def shard_into_loss(layers: Sequence[LayerPlan], graphs: Sequence[ModelGraph], parts: int) -> tuple[LayerPlan, ...]:
     """Return the layers' plans, that of the model's head saying whether its output stays in shards into the loss.
 
-    It does if it is all that the model returns, sharded evenly over its last dim, and nothing in the model reads it.
+    It does if it is all that the model returns, sharded over its last dim, and nothing in the model reads it.
 
     Args:
         layers: the plans of all layers.
@@ -22,11 +24,11 @@ def shard_into_loss(layers: Sequence[LayerPlan], graphs: Sequence[ModelGraph], p
         parts: number of ranks.
     """
     returned = {_only_output(graph) for graph in graphs}
-    return tuple(replace(layer, into_loss=returned == {_gathered_at_the_end(layer, parts)}) for layer in layers)
+    return tuple(replace(layer, into_loss=parts > 1 and returned == {_gathered_at_the_end(layer)}) for layer in layers)
 
 
-def note_whole_logits(layers: Sequence[LayerPlan], loss: str) -> str:
-    """Return the note that a loss reads the outputs whole which could stay in shards.
+def note_whole_logits(layers: Sequence[LayerPlan], loss: str) -> tuple[str, ...]:
+    """Return the note that a loss reads outputs whole which could stay in shards; none if they are small.
 
     Args:
         layers: the layers' plans, as ``shard_into_loss`` returns them.
@@ -35,10 +37,10 @@ def note_whole_logits(layers: Sequence[LayerPlan], loss: str) -> str:
     head = next(layer for layer in layers if layer.into_loss)
     assert head.output is not None
     size = math.prod(head.output.shape) * head.output.itemsize
-    return (
-        f"loss {loss} reads whole outputs: {head.layer!r} gathers {size / 2**20:,.1f} MiB a step on every rank, and as "
-        f"much is made of it; a cross-entropy of Keras with from_logits=True reads them in shards"
-    )
+    if size < WORTH_A_NOTE:
+        return ()
+    gathers = f"{head.layer!r} gathers {size / 2**20:,.1f} MiB a step on every rank"
+    return (f"loss {loss} reads whole outputs: {gathers}; a cross-entropy of Keras on logits reads them in shards",)
 
 
 def _only_output(graph: ModelGraph) -> str:
@@ -50,12 +52,11 @@ def _only_output(graph: ModelGraph) -> str:
     return "" if read else graph.tensor_name(output)
 
 
-def _gathered_at_the_end(layer: LayerPlan, parts: int) -> str | None:
-    """Return the name of the layer's output if each rank has an equal part of its last dim, and then all of it."""
+def _gathered_at_the_end(layer: LayerPlan) -> str | None:
+    """Return the name of the layer's output if each rank has a part of its last dim, and then all of it."""
     boundary = layer.output
     if boundary is None or layer.calls != 1 or layer.epilogue_after_output:
         return None
     last = Shard(len(boundary.shape) - 1)
-    even = boundary.shape[-1] % parts == 0 and parts > 1
     gathers = (boundary.forward.source, boundary.forward.target) == (last, Replicate())
-    return boundary.tensor if even and gathers and boundary.backward.target == last else None
+    return boundary.tensor if gathers and boundary.backward.target == last else None

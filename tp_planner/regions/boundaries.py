@@ -19,14 +19,17 @@ from tp_planner.regions.left_out import LeftOut, can_be_made_again
 _OPS = torch.ops._c10d_functional
 
 
-def change(tensor: torch.Tensor, transition: Transition, axis: Axis, site: Site) -> torch.Tensor:
+def change(
+    tensor: torch.Tensor, transition: Transition, axis: Axis, site: Site, length: int | None = None
+) -> torch.Tensor:
     """Return this rank's tensor after the transition; no gradient flows through it.
 
     Args:
-        tensor: what this rank holds before. Sharded dims divide evenly.
+        tensor: what this rank holds before. Sharded dims divide evenly, but for a last dim that is gathered, or cut.
         transition: placements before and after.
         axis: the model axis.
         site: where the transition stands in the plan.
+        length: how long a dim is whose shards are unequal; by default they are equal.
     """
     if transition.source == transition.target:
         return tensor
@@ -36,21 +39,21 @@ def change(tensor: torch.Tensor, transition: Transition, axis: Axis, site: Site)
             f"a sequence of length {running.indivisible} at {site.layer!r} does not divide by {axis.size}"
         )
     with standing_at(site):
-        return _change(tensor, transition, axis)
+        return _change(tensor, transition, axis, length)
 
 
-def _change(tensor: torch.Tensor, transition: Transition, axis: Axis) -> torch.Tensor:
+def _change(tensor: torch.Tensor, transition: Transition, axis: Axis, length: int | None) -> torch.Tensor:
     match transition.source, transition.target:
         case Partial(), Replicate():
             return all_reduce(tensor.contiguous(), axis)
         case Shard(dim), Replicate():
-            return _all_gather(tensor.contiguous(), dim, axis)
+            return _all_gather(tensor.contiguous(), dim, axis) if length is None else gather(tensor, dim, length, axis)
         case Partial(), Shard(dim):
             return _reduce_scatter(tensor.contiguous(), dim, axis)
         case Replicate(), Shard(dim):
-            length = tensor.shape[dim] // axis.size
+            sizes = chunk_sizes(tensor.shape[dim], axis.size)
             # A copy: a slice would keep the whole tensor's storage.
-            shard = tensor.narrow(dim, axis.rank * length, length)
+            shard = tensor.narrow(dim, axis.rank * sizes[0], sizes[axis.rank])
             return shard.clone(memory_format=torch.contiguous_format)
         case Shard(dim), Partial():
             around = torch.zeros(_with_length(tensor, dim, axis.size), dtype=tensor.dtype, device=tensor.device)
@@ -59,6 +62,16 @@ def _change(tensor: torch.Tensor, transition: Transition, axis: Axis) -> torch.T
         case Replicate(), Partial():
             return tensor if axis.rank == 0 else torch.zeros_like(tensor)
     raise AssertionError(f"no boundary changes {transition}")
+
+
+def unequal_length(boundary: Boundary, transition: Transition, axis: Axis) -> int | None:
+    """Return how long a dim is whose unequal shards one of the boundary's transitions gathers; None for equal ones.
+
+    Only dims of weights are cut into unequal shards, which are as long in every call.
+    """
+    source = transition.source
+    length = boundary.shape[source.dim] if isinstance(source, Shard) else 0
+    return length if length % axis.size else None
 
 
 def _with_length(shard: torch.Tensor, dim: int, parts: int) -> list[int]:
@@ -132,8 +145,8 @@ class _Boundary(torch.autograd.Function):
     def forward(
         ctx: torch.autograd.function.FunctionCtx, tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site
     ) -> torch.Tensor:
-        ctx.transition, ctx.axis, ctx.site = boundary.backward, axis, site  # type: ignore[attr-defined]
-        changed = change(tensor, boundary.forward, axis, site)
+        ctx.boundary, ctx.axis, ctx.site = boundary, axis, site  # type: ignore[attr-defined]
+        changed = change(tensor, boundary.forward, axis, site, unequal_length(boundary, boundary.forward, axis))
         ctx.left_out = None  # type: ignore[attr-defined]
         if boundary.again:
             left_out = LeftOut(_Shards(tensor.detach(), boundary.forward, axis, site))
@@ -148,7 +161,9 @@ class _Boundary(torch.autograd.Function):
     ) -> tuple[torch.Tensor, None, None, None]:
         if ctx.left_out is not None:  # type: ignore[attr-defined]
             ctx.left_out.let_go()  # type: ignore[attr-defined]
-        changed = change(gradient, ctx.transition, ctx.axis, ctx.site)  # type: ignore[attr-defined]
+        boundary, axis = ctx.boundary, ctx.axis  # type: ignore[attr-defined]
+        length = unequal_length(boundary, boundary.backward, axis)
+        changed = change(gradient, boundary.backward, axis, ctx.site, length)  # type: ignore[attr-defined]
         return changed, None, None, None
 
 
@@ -160,6 +175,6 @@ def cross(tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site) -> t
 def _cross(tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site) -> torch.Tensor:
     with running.converting():
         if not (tensor.requires_grad and torch.is_grad_enabled()):
-            return change(tensor, boundary.forward, axis, site)
+            return change(tensor, boundary.forward, axis, site, unequal_length(boundary, boundary.forward, axis))
         result: torch.Tensor = _Boundary.apply(tensor, boundary, axis, site)
         return result

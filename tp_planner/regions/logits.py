@@ -13,10 +13,10 @@ import torch
 from torch.utils._pytree import tree_map
 
 from tp_planner.ir.errors import ParallelRuntimeError
-from tp_planner.ir.placement import Shard
+from tp_planner.ir.placement import chunk_sizes
 from tp_planner.ir.plan import Boundary
 from tp_planner.job.axes import Axis
-from tp_planner.regions.boundaries import change, cross
+from tp_planner.regions.boundaries import change, cross, unequal_length
 from tp_planner.regions.calls import METRICS, Site, running
 
 _Tensor = torch.Tensor
@@ -48,13 +48,23 @@ class Logits(torch.Tensor):
     def __new__(
         cls: type[Logits], shard: torch.Tensor, boundary: Boundary, axis: Axis, site: Site, dtype: Any = None
     ) -> Logits:
-        shape = (*shard.shape[:-1], shard.shape[-1] * axis.size)
+        shape = (*shard.shape[:-1], boundary.shape[-1])
         logits: Logits = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype or shard.dtype, device=shard.device
         )
         logits.shard, logits.boundary, logits.axis, logits.site = shard, boundary, axis, site
         logits._gathered = _Gathered()
         return logits
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits a token has."""
+        return self.boundary.shape[-1]
+
+    @property
+    def start(self) -> int:
+        """The index of this rank's first logit."""
+        return self.axis.rank * chunk_sizes(self.vocabulary, self.axis.size)[0]
 
     @property
     def was_gathered(self) -> bool:
@@ -65,7 +75,9 @@ class Logits(torch.Tensor):
         """Return the whole tensor; every rank has to ask."""
         dtype = _Tensor.dtype.__get__(self)  # type: ignore[attr-defined]
         if running.for_metrics:
-            gathered = change(self.shard.detach(), self.boundary.forward, self.axis, METRICS)
+            gathering = self.boundary.forward
+            length = unequal_length(self.boundary, gathering, self.axis)
+            gathered = change(self.shard.detach(), gathering, self.axis, METRICS, length)
             running.gathered_for_metrics(gathered.nbytes)
             return gathered.to(dtype)
         if self._gathered.whole is None:
@@ -111,10 +123,8 @@ def logits_of(output: Any, boundary: Boundary, axis: Axis, site: Site) -> Logits
 
     Raises ParallelRuntimeError if the model has returned anything else.
     """
-    target = boundary.forward.source
-    assert isinstance(target, Shard)
-    length = boundary.shape[target.dim]
-    if not isinstance(output, torch.Tensor) or output.shape[-1] * axis.size != length:
+    own = chunk_sizes(boundary.shape[-1], axis.size)[axis.rank]
+    if not isinstance(output, torch.Tensor) or output.shape[-1] != own:
         found = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
         raise ParallelRuntimeError(
             f"the model was planned to return the output of layer {site.layer!r}, sharded into the loss, and returned "

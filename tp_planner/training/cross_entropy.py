@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from tp_planner.ir.placement import chunk_sizes
 from tp_planner.job.axes import Axis
 from tp_planner.regions.boundaries import all_reduce
 from tp_planner.regions.calls import METRICS, Site, running, standing_at
@@ -46,7 +47,9 @@ def cross_entropy_of_distributions(logits: Logits, targets: torch.Tensor, smooth
 def _apply(logits: Logits, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
     site = METRICS if running.for_metrics else Site(logits.site.layer, f"loss ({logits.boundary.tensor})")
     shard = logits.shard.detach() if running.for_metrics else logits.shard
-    result: torch.Tensor = _CrossEntropy.apply(shard, targets, smoothing, logits.dtype, logits.axis, site)
+    result: torch.Tensor = _CrossEntropy.apply(
+        shard, targets, smoothing, logits.dtype, logits.vocabulary, logits.axis, site
+    )
     return result
 
 
@@ -58,10 +61,11 @@ class _CrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         smoothing: float,
         dtype: torch.dtype,
+        vocabulary: int,
         axis: Axis,
         site: Site,
     ) -> torch.Tensor:
-        picks = _Picks(targets, smoothing, shard.shape, axis)
+        picks = _Picks(targets, smoothing, vocabulary, axis)
         rows = shard.detach().reshape(-1, shard.shape[-1])
         with standing_at(site):
             largest = all_reduce(rows.amax(-1).to(dtype), axis, "max")
@@ -73,15 +77,15 @@ class _CrossEntropy(torch.autograd.Function):
         with standing_at(site):
             summed = all_reduce(summed, axis)
         ctx.save_for_backward(shard, targets, largest, summed[0].clone())
-        ctx.smoothing, ctx.axis = smoothing, axis
+        ctx.picked_from = smoothing, vocabulary, axis
         loss = summed[0].log_().mul_(picks.total(dtype)).sub_(summed[1])
         return picks.without_ignored(loss).reshape(shard.shape[:-1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         shard, targets, largest, sums = ctx.saved_tensors
-        picks = _Picks(targets, ctx.smoothing, shard.shape, ctx.axis)
+        picks = _Picks(targets, *ctx.picked_from)
         rows = shard.detach().reshape(-1, shard.shape[-1])
         weights = picks.without_ignored(gradient.reshape(-1))
         result = torch.empty_like(rows)
@@ -92,7 +96,7 @@ class _CrossEntropy(torch.autograd.Function):
             # Where no loss flows back there is no gradient, whatever the logits are.
             weight = weights[tokens, None]
             result[tokens] = chunk.mul_(weight).masked_fill_(weight == 0, 0)
-        return result.reshape(shard.shape), None, None, None, None, None
+        return result.reshape(shard.shape), None, None, None, None, None, None
 
 
 def _chunks(rows: torch.Tensor, dtype: torch.dtype) -> Iterator[slice]:
@@ -103,9 +107,10 @@ def _chunks(rows: torch.Tensor, dtype: torch.dtype) -> Iterator[slice]:
 class _Picks:
     """What targets pick of this rank's part of the vocabulary: indices one logit, distributions a weighed sum."""
 
-    def __init__(self, targets: torch.Tensor, smoothing: float, shape: torch.Size, axis: Axis) -> None:
-        self.own, self.vocabulary = shape[-1], shape[-1] * axis.size
-        self.start, self.rank, self.smoothing = axis.rank * self.own, axis.rank, smoothing
+    def __init__(self, targets: torch.Tensor, smoothing: float, vocabulary: int, axis: Axis) -> None:
+        sizes = chunk_sizes(vocabulary, axis.size)
+        self.start, self.own, self.vocabulary = axis.rank * sizes[0], sizes[axis.rank], vocabulary
+        self.smoothing = smoothing
         self.of_indices = not targets.is_floating_point()
         self.targets = targets.reshape(-1) if self.of_indices else targets.reshape(-1, self.vocabulary)
 

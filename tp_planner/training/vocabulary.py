@@ -179,7 +179,7 @@ def _indices(y_true: Any, logits: Logits) -> torch.Tensor | None:
 def _in_top_k(targets: torch.Tensor, logits: Logits, k: int) -> Any:
     """Return 1 for each token of whose logits fewer than ``k`` are larger than that of the target."""
     shard, axis = logits.shard.detach(), logits.axis
-    local = targets.to(torch.long) - axis.rank * shard.shape[-1]
+    local = targets.to(torch.long) - logits.start
     elsewhere = (local < 0) | (local >= shard.shape[-1])
     own = shard.gather(-1, local.masked_fill(elsewhere, 0)[..., None])[..., 0].masked_fill(elsewhere, -torch.inf)
     with standing_at(METRICS):
@@ -199,7 +199,7 @@ def _largest(logits: Logits) -> torch.Tensor:
     """Return the index of each token's largest logit, the first where several are."""
     shard, axis = logits.shard.detach(), logits.axis
     values, places = shard.max(-1)
-    own = torch.stack([values.to(torch.float64), (places + axis.rank * shard.shape[-1]).to(torch.float64)])
+    own = torch.stack([values.to(torch.float64), (places + logits.start).to(torch.float64)])
     with standing_at(METRICS):
         values, places = gather(own[None], 0, axis.size, axis).unbind(1)
     best = values.argmax(0, keepdim=True)
