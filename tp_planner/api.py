@@ -39,7 +39,7 @@ from tp_planner.readable_plan import Plan
 from tp_planner.search.door import find_layout
 from tp_planner.storage.log import log_sharding, logger
 from tp_planner.training.checking import Recorder, check_first_step, recording
-from tp_planner.training.model import applied_to, let_go, take_over
+from tp_planner.training.model import adopt_its_optimizer, applied_to, let_go, take_over
 from tp_planner.training.torch_optimizers import gather_states
 
 
@@ -165,10 +165,15 @@ def parallelize(
     chosen = agree(lambda: _choose(model, layout, inputs))
     share_random_state()
     applied = _apply(model, chosen, axes, weights, names)
+    try:
+        take_over(model, applied)
+    except BaseException:  # an interrupt, say
+        applied.revert(model, old_value)
+        raise
     applied.commit()
+    adopt_its_optimizer(model, applied)
     for variable in chosen.variables:
         log_sharding(variable, applied.placed[variable.key].variable, axes.model)
-    take_over(model, applied)
     if check is not None:
         check_first_step(model, applied)
     if dist.get_rank() == 0:

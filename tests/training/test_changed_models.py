@@ -69,6 +69,15 @@ def sharded(model: keras.Model) -> keras.Model:
     return tp_planner.parallelize(model, layout_map(RULES))
 
 
+def as_replicas(model: keras.Model) -> keras.Model:
+    """Two replicas of two shards each, which store some variables in parts; all are fed the same."""
+    mesh = keras.distribution.DeviceMesh((2, 2), ("batch", "model"), [f"cpu:{rank}" for rank in range(4)])
+    layouts = keras.distribution.LayoutMap(mesh)
+    for pattern, axes in {**RULES, ".*up/kernel": ("batch", "model")}.items():
+        layouts[pattern] = axes
+    return tp_planner.parallelize(model, layouts, batch_axis="batch")
+
+
 def with_gradients(model: keras.Model) -> list[torch.nn.Parameter]:
     model.zero_grad()
     (model(batch(), training=True) ** 2).mean().backward()
@@ -119,11 +128,11 @@ USES: dict[str, Callable[[keras.Model], Arrays]] = {
 }
 
 
-def compare_uses() -> dict[str, float]:
+def compare_uses(shard: Callable[[keras.Model], keras.Model] = sharded) -> dict[str, float]:
     """Return how far the results of each use are from those of one device, relative to the largest of them."""
     worst = {}
     for name, use in USES.items():
-        expected, found = use(pair()), use(sharded(pair()))
+        expected, found = use(pair()), use(shard(pair()))
         assert found.keys() == expected.keys()
         errors = [np.abs(found[key] - expected[key]).max() / np.abs(expected[key]).max() for key in expected]
         worst[name] = float(max(errors))
@@ -181,6 +190,12 @@ def changed() -> tuple[dict[str, str], bool, bool]:
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_helpers_of_torch_and_frozen_layers(pools: Pools, processes: int) -> None:
     for worst in pools(processes).run(compare_uses):
+        assert worst == pytest.approx(dict.fromkeys(USES, 0.0), abs=1e-12)
+
+
+@pytest.mark.slow
+def test_helpers_of_torch_and_frozen_layers_of_replicas(pools: Pools) -> None:
+    for worst in pools(4).run(compare_uses, as_replicas):
         assert worst == pytest.approx(dict.fromkeys(USES, 0.0), abs=1e-12)
 
 

@@ -109,16 +109,14 @@ class Averaging:
         self._replicas, self._buckets = replicas, buckets
         self._next = 0
 
-    def watch(self) -> list[Callable[[], None]]:
-        """Begin; return what ends it."""
+    def watch(self, undo: list[Callable[[], None]]) -> None:
+        """Begin; add what ends it."""
         self._replicas.at_end.append(self._end)
-        undo: list[Callable[[], None]] = []
         for bucket in self._buckets:
             for position, variable in enumerate(bucket.variables):
                 undo.append(self._watch(bucket, position).remove)
                 _averaged_by[id(variable)] = self
                 undo.append(functools.partial(_forget, id(variable)))
-        return undo
 
     def _watch(self, bucket: Bucket, position: int) -> Any:
         parameter = bucket.variables[position]._value

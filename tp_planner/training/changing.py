@@ -17,16 +17,14 @@ from tp_planner.ir.errors import PlanError
 CHANGES = ("enable_lora", "quantize", "add_weight")
 
 
-def refuse_changes(model: keras.Model) -> list[Callable[[], None]]:
-    """Refuse what changes the variables of a parallel model's layers; return what undoes this."""
-    undo: list[Callable[[], None]] = []
+def refuse_changes(model: keras.Model, undo: list[Callable[[], None]]) -> None:
+    """Refuse what changes the variables of a parallel model's layers; add what undoes this."""
     for layer in named_layers(model).values():
         # A model that is built again builds none of its layers again.
         names = CHANGES if isinstance(layer, keras.Model) else (*CHANGES, "build")
         for name in (each for each in names if hasattr(type(layer), each)):
             layer.__dict__[name] = functools.partial(_refuse, name, layer.name, model.name)
             undo.append(functools.partial(layer.__dict__.pop, name, None))
-    return undo
 
 
 def _refuse(change: str, layer: str, model: str, *args: Any, **kwargs: Any) -> None:

@@ -13,14 +13,12 @@ from tp_planner.ir.errors import PlanError
 from tp_planner.storage.variables import is_in_shards
 
 
-def refuse_export(model: keras.Model) -> list[Callable[[], None]]:
-    """Refuse to export a parallel model, and any model inside it; return what undoes this."""
-    undo: list[Callable[[], None]] = []
+def refuse_export(model: keras.Model, undo: list[Callable[[], None]]) -> None:
+    """Refuse to export a parallel model, and any model inside it; add what undoes this."""
     for layer in named_layers(model).values():
         if hasattr(type(layer), "export"):
             layer.__dict__["export"] = functools.partial(_refuse, layer, model)
             undo.append(functools.partial(layer.__dict__.pop, "export", None))
-    return undo
 
 
 def exported_whole(plain: Callable[..., Any]) -> Callable[..., Any]:

@@ -49,13 +49,13 @@ def applied_to(model: keras.Model) -> Applied | None:
 
 
 def take_over(model: keras.Model, applied: Applied) -> None:
-    """Mark the model as parallel, adopt its optimizer, and let its saving and compiling calls know."""
+    """Mark the model as parallel, and let its saving, training and compiling calls know; all of it can be undone."""
     model.__dict__[ATTRIBUTE] = applied
     applied.undo.append(lambda: model.__dict__.pop(ATTRIBUTE))
     _forget_compiled_functions(model)
-    applied.undo += write_together(model)
-    applied.undo += refuse_export(model)
-    applied.undo += refuse_changes(model)
+    write_together(model, applied.undo)
+    refuse_export(model, applied.undo)
+    refuse_changes(model, applied.undo)
     for name in PHASES:
         _override(model, name, entering(model, name, applied), applied)
     _override(model, "compile", _compiling(model, applied), applied)
@@ -75,6 +75,10 @@ def take_over(model: keras.Model, applied: Applied) -> None:
     adopt_at_first_use()
     follow_parameters()
     help_with_parameters_of(applied.axes)
+
+
+def adopt_its_optimizer(model: keras.Model, applied: Applied) -> None:
+    """Let the optimizer that a parallel model is compiled with update its shards."""
     if getattr(model, "optimizer", None) is not None:
         adopt_optimizer(model.optimizer, applied.axes)
 
@@ -121,7 +125,7 @@ def _of_its_rank(plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _take_replicas_into_account(model: keras.Model, applied: Applied, replicas: Replicas) -> None:
     """Average gradients, let losses and metrics be those of the whole batch, and random numbers this replica's."""
     averaging = Averaging(replicas, _buckets(model, applied))
-    applied.undo += averaging.watch()
+    averaging.watch(applied.undo)
     applied.summands.at_sum = averaging.arrive
     _override(model, "get_metrics_result", results_of_all(model, replicas), applied)
     _override(model, "compute_loss", loss_of_share(model, replicas), applied)

@@ -52,11 +52,10 @@ class Whole:
     model: keras.Model
 
 
-def write_together(model: keras.Model) -> list[Callable[[], None]]:
-    """Let rank 0 write for all, whatever method of a parallel model or its layers is called; return what undoes it."""
+def write_together(model: keras.Model, undo: list[Callable[[], None]]) -> None:
+    """Let rank 0 write for all, whatever method of a parallel model or its layers is called; add what undoes it."""
     for module, name in FUNCTIONS:
         wrap_for_good(module, name, written_by_rank_zero, "one rank writes what belongs to all")
-    undo: list[Callable[[], None]] = []
     for layer in named_layers(model).values():
         layer.__dict__[WHOLE] = Whole(model)
         undo.append(functools.partial(layer.__dict__.pop, WHOLE, None))
@@ -65,7 +64,6 @@ def write_together(model: keras.Model) -> list[Callable[[], None]]:
                 plain = getattr(type(layer), name).__get__(layer)
                 layer.__dict__[name] = functools.wraps(plain)(functools.partial(_write, layer, name, plain))
                 undo.append(functools.partial(layer.__dict__.pop, name, None))
-    return undo
 
 
 def _write(layer: keras.Layer, name: str, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,86 @@
+"""Interruptions: an exception out of any call of tp_planner's own functions, and what must be as before it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import keras
+import torch
+from keras.src.backend.common.global_state import get_global_attribute
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+import tp_planner
+from tp_planner import patches
+from tp_planner.regions.calls import running
+
+PACKAGE = Path(tp_planner.__file__).parent
+# What ranks do alike, call by call; the others, as in sending shards, do what their number says.
+ALIKE = tuple(f"{PACKAGE / room}/" for room in ("frontend", "passes", "dryrun", "layers", "regions", "replay"))
+# What takes something back. An error there is another one, after which nothing can be promised.
+TAKING_BACK = {"__exit__", "_put_back", "end", "give_back", "leave", "restored", "revert", "undo"}
+
+
+class Interrupted(BaseException):
+    """Like KeyboardInterrupt: nobody catches it by the way."""
+
+
+class Calls:
+    """Counts calls of tp_planner's functions, and raises Interrupted out of the one of number ``at``; 0 for none."""
+
+    def __init__(self, at: int = 0) -> None:
+        self.at, self.number, self.where = at, 0, ""
+
+    def __enter__(self) -> Calls:
+        sys.setprofile(self._see)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        sys.setprofile(None)
+
+    def _see(self, frame: FrameType, event: str, arg: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(ALIKE):
+            self.number += 1
+            if self.at and self.number >= self.at and not _takes_back(frame):
+                self.where = f"{frame.f_code.co_filename.removeprefix(str(PACKAGE))}:{frame.f_code.co_name}"
+                sys.setprofile(None)
+                raise Interrupted(self.where)
+
+
+def _takes_back(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_name in TAKING_BACK:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def state(*models: keras.Model) -> dict[str, Any]:
+    """Return what a call that has failed must not change: of the process, and of models."""
+    process = {
+        "calls": (list(running.frames), dict(+running.scopes), dict(running.open), len(running.entered)),
+        "running": (running.watching, running.guarded, running.values, running.stream_is_whole, running.site),
+        "modes": (len(_get_current_dispatch_mode_stack()), len(_get_current_function_mode_stack())),
+        "torch": (
+            torch.is_grad_enabled(),
+            torch.get_default_dtype(),
+            str(get_global_attribute("torch_device")),
+        ),
+        "patches": sorted((name, thread or 0) for _, name, thread in patches._standing),
+        "keras": (keras.config.floatx(), keras.config.dtype_policy().name, keras.distribution.distribution()),
+    }
+    return process | {f"{model.name} {key}": value for model in models for key, value in _of_model(model).items()}
+
+
+def _of_model(model: keras.Model) -> dict[str, Any]:
+    layers = model._flatten_layers()
+    return {
+        "attributes": [(layer.name, sorted(vars(layer))) for layer in layers],
+        "hooks": [(len(layer._forward_hooks), len(layer._forward_pre_hooks)) for layer in layers],
+        "variables": [(type(each).__name__, id(each._value), str(each._value.device)) for each in model.variables],
+        "parameters": [id(each) for each in model.parameters()],
+        "specs": [repr(layer.input_spec) for layer in layers],
+    }
