@@ -60,7 +60,7 @@ def train(steps: int) -> dict[str, Any]:
     losses, seconds = [], []
     for _ in range(steps):
         start = time.perf_counter()
-        losses.append(float(model.train_on_batch(x, targets)))
+        losses.append(float(np.ravel(model.train_on_batch(x, targets))[0]))
         seconds.append(time.perf_counter() - start)
     return {"parameters": model.count_params(), "losses": losses, "seconds": seconds, "bytes_sent": sent}
 
