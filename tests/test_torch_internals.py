@@ -17,6 +17,7 @@ PACKAGE = Path(tp_planner.__file__).parent
 # By name: what to do in a version of torch that lacks it.
 INTERNALS: dict[str, str] = {
     "torch._C.DisableTorchFunction": "torch._C.DisableTorchFunctionSubclass, with the modes popped",
+    "torch._C.DisableTorchFunctionSubclass": "torch._C.DisableTorchFunction",
     "torch._C._AutoDispatchBelowAutograd": "torch.no_grad around a call of the op on detached tensors",
     "torch._C._current_graph_task_id": "a flag that hooks of the loss and of the last gradient set and take back",
     "torch._C._dispatch_has_kernel_for_dispatch_key": "none: FakeTensorMode as it is, without the short way for views",
@@ -28,6 +29,7 @@ INTERNALS: dict[str, str] = {
     "torch._C._is_any_autocast_enabled": "torch.is_autocast_enabled for the types of devices that torch has",
     "torch._C._set_grad_enabled": "torch.set_grad_enabled, which is a context manager too",
     "torch._C._will_engine_execute_node": "a hook of the node itself",
+    "torch.Tensor._make_wrapper_subclass": "none: a tensor that stands for shards is made by it",
     "torch._fused_adam_": "torch._foreach ops, as in torch.optim's own Adam",
     "torch._fused_sgd_": "torch._foreach ops, as in torch.optim's own SGD",
     "torch._ops.OpOverload": "type(torch.ops.aten.add.Tensor)",
