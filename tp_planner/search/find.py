@@ -34,14 +34,15 @@ from tp_planner.planner import make_plan
 from tp_planner.progress import stage
 from tp_planner.readable_plan import Plan
 from tp_planner.search.formulate import Formulation, Group, Stored
-from tp_planner.search.found import Candidate, Found, is_as_planned
+from tp_planner.search.found import Candidate, Found
 from tp_planner.search.prices import Prices, seconds_of
 from tp_planner.search.program import Solution
 from tp_planner.search.refusals import refused_regions
 from tp_planner.search.rules import axes_of, escaped, write_rules
 from tp_planner.search.ways import Walker
 
-MOST_PLANS = 6  # layouts that are planned, at most
+MOST_PLANS = 8  # layouts that are planned, at most
+CLOSE = 0.005  # by how much more a plan may cost than the program says without others being tried
 MOST_ROUNDS = 24  # times that the program is solved, at most
 
 
@@ -168,14 +169,16 @@ class _Search:
     base: Candidate
     formulation: Formulation
     memory: float | None
+    covers_all: bool = True  # whether nothing is forbidden that could be planned
 
     def run(self) -> Found:
         planned: dict[tuple[Placement, ...], Candidate] = {}
-        lowest = 0.0  # of all that is not forbidden yet
+        bound, lowest = 0.0, 0.0  # of all layouts, and of those that are not forbidden yet
         for _ in range(MOST_ROUNDS):
             stage(f"solving for a layout of {self.base.plan.model}")
             solution = self.formulation.program.solve()
             lowest = math.inf if solution is None else solution.bound + self.formulation.constant
+            bound = lowest if self.covers_all else bound
             best = self._cheapest(planned.values())
             if solution is None or (best is not None and lowest >= best.cost):
                 break
@@ -186,10 +189,10 @@ class _Search:
             known = planned.get(key)
             candidate = replace(known, program_cost=program_cost) if known else self._planned(stored, program_cost)
             planned[key] = candidate
-            if self._fits(candidate.plan) and is_as_planned(candidate):
+            if self._fits(candidate.plan) and candidate.cost <= program_cost * (1 + CLOSE):
                 break
             self._refuse(solution, stored, candidate.plan)
-        return self._found(tuple(planned.values()), lowest)
+        return self._found(tuple(planned.values()), bound)
 
     def _refuse(self, solution: Solution, stored: Stored, plan: Plan) -> None:
         """Forbid what has been planned, and was not what the program said, or does not fit."""
@@ -202,15 +205,16 @@ class _Search:
             self.formulation.forbid_together(columns)
         if not refused:
             self.formulation.forbid(stored)
+            self.covers_all = False
 
-    def _found(self, candidates: Sequence[Candidate], lowest: float) -> Found:
+    def _found(self, candidates: Sequence[Candidate], bound: float) -> Found:
         best = self._cheapest(candidates)
         if best is None:
             assert self.memory is not None
             raise PlanError(_too_large(self.base, candidates, self.memory))
         others = sorted((each for each in candidates if each is not best), key=lambda each: each.cost)
         name, hardware = self.base.plan.model, self.planner.hardware.name
-        return Found(name, hardware, best, min(lowest, best.cost), self.base, tuple(others))
+        return Found(name, hardware, best, min(bound, best.cost), self.base, tuple(others))
 
     def _planned(self, stored: Stored, program_cost: float) -> Candidate:
         variables, mesh, axis = self.formulation.graph.variables, self.base.layout.mesh, self.base.plan.axis

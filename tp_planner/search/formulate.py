@@ -209,9 +209,9 @@ class Formulation:
         self.program.row(entries, 0.0, most / 1e6)
 
     def forbid(self, stored: Stored) -> None:
-        """Let the solution not store all variables so."""
-        columns = [self.states[Slot("stored", group.key)][stored[group.key]] for group in self.groups]
-        self.program.row(dict.fromkeys(columns, 1.0), 0.0, len(columns) - 1.0)
+        """Let the solution not store all matrices so; with other vectors it would be much the same."""
+        matrices = [group for group in self.groups if len(group.variables[0].shape) > 1] or self.groups
+        self.forbid_together(self.states[Slot("stored", group.key)][stored[group.key]] for group in matrices)
 
     def chosen(self, solution: Solution) -> dict[int, tuple[Step, Way]]:
         """Return the ways that a solution takes, by column."""
