@@ -23,7 +23,7 @@ from tp_planner.ir.explanation import Alternative, ComputedLayer, Crossing, Path
 from tp_planner.ir.figures import figures_of, local_bytes, whole_bytes
 from tp_planner.ir.graph import LayerInfo, VariableInfo
 from tp_planner.ir.layout import Layout, LayoutRule
-from tp_planner.ir.placement import Placement, Replicate, Shape, Shard
+from tp_planner.ir.placement import Placement, Replicate, Shape, Shard, without_parts
 from tp_planner.ir.plan import Boundary, LayerPlan, Plan, VariablePlan
 from tp_planner.ir.step import Collective
 from tp_planner.passes.compare_plans import compare_plans, layer_name
@@ -84,7 +84,9 @@ def explain(
     def tried(choices: Sequence[Placements], subjects: Sequence[Subject]) -> tuple[Alternative, ...]:
         if plan.axis_size == 1:
             return ()
-        other = [choice for choice in choices if any(stored[key].placement != choice[key] for key in choice)]
+        other = [
+            choice for choice in choices if any(without_parts(stored[key].placement) != choice[key] for key in choice)
+        ]
         return tuple(_try(choice, make, layout, plan, subjects) for choice in other)
 
     return PathExplanation(

@@ -23,7 +23,7 @@ from tp_planner.frontend.trace import require_built, trace
 from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.graph import LayerInfo, ModelGraph, VariableInfo
 from tp_planner.ir.layout import Layout
-from tp_planner.ir.placement import local_shape
+from tp_planner.ir.placement import Placement, local_shape, parts_of
 from tp_planner.ir.plan import LayerPlan, VariablePlan
 from tp_planner.ir.step import NO_STEP
 from tp_planner.job.axes import Axes
@@ -38,6 +38,7 @@ from tp_planner.passes.resolve_rules import Resolution, resolve_rules
 from tp_planner.passes.shard_into_loss import note_whole_logits, shard_into_loss
 from tp_planner.passes.split_unevenly import split_unevenly
 from tp_planner.passes.spread_conflicts import spread_conflicts
+from tp_planner.passes.walk.packing import stored_in_parts
 from tp_planner.passes.walk.stream import Stream
 from tp_planner.progress import stage
 from tp_planner.readable_plan import Plan
@@ -132,6 +133,9 @@ class _Job:
                         return None
                     layers = write_layer_plans(graphs, walks, styles, closings)
                     plan = self._write(graphs[0], layers, all(walk.input_gradients for walk in walks), notes)
+                    plan = replace(
+                        plan, variables=_as_stored(plan.variables, stored_in_parts(stored, styles, closings, graphs[0]))
+                    )
                     stage(f"proving the plan of {self.model.name}")
                     conflicts = prove(self.model, self.inputs, plan, graphs, walks, one_replica)
                     if not conflicts:
@@ -213,6 +217,18 @@ class _Job:
             sequence_parallel=self.layout.sequence_parallel,
             device=self.layout.devices or "cpu",
         )
+
+
+def _as_stored(variables: tuple[VariablePlan, ...], stored: Mapping[str, Placement]) -> tuple[VariablePlan, ...]:
+    """Return the decisions about variables with what is stored in parts."""
+    packed = {key: parts for key, placement in stored.items() if (parts := parts_of(placement))}
+    return tuple(
+        replace(each, placement=stored[each.key], reason=f"{each.reason}; {_IN_PARTS}") if each.key in packed else each
+        for each in variables
+    )
+
+
+_IN_PARTS = "its dim is parts side by side, each of which is sharded, because the code takes it apart so"
 
 
 def _distinct(graphs: Sequence[ModelGraph]) -> list[ModelGraph]:

@@ -162,9 +162,12 @@ def _steps(ops: Sequence[Op], functions: Sequence[FunctionCall]) -> list[Op]:
 
 
 def _is_compared(op: Op, tensors: Mapping[int, TensorInfo]) -> bool:
-    """Whether an op computes: neither a change of layout, nor the assignment of a variable, which takes any shard."""
+    """Whether an op computes: neither a change of layout, nor the assignment of a variable, which takes any shard.
+
+    What is computed of a few whole numbers alone, sizes it may be, is compared where another op reads it.
+    """
     assigns = op.name == "aten.copy_.default" and tensors[op.inputs[0]].variable is not None
-    return op.name not in LAYOUT_OPS and not assigns
+    return op.name not in LAYOUT_OPS and not assigns and not op.is_constant
 
 
 def _compare_calls(graph: ModelGraph, recorder: Recorder, walk: Walk, parts: int) -> list[Conflict]:

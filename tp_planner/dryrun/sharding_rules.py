@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from tp_planner.frontend.fake_mode import FakeCpuMode
 from tp_planner.frontend.quiet import quiet_torch
 from tp_planner.ir.errors import in_one_line
 from tp_planner.ir.graph import Op, TensorInfo, TensorRef
-from tp_planner.ir.placement import Partial, Placement, Replicate, Shard, StridedShard, local_shape
+from tp_planner.ir.placement import PackedShard, Partial, Placement, Replicate, Shard, StridedShard, local_shape
 from tp_planner.passes.follow_ops import Followed, Refused
+from tp_planner.passes.packed_ops import CONCATENATION, follow_concatenation, follow_packed, parts_wanted
 
 CPU_ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu.default"
 # DTensor takes these for elementwise where their dim is negative.
@@ -64,12 +66,26 @@ class DTensorRules:
             return Refused("would combine a sum over the shards with something else")
         key = (self.question(op, tensors), placements)
         if key not in self._answers:
-            own = SUM_RULES[op.name] if Partial() in placements and len(inputs) > 1 else OWN_RULES.get(op.name)
-            if own is not None:
-                self._answers[key] = own(op, tensors, inputs, self._mesh.size())
-            else:
-                self._answers[key] = self._ask(op, tensors, inputs)
-        return self._answers[key]
+            self._answers[key] = self._answer(op, tensors, inputs)
+        answer = self._answers[key]
+        # Remembered answers were given to an equal op, which had other tensors.
+        if isinstance(answer, Refused) and answer.op is not None and answer.op is not op:
+            return replace(answer, op=op, tensor=op.inputs[answer.op.inputs.index(answer.tensor)])
+        return answer
+
+    def _answer(self, op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement]) -> Followed | Refused:
+        if op.name == CONCATENATION and (side_by_side := follow_concatenation(op, tensors, inputs)) is not None:
+            return side_by_side
+        if any(isinstance(placement, PackedShard) for placement in inputs.values()):
+            return follow_packed(op, tensors, inputs, self._mesh.size(), lambda plain: self.follow(op, tensors, plain))
+        own = SUM_RULES[op.name] if Partial() in inputs.values() and len(inputs) > 1 else OWN_RULES.get(op.name)
+        if own is not None:
+            answer: Followed | Refused = own(op, tensors, inputs, self._mesh.size())
+            return answer
+        asked = self._ask(op, tensors, inputs)
+        if isinstance(asked, Refused) and (parts := parts_wanted(op, tensors, inputs[op.inputs[0]])):
+            return replace(asked, parts=parts, op=op, tensor=op.inputs[0])
+        return asked
 
     def question(self, op: Op, tensors: Mapping[int, TensorInfo]) -> int:
         """Return a number that is the same for equal ops on tensors of equal shapes; equal blocks share arguments."""

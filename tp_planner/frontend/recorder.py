@@ -197,12 +197,16 @@ class Recorder(WatchingMode):
         arguments = with_tensors_replaced((args, kwargs), reference)
         result = func(*args, **kwargs)
         # A variable that an op assigns remains that variable.
-        outputs = [self._add(leaf, self._variable_of.get(id(leaf))) for leaf in tensors_in(result)]
+        made = list(tensors_in(result))
+        outputs = [self._add(leaf, self._variable_of.get(id(leaf))) for leaf in made]
         constants = tuple(self._constants[number] for number in inputs if number in self._constants)
+        is_constant = 0 < len(inputs) == len(constants) and all(type(leaf) is torch.Tensor for leaf in made)
         is_random = torch.Tag.nondeterministic_seeded in func.tags
         if not (torch.is_grad_enabled() or self._recomputable):
             self._without_grad.add(len(self.ops))
-        self._write(str(func), arguments, tuple(inputs), tuple(outputs), is_random, constants)
+        if is_constant:
+            self._constants.update(zip(outputs, map(self._constant, made), strict=True))
+        self._write(str(func), arguments, tuple(inputs), tuple(outputs), is_random, constants, is_constant)
         return result
 
     def _write(
@@ -213,9 +217,10 @@ class Recorder(WatchingMode):
         outputs: tuple[int, ...],
         is_random: bool = False,
         constants: tuple[Any, ...] = (),
+        is_constant: bool = False,
     ) -> None:
         call = self._stack[-1].id
-        self.ops.append(Op(len(self.ops), name, call, arguments, inputs, outputs, is_random, constants))
+        self.ops.append(Op(len(self.ops), name, call, arguments, inputs, outputs, is_random, constants, is_constant))
         if not self.trained.isdisjoint(inputs):
             self.trained.update(outputs)
 

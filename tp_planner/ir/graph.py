@@ -95,6 +95,7 @@ class Op:
     outputs: tuple[int, ...]
     random: bool
     constants: tuple[Any, ...] = ()  # values of the tensors among the inputs that are constants
+    is_constant: bool = False  # whether it computes one, of a few whole numbers alone
 
 
 @dataclass(frozen=True, slots=True)

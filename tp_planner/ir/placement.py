@@ -43,6 +43,16 @@ class SequenceShard(Shard):
 
 
 @dataclass(frozen=True, slots=True)
+class PackedShard(Shard):
+    """Dim ``dim`` is ``parts`` side by side, as q, k and v in one kernel: rank r holds the r-th chunk of each."""
+
+    parts: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"S({self.dim}:{'+'.join(map(str, self.parts))})"
+
+
+@dataclass(frozen=True, slots=True)
 class StridedShard:
     """Dim ``dim`` came from flattening dims of which an inner one is sharded: ``split`` runs of equal chunks.
 
@@ -77,7 +87,7 @@ WHOLE = Replicate()
 
 
 def parse_placement(text: str) -> Placement:
-    """Return the placement that ``str`` wrote: "R", "P", "S(dim)"; on the residual stream "Seq(dim)"."""
+    """Return the placement that ``str`` wrote: "R", "P", "S(dim)", "S(dim:parts)"; on the stream "Seq(dim)"."""
     plain: dict[str, Placement] = {"R": Replicate(), "P": Partial(), "SeqP": SequencePartial()}
     if text in plain:
         return plain[text]
@@ -85,9 +95,30 @@ def parse_placement(text: str) -> Placement:
         return SequenceShard(int(match[1]))
     if match := re.fullmatch(r"S\((\d+)\)", text):
         return Shard(int(match[1]))
+    if match := re.fullmatch(r"S\((\d+):(\d+(?:\+\d+)+)\)", text):
+        return PackedShard(int(match[1]), tuple(map(int, match[2].split("+"))))
     if match := re.fullmatch(r"S\((\d+),(\d+)\)", text):
         return StridedShard(int(match[1]), int(match[2]))
     raise ValueError(f"{text!r} is no placement; expected 'R', 'P' or 'S(dim)'")
+
+
+def in_parts(placement: Placement, parts: tuple[int, ...]) -> Placement:
+    """Return a shard as one of a dim that is these parts side by side; any other placement, and of no parts, itself.
+
+    >>> str(in_parts(Shard(1), (64, 32, 32)))
+    'S(1:64+32+32)'
+    """
+    return PackedShard(placement.dim, parts) if isinstance(placement, Shard) and len(parts) > 1 else placement
+
+
+def parts_of(placement: Placement | None) -> tuple[int, ...]:
+    """Return the parts of a dim that is several side by side; nothing of any other."""
+    return placement.parts if isinstance(placement, PackedShard) else ()
+
+
+def without_parts(placement: Placement) -> Placement:
+    """Return a shard of parts side by side as one of the dim; any other placement itself."""
+    return Shard(placement.dim) if isinstance(placement, PackedShard) else placement
 
 
 def where_stream_is_whole(placement: Placement) -> Placement:
@@ -123,6 +154,8 @@ def _chunk_size(length: int, parts: int, rank: int) -> int:
 
 def divides(shape: Shape, placement: Placement, parts: int) -> bool:
     """Whether every rank gets an equal shard."""
+    if isinstance(placement, PackedShard):
+        return all(part % parts == 0 for part in placement.parts)
     return not isinstance(placement, Shard | StridedShard) or shape[placement.dim] % parts == 0
 
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from tp_planner.frontend.layer_tree import named_layers, named_variables, own_variables
 from tp_planner.ir.mesh import Mesh
-from tp_planner.ir.placement import Replicate, Shard
+from tp_planner.ir.placement import Replicate, Shard, parts_of
 from tp_planner.ir.plan import Boundary, LayerPlan, Plan, VariablePlan
 from tp_planner.job.axes import Axes, Axis
 from tp_planner.job.scattering import scatter_parts
@@ -384,8 +384,9 @@ def _part_of_shards(value: DTensor, sharding: Sharding) -> torch.Tensor:
         for name, size, placement in zip(names, value.device_mesh.shape, value.placements, strict=True)
         if size > 1 and isinstance(placement, TorchShard)
     }
-    # Of a dim that both axes cut, the order of the cuts may be another.
-    if wanted and stored == wanted and len(set(wanted.values())) == len(wanted):
+    # Of a dim that both axes cut, the order of the cuts may be another; what is stored is never in parts yet.
+    packed = any(parts_of(placement) for placement, _ in sharding.cuts)
+    if wanted and not packed and stored == wanted and len(set(wanted.values())) == len(wanted):
         return value._local_tensor
     with torch.no_grad():
         part: torch.Tensor = sharding.own(value.full_tensor())

@@ -16,7 +16,7 @@ import networkx as nx
 from tp_planner.ir.contraction import Contraction
 from tp_planner.ir.graph import ModelGraph
 from tp_planner.ir.layout import AxisSpec, Layout, LayoutRule
-from tp_planner.ir.placement import Replicate, Shard
+from tp_planner.ir.placement import Replicate, Shard, without_parts
 from tp_planner.ir.plan import LayerPlan, Plan
 
 Paths = tuple[str, ...]
@@ -176,7 +176,7 @@ def _biases(plan: Plan, contractions: Iterable[Contraction], dim: int) -> Iterat
     for contraction in contractions:
         if contraction.bias is not None:
             bias, wanted = variables[contraction.bias], bias_dim(contraction, dim)
-            if bias.placement != (Replicate() if wanted is None else Shard(wanted)):
+            if without_parts(bias.placement) != (Replicate() if wanted is None else Shard(wanted)):
                 yield bias.path, axes_with(plan.axis, wanted, len(bias.shape))
 
 

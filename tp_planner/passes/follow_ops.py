@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from tp_planner.ir.graph import FunctionCall, ModelGraph, Op, TensorInfo
-from tp_planner.ir.placement import Partial, Placement, Replicate, Shard, divides, local_shape
+from tp_planner.ir.placement import Partial, Placement, Replicate, Shard, divides, in_parts, local_shape, parts_of
 
 WHOLE = Replicate()
 MOST_CUTS = 64  # ways of cutting the inputs of one function that are tried
@@ -24,19 +24,27 @@ ADDED = {"aten.add.Tensor": 1, "aten.add_.Tensor": 1, "aten.addmm.default": 0, "
 class Followed:
     """An op that runs on shards without communication: its outputs' placements, its arguments on rank 0.
 
-    ``numbers`` are settings that are others on shards: (for whole tensors, for shards).
+    ``numbers`` are settings that are others on shards: (for whole tensors, for shards). ``sizes`` are the lengths at
+    which it takes a dim apart, in the order in which code writes them, in the same way.
     """
 
     outputs: tuple[Placement, ...]
     arguments: tuple[Any, ...]
     numbers: tuple[tuple[int, int], ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """An op that cannot run on these shards without communication, and why."""
+    """An op that cannot run on these shards without communication, and why.
+
+    It could where the sharded dim of ``tensor``, one of those that ``op`` takes, were ``parts`` side by side.
+    """
 
     reason: str
+    parts: tuple[int, ...] = ()
+    op: Op | None = None
+    tensor: int = -1
 
 
 class ShardingRules(Protocol):
@@ -103,7 +111,7 @@ def _cuts(
     a linear function, can be added by one rank.
     """
     lengths = {
-        graph.tensors[tensor].shape[placement.dim]
+        graph.tensors[tensor].shape[placement.dim]: parts_of(placement)
         for tensor, placement in inputs.items()
         if isinstance(placement, Shard)
     }
@@ -112,8 +120,10 @@ def _cuts(
     for tensor in dict.fromkeys(tensor for _, tensor in function.inputs):
         shape = graph.tensors[tensor].shape
         if inputs.get(tensor, WHOLE) == WHOLE and tensor not in assigned:
-            dims = [dim for dim, length in enumerate(shape) if length in lengths and divides(shape, Shard(dim), parts)]
-            cuts: list[Shard | Partial] = [] if tensor in weights else [Shard(dim) for dim in dims]
+            shards = [in_parts(Shard(dim), lengths[length]) for dim, length in enumerate(shape) if length in lengths]
+            cuts: list[Shard | Partial] = []
+            if tensor not in weights:
+                cuts += [shard for shard in shards if isinstance(shard, Shard) and divides(shape, shard, parts)]
             cuts += [Partial()] if tensor in added else []
             choices.append([None, *((tensor, cut) for cut in cuts)])
     ways = [[cut for cut in way if cut is not None] for way in itertools.product(*choices)]
@@ -154,7 +164,7 @@ def _attempt(
         where = f"{op.name} in {graph.calls[op.call].layer!r}"
         followed = rules.follow(op, graph.tensors, given)
         if isinstance(followed, Refused):
-            return Refused(f"{where} {followed.reason}")
+            return replace(followed, reason=f"{where} {followed.reason}")
         found.entering |= whole
         found.followed[op.id] = followed
         found.placements.update(zip(op.outputs, followed.outputs, strict=True))
@@ -198,6 +208,8 @@ def sizes_in_arguments(
     Each is (position among the flattened arguments, number for whole tensors, number for shards).
     """
     numbers = {position: value for position, value in function.constants if type(value) is int}
+    if taken := [followed.sizes for followed in found.followed.values() if followed.sizes]:
+        return _written_in_a_row(numbers, taken[0]) if len(taken) == 1 else ()
     if len(function.outputs) != 1:
         return ()
     tensor = function.outputs[0]
@@ -214,3 +226,17 @@ def sizes_in_arguments(
     last = {value: position for position, value in numbers.items()}
     changed = (pair for followed in found.followed.values() for pair in followed.numbers)
     return tuple((last[whole], whole, local) for whole, local in changed if whole in last)
+
+
+def _written_in_a_row(
+    numbers: Mapping[int, int], sizes: tuple[tuple[int, int], ...]
+) -> tuple[tuple[int, int, int], ...]:
+    """Return where code writes these sizes one after the other, if that is one place."""
+    found = [
+        first
+        for first in numbers
+        if all(numbers.get(first + offset) == whole for offset, (whole, _) in enumerate(sizes))
+    ]
+    if len(found) != 1:
+        return ()
+    return tuple((found[0] + offset, whole, local) for offset, (whole, local) in enumerate(sizes))

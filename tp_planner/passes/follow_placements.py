@@ -29,6 +29,7 @@ from tp_planner.passes.walk.facts import CallRecord, Closings, LayerMode, Walk
 from tp_planner.passes.walk.known import Known
 from tp_planner.passes.walk.layers import follow_contraction, follow_dropout
 from tp_planner.passes.walk.notes import Notes
+from tp_planner.passes.walk.packing import stored_in_parts
 from tp_planner.passes.walk.stream import (
     NO_STREAM,
     Stream,
@@ -60,6 +61,7 @@ def follow_placements(
         parts: size of the model axis.
         stream: what becomes of tensors between regions.
     """
+    stored = stored_in_parts(stored, styles, closings, graph)
     known = Known(graph, stored, styles, closings, rules, parts, stream.is_sharded, stream.layers)
     notes = Notes(known)
     _follow_all(known, notes)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tp_planner.ir.finding import SEVERITIES, Finding, VariableEffect, count_of, some_of
 from tp_planner.ir.graph import LayerInfo, VariableInfo
 from tp_planner.ir.layout import Layout
-from tp_planner.ir.placement import Placement, Replicate, Shape, Shard, chunk_sizes_text, divides
+from tp_planner.ir.placement import Placement, Replicate, Shape, Shard, chunk_sizes_text, divides, without_parts
 from tp_planner.ir.plan import Plan, VariablePlan
 from tp_planner.ir.step import Collective
 from tp_planner.passes.check_rules import matching_rules, well_formed
@@ -223,7 +223,7 @@ def _biases(plan: Plan, layers: Mapping[str, LayerInfo], moved: set[str]) -> Ite
     for kernel, bias, dim in _kernels_with_biases(plan, layers):
         needed = Replicate() if dim is None else Shard(dim)
         settled = kernel.path in moved or bias.path in moved or not _is_even(kernel, plan)
-        if bias.placement != needed and not settled:
+        if without_parts(bias.placement) != needed and not settled:
             groups.setdefault((kernel.rule, bias.rule, kernel.placement, dim), []).append((kernel, bias))
     for (_, rule, _, dim), pairs in groups.items():
         yield _bias_mismatch(plan, rule, dim, [kernel for kernel, _ in pairs], [bias for _, bias in pairs])

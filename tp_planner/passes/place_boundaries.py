@@ -74,7 +74,7 @@ def place_boundaries(
     while True:
         walks = tuple(follow_placements(graph, stored, styles, closings, rules, parts, stream) for graph in graphs)
         conflicts = [conflict for walk in walks for conflict in walk.conflicts]
-        conflicts = conflicts or _disagreements(graphs, walks)
+        conflicts = _of_packing(conflicts) or conflicts or _disagreements(graphs, walks)
         met += conflicts
         apart = (
             any(walk.blocks_differ for walk in walks)
@@ -84,6 +84,11 @@ def place_boundaries(
         if apart or not conflicts:
             return Placing(walks, closings, tuple(met), apart)
         closings = close(closings, conflicts)
+
+
+def _of_packing(conflicts: Sequence[Conflict]) -> list[Conflict]:
+    """Return those that end where a weight is stored in parts: what came after them met whole tensors for shards."""
+    return [conflict for conflict in conflicts if any(kind == "packed" for kind, _ in conflict.origins)]
 
 
 def must_walk_all_blocks(conflicts: Sequence[Conflict], graphs: Sequence[ModelGraph], walks: Sequence[Walk]) -> bool:

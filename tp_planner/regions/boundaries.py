@@ -15,6 +15,7 @@ from tp_planner.ir.plan import Boundary, Transition
 from tp_planner.job.axes import Axis
 from tp_planner.regions.calls import Site, running, standing_at
 from tp_planner.regions.left_out import LeftOut, can_be_made_again
+from tp_planner.regions.parts_side_by_side import in_stored_order, in_whole_order
 
 _OPS = torch.ops._c10d_functional
 
@@ -46,14 +47,16 @@ def _change(tensor: torch.Tensor, transition: Transition, axis: Axis, length: in
     match transition.source, transition.target:
         case Partial(), Replicate():
             return all_reduce(tensor.contiguous(), axis)
-        case Shard(dim), Replicate():
-            return _all_gather(tensor.contiguous(), dim, axis) if length is None else gather(tensor, dim, length, axis)
-        case Partial(), Shard(dim):
-            return _reduce_scatter(tensor.contiguous(), dim, axis)
-        case Replicate(), Shard(dim):
+        case Shard(dim) as shards, Replicate() if length is not None:
+            return gather(tensor, shards, length, axis)
+        case Shard(dim) as shards, Replicate():
+            return in_whole_order(_all_gather(tensor.contiguous(), dim, axis), shards, axis.size)
+        case Partial(), Shard(dim) as shards:
+            return _reduce_scatter(in_stored_order(tensor, shards, axis.size).contiguous(), dim, axis)
+        case Replicate(), Shard(dim) as shards:
             sizes = chunk_sizes(tensor.shape[dim], axis.size)
             # A copy: a slice would keep the whole tensor's storage.
-            shard = tensor.narrow(dim, axis.rank * sizes[0], sizes[axis.rank])
+            shard = in_stored_order(tensor, shards, axis.size).narrow(dim, axis.rank * sizes[0], sizes[axis.rank])
             return shard.clone(memory_format=torch.contiguous_format)
         case Shard(dim), Partial():
             around = torch.zeros(_with_length(tensor, dim, axis.size), dtype=tensor.dtype, device=tensor.device)
@@ -79,18 +82,19 @@ def _with_length(shard: torch.Tensor, dim: int, parts: int) -> list[int]:
     return [size * parts if each == dim else size for each, size in enumerate(shard.shape)]
 
 
-def gather(shard: torch.Tensor, dim: int, length: int, axis: Axis) -> torch.Tensor:
-    """Return the whole tensor, ``length`` long in ``dim``, of which ``shard`` is this rank's chunk.
+def gather(shard: torch.Tensor, placement: Shard, length: int, axis: Axis) -> torch.Tensor:
+    """Return the whole tensor, ``length`` long in the dim that is cut, of which ``shard`` is this rank's.
 
     Chunks may be unequal: short ones travel padded, so that one all-gather does.
     """
-    full = chunk_sizes(length, axis.size)[0]
-    whole = _all_gather(_padded(shard, dim, full), dim, axis)
+    dim, full = placement.dim, chunk_sizes(length, axis.size)[0]
+    whole = in_whole_order(_all_gather(_padded(shard, dim, full), dim, axis), placement, axis.size)
     return whole if whole.shape[dim] == length else whole.narrow(dim, 0, length).contiguous()
 
 
-def reduce_to_shard(summand: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
+def reduce_to_shard(summand: torch.Tensor, placement: Shard, axis: Axis) -> torch.Tensor:
     """Return this rank's chunk of the sum of all ranks' whole tensors; chunks may be unequal."""
+    dim, summand = placement.dim, in_stored_order(summand, placement, axis.size)
     sizes = chunk_sizes(summand.shape[dim], axis.size)
     padded = _padded(summand, dim, sizes[0] * axis.size)
     chunk = _reduce_scatter(padded, dim, axis)

@@ -93,7 +93,7 @@ class FunctionCalls(TorchFunctionMode):
         for position, boundary, site in function.inputs:
             leaves[position] = self.enter(self._expected(leaves, position, boundary, function), boundary, site)
         for position, whole, local in function.plan.sizes:
-            if position >= len(leaves) or leaves[position] not in (whole, local):
+            if position >= len(leaves) or leaves[position] not in (whole, local, *self._rests(whole, leaves)):
                 raise self._other_path(function)
             leaves[position] = local
         for position in function.plan.scales:
@@ -106,6 +106,11 @@ class FunctionCalls(TorchFunctionMode):
             return result
         boundary, site = function.output
         return cross(result, boundary, self.axis, site)
+
+    def _rests(self, whole: int, leaves: list[Any]) -> set[int]:
+        """Return what code may have for a size that is the rest of a dim, having read the length of a shard of it."""
+        lengths = {length for leaf in leaves if isinstance(leaf, torch.Tensor) for length in leaf.shape}
+        return {whole - (self.axis.size - 1) * length for length in lengths}
 
     def _expected(
         self, leaves: list[Any], position: int, boundary: Boundary, function: PlannedFunction

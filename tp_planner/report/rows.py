@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from tp_planner.ir.names import FoldedName, fold_names, without_numbers_of
-from tp_planner.ir.placement import Replicate, Shape
+from tp_planner.ir.placement import Replicate, Shape, parts_of
 from tp_planner.ir.plan import Boundary, LayerPlan, Plan, Transition, VariablePlan
 from tp_planner.ir.step import Collective
 from tp_planner.report.amounts import bytes_text
@@ -51,6 +51,8 @@ def heading(plan: Plan) -> list[str]:
         f"traced with inputs {inputs}",
         "R: whole on every rank; S(d): sharded on dim d; P: a summand on every rank",
     ]
+    if any(parts_of(variable.placement) for variable in plan.variables):
+        lines.append("S(d:a+b): dim d is parts of a and b side by side; every rank has its share of each")
     if plan.shards_stream:
         lines.append("Seq(d), SeqP: S(d) and P of the residual stream; R in calls whose sequence does not divide")
     if plan.replicas > 1:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from tp_planner.ir.placement import Shard
 from tp_planner.job.axes import Axis
 from tp_planner.regions.boundaries import gather, reduce_to_shard
 from tp_planner.regions.calls import Site, standing_at
@@ -40,7 +41,7 @@ class Parts:
     def whole(self) -> torch.Tensor:
         """Return the whole, gathered."""
         with torch.no_grad(), standing_at(self._site):
-            return gather(self.part, self._dim, self._length, self._axis)
+            return gather(self.part, Shard(self._dim), self._length, self._axis)
 
     def own(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return this replica's part of the mean of all replicas' gradients."""
@@ -50,7 +51,7 @@ class Parts:
         # Without samples it may be the gradient of the mean of nothing.
         weighed = gradient * share if self._replicas.samples else torch.zeros_like(gradient)
         with standing_at(self._site):
-            return reduce_to_shard(weighed, self._dim, self._axis)
+            return reduce_to_shard(weighed, Shard(self._dim), self._axis)
 
 
 class _Whole(torch.autograd.Function):

@@ -27,10 +27,13 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate as TorchReplicate
 from torch.distributed.tensor import Shard as TorchShard
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tp_planner.frontend.keras_internals import convert_to_numpy, get_device, to_torch_dtype
 from tp_planner.ir.placement import (
     WHOLE,
+    PackedShard,
     Partial,
     Placement,
     Replicate,
@@ -39,18 +42,22 @@ from tp_planner.ir.placement import (
     Shard,
     chunk_sizes,
     local_shape,
+    parts_of,
 )
 from tp_planner.ir.plan import Boundary, Transition
 from tp_planner.job.axes import Axes, Axis
 from tp_planner.job.rendezvous import meet
 from tp_planner.regions.boundaries import cross, gather, reduce_to_shard
 from tp_planner.regions.calls import Reader, Site, running, standing_at
+from tp_planner.regions.parts_side_by_side import own_parts
 from tp_planner.regions.replicas import Replicas
 from tp_planner.regions.summands import Summands
 from tp_planner.storage.parts import Parts, put_together
 
 BackendVariable = type(keras.Variable(0.0, name="probe"))
 
+
+_stored_in_parts = WeakIdKeyDictionary()  # by parameter
 
 Span = tuple[int, int]  # the first index, and the one after the last
 
@@ -109,10 +116,10 @@ class Sharding:
         """Return the whole tensor of ``shape``, gathered from all ranks; no gradient flows through it."""
         lengths = []
         for placement, axis in self.cuts:
-            lengths.append((placement.dim, shape[placement.dim], axis))
+            lengths.append((placement, shape[placement.dim], axis))
             shape = local_shape(shape, placement, axis.size, axis.rank)
-        for dim, length, axis in reversed(lengths):
-            part = gather(part, dim, length, axis)
+        for placement, length, axis in reversed(lengths):
+            part = gather(part, placement, length, axis)
         return part
 
     def at(self, places: Sequence[int]) -> Sharding:
@@ -234,11 +241,20 @@ def make_parallel(
     """Turn a Keras variable into a parallel one with ``value`` as its parameter."""
     variable._stored = Stored(sharding, type(variable), replicas)
     variable._value = value
+    if parts_of(sharding.placement):
+        _stored_in_parts[value] = sharding
     variable.__class__ = ParallelVariable
+
+
+def stored_in_parts(parameter: torch.Tensor) -> Sharding | None:
+    """Return how a parameter is cut that is stored in parts side by side; None for any other."""
+    sharding: Sharding | None = _stored_in_parts.get(parameter)
+    return sharding
 
 
 def make_plain(variable: Any, value: torch.nn.Parameter) -> None:
     """Undo ``make_parallel``."""
+    _stored_in_parts.pop(variable._value, None)
     variable.__class__ = variable._stored.plain_class
     del variable._stored
     variable._value = value
@@ -271,15 +287,25 @@ def sharded_parameter(
 ) -> torch.nn.Parameter:
     """Return a parameter of the whole ``shape`` of which this rank stores ``local``."""
     stride = tuple(math.prod(max(size, 1) for size in shape[dim + 1 :]) for dim in range(len(shape)))
-    placements: list[Any] = [
-        TorchShard(each.dim) if isinstance(each, Shard) else TorchReplicate()
-        for each in (sharding.placement, sharding.batch_placement)
-    ]
+    placements = [_torch_placement(each) for each in (sharding.placement, sharding.batch_placement)]
     mesh = sharding.axes.mesh
     if not isinstance(sharding.batch_placement, Shard):
         mesh, placements = sharding.axes.model.mesh, placements[:1]
     whole = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
     return torch.nn.Parameter(whole, requires_grad=requires_grad)
+
+
+def _torch_placement(placement: Placement) -> Any:
+    """Return what DTensor calls a placement.
+
+    Of equal parts side by side it has a name. Unequal ones it has none for: such a DTensor is of the tensor as stored,
+    the shards of all ranks one after the other.
+    """
+    if not isinstance(placement, Shard):
+        return TorchReplicate()
+    if len(set(parts_of(placement))) == 1:
+        return _StridedShard(placement.dim, split_factor=len(parts_of(placement)))
+    return TorchShard(placement.dim)
 
 
 def _runs(indices: torch.Tensor) -> list[tuple[Span, Span]]:
@@ -297,6 +323,11 @@ def own_shard(value: Any, placement: Placement, axis: Axis) -> Any:
     """Return this rank's part of a whole tensor or array."""
     if not isinstance(placement, Shard):
         return value
+    if isinstance(placement, PackedShard):
+        chunks = own_parts(value, placement, axis.size, axis.rank)
+        if isinstance(value, torch.Tensor):
+            return torch.cat(chunks, placement.dim)
+        return np.concatenate([np.asarray(chunk) for chunk in chunks], placement.dim)
     sizes = chunk_sizes(value.shape[placement.dim], axis.size)
     start = sum(sizes[: axis.rank])
     index = (slice(None),) * placement.dim + (slice(start, start + sizes[axis.rank]),)
@@ -387,21 +418,27 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, shard: torch.Tensor, dim: int, length: int, axis: Axis, gradient_is_partial: bool, site: Site | None
+        ctx: Any,
+        shard: torch.Tensor,
+        placement: Shard,
+        length: int,
+        axis: Axis,
+        gradient_is_partial: bool,
+        site: Site | None,
     ) -> torch.Tensor:
-        ctx.dim, ctx.axis, ctx.partial, ctx.site = dim, axis, gradient_is_partial, site
+        ctx.placement, ctx.axis, ctx.partial, ctx.site = placement, axis, gradient_is_partial, site
         with standing_at(site):
-            return gather(shard.detach(), dim, length, axis)
+            return gather(shard.detach(), placement, length, axis)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
         if ctx.partial:
             with standing_at(ctx.site):
-                shard = reduce_to_shard(gradient, ctx.dim, ctx.axis)
+                shard = reduce_to_shard(gradient, ctx.placement, ctx.axis)
         else:
             # A copy: a slice would keep the whole gradient's storage.
-            shard = own_shard(gradient, Shard(ctx.dim), ctx.axis).clone(memory_format=torch.contiguous_format)
+            shard = own_shard(gradient, ctx.placement, ctx.axis).clone(memory_format=torch.contiguous_format)
         return shard, None, None, None, None, None
 
 
@@ -415,9 +452,9 @@ def read_whole(variable: Any, site: Site | None, gradient_is_partial: bool = Fal
         sharding = variable._stored.sharding
         if not isinstance(sharding.placement, Shard):
             return shard
-        dim = sharding.placement.dim
+        length = variable.shape[sharding.placement.dim]
         whole: torch.Tensor = _Gathered.apply(
-            shard, dim, variable.shape[dim], sharding.axes.model, gradient_is_partial, site
+            shard, sharding.placement, length, sharding.axes.model, gradient_is_partial, site
         )
         return whole
 

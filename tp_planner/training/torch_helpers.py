@@ -16,7 +16,6 @@ import torch
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Shard as TorchShard
 from torch.nn.utils import clip_grad, convert_parameters
 
 from tp_planner.ir.errors import PlanError
@@ -60,7 +59,7 @@ def _norms(tensors: Sequence[torch.Tensor], order: float) -> list[torch.Tensor]:
     alike: dict[Any, list[int]] = {}
     for number, each in enumerate(tensors):
         if isinstance(each, DTensor):
-            cut = tuple(dim for dim, placement in enumerate(each.placements) if isinstance(placement, TorchShard))
+            cut = tuple(dim for dim, placement in enumerate(each.placements) if not placement.is_replicate())
             alike.setdefault((each.device_mesh, cut, norms[number].dtype), []).append(number)
     for (mesh, cut, _), numbers in alike.items():
         whole = _over_ranks(torch.stack([norms[number] for number in numbers]), order, mesh, cut)

@@ -17,10 +17,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tp_planner.storage.forwarding import current
 from tp_planner.storage.log import logger
-from tp_planner.storage.variables import local_tensor
+from tp_planner.storage.variables import Sharding, local_tensor, sharded_parameter, stored_in_parts
 
 # Those that have updated sharded parameters; in the order of their first such step, which is that of all ranks.
-_known: weakref.WeakKeyDictionary[torch.optim.Optimizer, None] = weakref.WeakKeyDictionary()
+# With how those were cut that then were stored in parts, by the parameters' ids.
+_known: weakref.WeakKeyDictionary[torch.optim.Optimizer, dict[int, Sharding | None]] = weakref.WeakKeyDictionary()
 
 
 @functools.cache
@@ -37,8 +38,10 @@ def _look_at_parameters(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
             if parameter is not former and former in optimizer.state:
                 optimizer.state[parameter] = optimizer.state.pop(former)
             if isinstance(parameter, DTensor):
-                _known[optimizer] = None
-                _cut_as(parameter, optimizer.state.get(parameter, {}))
+                seen, in_parts = _known.setdefault(optimizer, {}), stored_in_parts(parameter)
+                changed = seen.get(id(parameter)) != in_parts
+                _cut_as(parameter, optimizer.state.get(parameter, {}), in_parts if changed else None)
+                seen[id(parameter)] = in_parts
         _update_one_by_one(group)
 
 
@@ -51,11 +54,19 @@ def _update_one_by_one(group: dict[str, Any]) -> None:
             group[name] = False
 
 
-def _cut_as(parameter: DTensor, state: dict[str, Any]) -> None:
-    """Cut what is remembered of a parameter, and as large as it, as the parameter is cut."""
+def _cut_as(parameter: DTensor, state: dict[str, Any], sharding: Sharding | None) -> None:
+    """Cut what is remembered of a parameter, and as large as it, as the parameter is cut.
+
+    ``sharding`` is given if the parameter is stored in parts since, so that its order is another.
+    """
     spec = parameter._spec
     for name, value in state.items():
         if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape != parameter.shape:
+            continue
+        if sharding is not None:
+            with torch.no_grad():
+                local = sharding.own(value.full_tensor() if isinstance(value, DTensor) else value).clone()
+                state[name] = sharded_parameter(local, tuple(value.shape), sharding, requires_grad=False).detach()
             continue
         if isinstance(value, DTensor):
             if value._spec.mesh == spec.mesh and value._spec.placements == spec.placements:
@@ -73,5 +84,14 @@ def gather_states(variables: Iterable[Any]) -> None:
         for parameter in [each for group in optimizer.param_groups for each in group["params"]]:
             if id(parameter) in devices:
                 state = optimizer.state.get(parameter, {})
-                whole = {name: value.full_tensor() for name, value in state.items() if isinstance(value, DTensor)}
+                shards = {name: value for name, value in state.items() if isinstance(value, DTensor)}
+                whole = {name: _whole(value, stored_in_parts(parameter)) for name, value in shards.items()}
                 state.update(whole)
+
+
+def _whole(value: DTensor, sharding: Sharding | None) -> torch.Tensor:
+    if sharding is None:
+        whole: torch.Tensor = value.full_tensor()
+        return whole
+    with torch.no_grad():
+        return sharding.whole(value._local_tensor, tuple(value.shape))

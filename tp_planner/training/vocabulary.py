@@ -17,6 +17,7 @@ from keras.src.backend.common.masking import set_keras_mask
 from keras.src.losses.losses import LossFunctionWrapper
 from keras.src.metrics.reduction_metrics import MeanMetricWrapper
 
+from tp_planner.ir.placement import Shard
 from tp_planner.patches import replaced, wrap_for_good, wrapped
 from tp_planner.regions.boundaries import all_reduce, gather
 from tp_planner.regions.calls import METRICS, for_metrics, standing_at
@@ -201,7 +202,7 @@ def _largest(logits: Logits) -> torch.Tensor:
     values, places = shard.max(-1)
     own = torch.stack([values.to(torch.float64), (places + logits.start).to(torch.float64)])
     with standing_at(METRICS):
-        values, places = gather(own[None], 0, axis.size, axis).unbind(1)
+        values, places = gather(own[None], Shard(0), axis.size, axis).unbind(1)
     best = values.argmax(0, keepdim=True)
     return places.gather(0, best)[0].to(torch.long)
 

@@ -11,6 +11,7 @@ from tp_planner.passes.walk.crossings import cut, entering, gathered, summed
 from tp_planner.passes.walk.facts import Origins, is_mixed, on_stream
 from tp_planner.passes.walk.known import OWN_GRADIENT, Known, as_shards, as_stream
 from tp_planner.passes.walk.notes import Notes
+from tp_planner.passes.walk.packing import note_refusal
 from tp_planner.passes.walk.stream import gather_for_function, mismatch_of_stream
 
 MIXED = "would combine shards of the sequence with other ones"
@@ -31,7 +32,7 @@ def follow_op(op: Op, known: Known, notes: Notes) -> None:
     followed = Refused(MIXED) if is_mixed(origins) else known.follow(op, inputs)
     if isinstance(followed, Refused):
         reason = f"{op.name} in {known.graph.calls[call].layer!r} {followed.reason}"
-        notes.conflict(call, origins, reason, in_code=op.id not in known.graph.own_gradients)
+        note_refusal(followed, call, origins, reason, known, notes, in_code=op.id not in known.graph.own_gradients)
         return
     notes.followed[op.id] = followed
     for tensor, placement in zip(op.outputs, followed.outputs, strict=True):
@@ -94,7 +95,7 @@ def follow_torch_function(function: FunctionCall, known: Known, notes: Notes) ->
             _gather_ends(function, taken, found, known, notes)
             taken = without
     if isinstance(found, Refused):
-        notes.conflict(call, origins or known.origins_of(taken, call), found.reason, in_code=True)
+        note_refusal(found, call, origins or known.origins_of(taken, call), found.reason, known, notes)
         return
     for tensor, placement in found.placements.items():
         if tensor not in found.summed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 from tp_planner.ir.placement import Placement
@@ -13,15 +14,18 @@ from tp_planner.passes.follow_ops import Followed
 LayerMode = tuple[str, str]  # layer name, mode
 VariableRead = tuple[str, str]  # name of the layer in whose call it is read, variable key
 Argument = tuple[str, str, str, int, int]  # layer, mode, name of a torch function, which of its calls, position
+Packed = tuple[str, str, tuple[int, ...]]  # layer, key of its weight, parts
 # What a conflict can change: sharding ends where it comes from, at a layer's output or a variable's use, or in all of
 # a layer ("whole"); or a layer whose code writes sizes of whole tensors is given those of shards ("sizes"). The
 # residual stream comes from a layer that leaves it sharded ("stream"), is gathered where a layer takes it ("gather") or
 # its output ends the model ("end"), and begins at a layer whose whole output is cut to shards of it ("begin").
+# A weight whose sharded dim the code takes apart is stored in parts ("packed").
 # Code that reads sizes of its shards has them made sizes of the whole where it makes whole tensors of them ("scale").
 Origin = (
     tuple[Literal["layer", "whole", "sizes", "stream", "gather", "begin", "end"], LayerMode]
     | tuple[Literal["read"], VariableRead]
     | tuple[Literal["scale"], Argument]
+    | tuple[Literal["packed"], Packed]
 )
 Origins = frozenset[Origin]
 
@@ -44,7 +48,8 @@ class Closings:
     their code writes sizes of whole tensors. ``streams`` are layers whose output is no shard of the
     residual stream, ``gathers`` those that take the stream gathered, ``ends`` those whose output is, and
     ``begins`` those whose whole output is cut to shards of it. ``scales`` are arguments of functions that are given
-    sizes of the whole stream, where code has read those of shards. All with the reason.
+    sizes of the whole stream, where code has read those of shards. All with the reason. ``packed`` are weights that are
+    stored in parts, with the parts.
     """
 
     layers: Mapping[LayerMode, str] = field(default_factory=dict)
@@ -56,6 +61,7 @@ class Closings:
     ends: Mapping[LayerMode, str] = field(default_factory=dict)
     begins: Mapping[LayerMode, str] = field(default_factory=dict)
     scales: Mapping[Argument, str] = field(default_factory=dict)
+    packed: Mapping[VariableRead, tuple[int, ...]] = field(default_factory=dict)
 
     def closing(self, origin: Origin, reason: str) -> Closings:
         match origin:
@@ -73,6 +79,10 @@ class Closings:
                 return replace(self, ends={key: reason, **self.ends})
             case "scale", argument:
                 return replace(self, scales={argument: reason, **self.scales})
+            case "packed", (layer, variable, parts):
+                ends = sorted({*accumulate(parts), *accumulate(self.packed.get((layer, variable), ()))})
+                fine = tuple(after - before for before, after in zip([0, *ends], ends, strict=False))
+                return replace(self, packed={**self.packed, (layer, variable): fine})
             case "begin", key:
                 return replace(self, begins={key: reason, **self.begins})
             case _, key:

@@ -226,6 +226,17 @@ class Known:
         return frozenset(found)
 
     @cached_property
+    def makers(self) -> Mapping[int, Op]:
+        """The op that made each tensor."""
+        return {tensor: op for op in self.graph.ops for tensor in op.outputs}
+
+    def readers_of(self, variable: str) -> set[str]:
+        """Return the layers in whose calls ops read a variable."""
+        calls, tensors = self.graph.calls, self.graph.tensors
+        reads = (op for op in self.graph.ops if any(tensors[tensor].variable == variable for tensor in op.inputs))
+        return {calls[op.call].layer for op in reads}
+
+    @cached_property
     def parents(self) -> frozenset[int | None]:
         """The calls that have calls inside."""
         return frozenset(call.parent for call in self.graph.calls.values())

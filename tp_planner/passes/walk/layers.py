@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from tp_planner.ir.graph import Call, TensorInfo
-from tp_planner.ir.placement import WHOLE, Partial, Placement, SequencePartial, SequenceShard, Shard, divides
+from tp_planner.ir.placement import (
+    WHOLE,
+    Partial,
+    Placement,
+    SequencePartial,
+    SequenceShard,
+    Shard,
+    divides,
+    in_parts,
+    parts_of,
+)
 from tp_planner.passes.choose_styles import StyleChoice, input_placement, output_dim, weight_uses
 from tp_planner.passes.follow_ops import Refused
 from tp_planner.passes.walk.crossings import cut, entering, gathered, summed
 from tp_planner.passes.walk.facts import CallRecord, Origin
 from tp_planner.passes.walk.known import Known
 from tp_planner.passes.walk.notes import Notes
+from tp_planner.passes.walk.packing import pack_tensor, pack_weight, parts_of_choice
 
 ShardedInputs = tuple[tuple[int, Placement], ...]
 
@@ -37,40 +48,53 @@ def _memory_order(info: TensorInfo) -> tuple[int, ...]:
 
 def follow_contraction(call: Call, choice: StyleChoice, known: Known, notes: Notes) -> None:
     """Follow a contraction: its input as its style takes it, its weights, and an output that is shards or a sum."""
-    sharded_inputs = _take_input(call, choice, known, notes)
+    sharded_inputs, parts = _take_input(call, choice, known, notes), parts_of_choice(choice, known.stored)
     core = call.outputs[0] if call.core_output is None else call.core_output
     dim = output_dim(choice, len(known.graph.tensors[core].shape))
     outside = _outside_of_sum(call, core, known) if dim is None else WHOLE
     assert choice.contraction is not None
     for key, use in weight_uses(choice).items():
-        gradient: Placement = Partial() if use.gradient_is_partial else use.placement
+        placement = in_parts(use.placement, parts)
+        gradient: Placement = Partial() if use.gradient_is_partial else placement
         if outside != WHOLE and key == choice.contraction.bias:  # it is added to shards of the sequence
             gradient = SequencePartial()
-        notes.use(call.id, key, use.placement, gradient)
+        notes.use(call.id, key, placement, gradient)
     if dim is None:
         notes.cross(call.id, "output", 0, core, summed(outside))
         notes.record(_record_of_sum(call, choice, outside, sharded_inputs))
         if outside != WHOLE:
             known.place(call.outputs[0], outside, frozenset({("stream", (call.layer, call.mode))}))
     else:
-        notes.record(_shard_output(call, choice, core, Shard(dim), sharded_inputs, known, notes))
+        notes.record(_shard_output(call, choice, core, in_parts(Shard(dim), parts), sharded_inputs, known, notes))
 
 
 def _take_input(call: Call, choice: StyleChoice, known: Known, notes: Notes) -> ShardedInputs:
     """Place the boundary at the input that the style needs; return the input if it arrives as the shards it takes."""
     position, tensor = call.inputs[0]
     info, outside = known.graph.tensors[tensor], known.outside(tensor, call.id)
-    arrives, wanted = known.placement(tensor, call.id), input_placement(choice, len(info.shape))
+    parts = parts_of_choice(choice, known.stored)
+    arrives, wanted = known.placement(tensor, call.id), in_parts(input_placement(choice, len(info.shape)), parts)
     if arrives == wanted != WHOLE:
         return ((position, arrives),)
     if arrives != outside:
         reason = f"layer {call.layer!r} takes it as {wanted}, it arrives as {arrives}"
-        notes.conflict(call.id, known.origins_of([tensor], call.id), reason)
+        packed = _take_parts(call, choice, arrives, parts, known)
+        notes.conflict(call.id, packed or known.origins_of([tensor], call.id), reason)
     elif wanted != WHOLE and divides(info.shape, wanted, known.parts):
         notes.cross(call.id, "input", position, tensor, cut(outside, wanted))
     elif wanted == WHOLE and "float" in info.dtype:
         notes.cross(call.id, "input", position, tensor, entering(outside))
     return ()
+
+
+def _take_parts(
+    call: Call, choice: StyleChoice, arrives: Placement, parts: tuple[int, ...], known: Known
+) -> frozenset[Origin]:
+    """Return what to store in parts, so that a layer takes its input in the parts in which it arrives."""
+    assert choice.contraction is not None
+    main, tensor = choice.contraction.main_weight, call.inputs[0][1]
+    packed, _ = pack_weight(call.layer, main, parts_of(arrives), known)
+    return packed or pack_tensor(tensor, parts, call.id, known)[0]
 
 
 def _outside_of_sum(call: Call, core: int, known: Known) -> Placement:
@@ -92,7 +116,7 @@ def _shard_output(
     call: Call,
     choice: StyleChoice,
     core: int,
-    placement: Shard,
+    placement: Placement,
     sharded_inputs: ShardedInputs,
     known: Known,
     notes: Notes,
@@ -113,7 +137,7 @@ def _shard_output(
     return CallRecord(call.id, sharded_inputs, final, "", choice.reason)
 
 
-def _after_activation(call: Call, core: int, placement: Shard, known: Known) -> Placement | Refused:
+def _after_activation(call: Call, core: int, placement: Placement, known: Known) -> Placement | Refused:
     """Return the placement after the layer's own activation, or why that cannot run on shards."""
     if call.core_output is None:
         return placement
