@@ -2,11 +2,16 @@
 
 SHELL := /bin/bash
 VENV := .venv
+TORCH := 2.13.0
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 NIGHTLY := .venv-nightly/bin/python
 # Files of tests are shared between two processes: half of the suite plans, on one core, while the other runs jobs.
 PYTEST := $(PYTHON) -m pytest -q --numprocesses 2 --dist loadfile
+WHEELS := build/gpu-wheels
+# PyTorch's images have the others; `make gpu-check` takes what is there.
+CARRIED := keras==3.15.1 keras-hub==0.32.0 optree namex
+GPU_OPTIONS :=
 
 NIGHTLY_TESTS := tests/test_parity.py tests/regions/test_collectives.py tests/training/test_contract.py \
 	tests/keras_distribution/test_keras_distribution.py tests/keras_distribution/test_model_parallel.py \
@@ -15,8 +20,8 @@ NIGHTLY_TESTS := tests/test_parity.py tests/regions/test_collectives.py tests/tr
 export KERAS_BACKEND := torch
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check demo selftest sweep bench bench-gpu picture jax-parity vs-keras-nightly keras-nightly-tests \
-	keras-distribution-tests clean
+.PHONY: help setup test test-torch check demo selftest sweep bench bench-gpu gpu-wheels gpu-check picture jax-parity \
+	vs-keras-nightly keras-nightly-tests keras-distribution-tests clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 32
@@ -27,7 +32,7 @@ setup: $(INSTALLED) ## Install everything into .venv; nothing to do where that i
 # nothing here needs, so it comes without its dependencies; those it imports on torch follow.
 $(INSTALLED): pyproject.toml
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check keras==3.15.1
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps keras-hub==0.32.0
@@ -36,6 +41,10 @@ $(INSTALLED): pyproject.toml
 
 test: $(INSTALLED) ## Run the tests
 	$(PYTEST)
+
+test-torch: ## Run the tests under another torch, in an environment of its own: make test-torch VERSION=2.15.0
+	@test -n "$(VERSION)" || { echo "which torch? make test-torch VERSION=2.15.0"; exit 2; }
+	$(MAKE) VENV=.venv-torch-$(VERSION) TORCH=$(VERSION) test
 
 check: $(INSTALLED) ## Run the linter, the formatter's check, the type checker and the tests
 	$(PYTHON) -m ruff check .
@@ -57,7 +66,19 @@ bench: $(INSTALLED) ## Run all benchmarks and write their results page, in about
 	$(PYTHON) benchmarks/bench.py
 
 bench-gpu: $(INSTALLED) ## Compare with hand-written torch code on one NVIDIA GPU; says so where there is none
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/gpu.py --only rank-of-1,rank-of-8,rank-of-2,rank-of-4
+
+gpu-wheels: ## Download what a machine with a GPU, torch and Python 3.12 may lack, into build/gpu-wheels
+	rm -rf $(WHEELS)
+	python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.12 \
+		--implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+		--platform manylinux2014_x86_64 --dest $(WHEELS) $(CARRIED)
+	ls -l --block-size=KiB $(WHEELS)
+
+gpu-check: ## Run everything that one NVIDIA GPU can tell, in under 9 minutes; nothing is installed but carried wheels
+	@if ls $(WHEELS)/*.whl >/dev/null 2>&1; then python3 -m pip install --quiet --disable-pip-version-check --no-index \
+		--no-deps --upgrade --target build/gpu-packages $(WHEELS)/*.whl; fi
+	PYTHONPATH=$(CURDIR)/build/gpu-packages:$(CURDIR) python3 benchmarks/gpu.py $(GPU_OPTIONS)
 
 picture: $(INSTALLED) ## Take README's picture of a plan's page; needs Chromium and its driver
 	$(PYTHON) docs/picture.py

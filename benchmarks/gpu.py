@@ -1,371 +1,188 @@
-"""One rank of a Llama over 1, 2, 4 and 8 ranks, on one GPU, against hand-written torch code of the same shapes.
+"""Everything that one GPU can tell: tests on it, memory against plans, one rank against hand-written code, kernels.
 
-    python benchmarks/gpu.py [--ranks 1,2,4,8] [--repeat 20] [--output FOLDER] [--device cpu]
+    python benchmarks/gpu.py [--only tests,memory,...] [--repeat 20] [--output FOLDER] [--device cpu]
 
-Every number of ranks is a process of its own. One rank is a real process group; of more, rank 0 runs under torch's
-fake process group: its kernels are real, its collectives return at once and their values are wrong. With
-``--device cpu`` everything but CUDA's own figures is tried at tiny sizes. See benchmarks/README.md.
+Parts run in processes of their own, the most important first; each writes its JSON as soon as it is done, and one that
+fails loses none of the others. What was not reached is run with ``--only``. With ``--device cpu`` everything but CUDA's
+own figures is tried at tiny sizes. See benchmarks/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 os.environ["KERAS_BACKEND"] = "torch"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import keras
 import torch
-import torch.distributed as dist
-from models.keras_llama import keras_llama
-from peers.handwritten_llama import Llama, Shape
 from showing import machine
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import tp_planner
-from tp_planner import api
-from tp_planner.frontend.hardware_file import find_hardware_file, list_hardware, read_hardware_file
-from tp_planner.frontend.layout_file import find_layout_file, read_layout_file
-from tp_planner.ir.hardware import Hardware
-from tp_planner.ir.mesh import Mesh
-from tp_planner.ir.plan import Plan
-from tp_planner.job import process_group
-from tp_planner.passes.estimate_time import estimate_time
-from tp_planner.planner import make_plan
-
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
-# The shape of Llama-3-8B with 4 of its 32 layers, so that a whole model and its gradients fit several times.
-SHAPES = {
-    "cuda": Shape(4, 4096, 32, 8, 14336, 128256, batch=2, length=2048),
-    "cpu": Shape(2, 64, 16, 8, 128, 256, batch=2, length=32),
+RANKS = (1, 8, 2, 4)  # the ends first
+
+
+# The parts, each in its process: it imports what it needs
+
+
+def tests(device: str, repeat: int) -> dict[str, Any]:
+    """Return how the tests marked ``gpu`` ended, which run on the CPU where there is no GPU."""
+    import xml.etree.ElementTree as ET
+
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", f"--junit-xml={report}"]
+        code = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT).returncode
+        cases = list(ET.parse(report).iter("testcase"))
+    outcome = {each.attrib["name"]: next((child.tag for child in each), "passed") for each in cases}
+    return {"exit_code": code, "tests": outcome}
+
+
+def memory(device: str, repeat: int) -> dict[str, Any]:
+    """Return planned and measured memory of GPTs and Llamas."""
+    from on_gpu import planned_memory
+
+    return planned_memory.measure(device)
+
+
+def rank_of(ranks: int) -> Callable[[str, int], dict[str, Any]]:
+    """Return the part that is one rank of so many."""
+
+    def part(device: str, repeat: int) -> dict[str, Any]:
+        from on_gpu import one_rank
+
+        return one_rank.measure(ranks, repeat, device)
+
+    return part
+
+
+def kernels(device: str, repeat: int) -> dict[str, Any]:
+    """Return the attention that is taken for shapes, and the times of Adam's update."""
+    from on_gpu import kernels
+
+    return kernels.measure(device, repeat)
+
+
+# In the order of importance.
+PARTS: Mapping[str, Callable[[str, int], dict[str, Any]]] = {
+    "tests": tests,
+    "memory": memory,
+    **{f"rank-of-{ranks}": rank_of(ranks) for ranks in RANKS},
+    "kernels": kernels,
 }
-SQUARES = {"cuda": (4096, 8192, 16384), "cpu": (256, 512)}  # sides of the matrices of the matmul rate
-STREAM_BYTES = {"cuda": 2**30, "cpu": 2**24}  # of the tensors of the memory rate
-TARGET = 1.05
-WARM_UP = 3
-
-PLAIN = "plain Keras"
-PLANNED = "tp_planner"
-REPLAYED = "tp_planner, jit_compile=True"
-HANDWRITTEN = "hand-written"
-COMPILED = "hand-written, torch.compile"
-FORWARD, BACKWARD, TOKEN = "forward", "forward and backward", "a token with a cache"
-
-Work = Callable[[], Any]
-Works = Mapping[str, Work]
-
-
-# One process: one rank of a number of ranks
-
-
-def measure(ranks: int, repeat: int, device: str) -> dict[str, Any]:
-    """Return the times, memory, estimates and rates of one rank of ``ranks``."""
-    shape = SHAPES[device]
-    tokens = torch.randint(shape.vocabulary, (shape.batch, shape.length), dtype=torch.int32, device=device)
-    with one_rank_of(ranks, device):
-        before = _allocated(device)
-        model, plan = planned_llama(shape, ranks, tokens)
-        versions = {PLANNED: keras_works(model, tokens, shape, ranks)}
-        memory = measured_memory(versions[PLANNED][BACKWARD], before, device)
-        replayed, _ = planned_llama(shape, ranks, tokens)
-        replayed.compile(jit_compile=True)
-        versions[REPLAYED] = keras_works(replayed, tokens, shape, ranks)
-        if ranks == 1:
-            versions[PLAIN] = keras_works(keras_llama(shape, "bfloat16"), tokens, shape, ranks)
-        by_hand = Llama(shape, ranks).to(device, torch.bfloat16)
-        versions[HANDWRITTEN] = torch_works(by_hand, by_hand, tokens, shape, ranks)
-        versions[COMPILED] = torch_works(by_hand, torch.compile(by_hand), tokens, shape, ranks)
-        rows = [
-            {"work": work, "version": version, "times_ms": times}
-            for work in (FORWARD, BACKWARD, TOKEN)
-            for version, times in timed({v: w[work] for v, w in versions.items()}, repeat, device).items()
-        ]
-        return {
-            "ranks": ranks,
-            "rows": rows,
-            "memory": {"predicted": asdict(plan.step.memory.peak), "total": plan.step.memory.peak.total, **memory},
-            "matmul_flops": {work.phase: dict(work.matmul_flops) for work in plan.step.work},
-            "estimate": estimated(plan, profile(device)),
-            "rates": rates(device, repeat) if ranks == 1 else None,
-        }
-
-
-@contextlib.contextmanager
-def one_rank_of(ranks: int, device: str) -> Iterator[None]:
-    """Be rank 0 of ``ranks``: alone in a real process group, or of others that do not exist in a fake one."""
-    if ranks == 1:
-        process_group.require_process_group(1)
-        yield
-    else:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-        # The fake group says of no device that it is its own, and nobody else answers when ranks compare their plans.
-        with (
-            mock.patch.object(process_group, "device_type", return_value=device),
-            mock.patch.object(api, "exchange", lambda what, text: [text] * ranks),
-        ):
-            yield
-    dist.destroy_process_group()
-
-
-def planned_llama(shape: Shape, ranks: int, tokens: torch.Tensor) -> tuple[keras.Model, Plan]:
-    """Return KerasHub's Llama 3, parallelized by the preset, and its plan, without an optimizer."""
-    model = keras_llama(shape, "bfloat16")
-    layout = read_layout_file(find_layout_file("llama")).on(Mesh((("model", ranks),)))
-    plan = make_plan(model, layout, inputs_of(tokens.cpu()), None)
-    return tp_planner.parallelize(model, plan), plan
-
-
-def inputs_of(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return what KerasHub's model is called on."""
-    return {"token_ids": tokens, "padding_mask": torch.ones_like(tokens)}
-
-
-def keras_works(model: keras.Model, tokens: torch.Tensor, shape: Shape, ranks: int) -> Works:
-    """Return the works of a Keras Llama."""
-    inputs = inputs_of(tokens)
-    heads = shape.key_value_heads // ranks
-    cache = torch.zeros(
-        shape.batch, shape.layers, 2, shape.length, heads, shape.head_size, dtype=torch.bfloat16, device=tokens.device
-    )
-
-    last = torch.tensor(shape.length - 1, dtype=torch.int32, device=tokens.device)  # as generate gives it
-
-    @torch.no_grad()
-    def forward() -> None:
-        model(inputs, training=False)
-
-    def backward() -> None:
-        model.zero_grad()
-        model(inputs, training=True).sum().backward()
-
-    @torch.no_grad()
-    def token() -> None:
-        model.call_with_cache(tokens[:, -1:], cache, last)
-
-    return {FORWARD: forward, BACKWARD: backward, TOKEN: token}
-
-
-def torch_works(module: Llama, call: Callable[..., Any], tokens: torch.Tensor, shape: Shape, ranks: int) -> Works:
-    """Return the works of the hand-written Llama, called through ``call``."""
-    size = (shape.batch, shape.key_value_heads // ranks, shape.length, shape.head_size)
-    keys, values = torch.zeros(2, shape.layers, *size, dtype=torch.bfloat16, device=tokens.device)
-    caches = list(zip(keys, values, strict=True))
-
-    @torch.no_grad()
-    def forward() -> None:
-        call(tokens)
-
-    def backward() -> None:
-        module.zero_grad()
-        call(tokens).sum().backward()
-
-    @torch.no_grad()
-    def token() -> None:
-        call(tokens[:, -1:], caches)
-
-    return {FORWARD: forward, BACKWARD: backward, TOKEN: token}
-
-
-# Measuring
-
-
-def timed(works: Works, repeat: int, device: str) -> dict[str, list[float]]:
-    """Return the times of each work in ms; they take turns, each round beginning with another one."""
-    for work in works.values():
-        for _ in range(WARM_UP):
-            work()
-    names = list(works)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for round_number in range(repeat):
-        for offset in range(len(names)):
-            name = names[(round_number + offset) % len(names)]
-            times[name].append(_time(works[name], device))
-    return times
-
-
-def _time(work: Work, device: str) -> float:
-    """Return the time of one call in ms: of CUDA between two events, else by the clock."""
-    if device != "cuda":
-        start = time.perf_counter()
-        work()
-        return 1000 * (time.perf_counter() - start)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    work()
-    end.record()
-    torch.cuda.synchronize()
-    elapsed: float = begin.elapsed_time(end)
-    return elapsed
-
-
-def _allocated(device: str) -> int:
-    return torch.cuda.memory_allocated() if device == "cuda" else 0
-
-
-def measured_memory(step: Work, before: int, device: str) -> dict[str, int | None]:
-    """Return the bytes that PyTorch's allocator holds at most in the second step, on CUDA."""
-    step()
-    if device != "cuda":
-        return {"measured": None}
-    gc.collect()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return {"measured": torch.cuda.max_memory_allocated() - before}
-
-
-def rates(device: str, repeat: int) -> dict[str, float]:
-    """Return the best rates of bfloat16 matrix products in FLOP/s and of sums of long tensors in bytes/s."""
-    best = 0.0
-    for side in SQUARES[device]:
-        left, right = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
-        times = timed({"": lambda left=left, right=right: left @ right}, repeat, device)[""]
-        best = max(best, 2 * side**3 / (min(times) / 1000))
-    one, other = torch.ones(2, STREAM_BYTES[device] // 2, dtype=torch.bfloat16, device=device)
-    out = torch.empty_like(one)
-    times = timed({"": lambda: torch.add(one, other, out=out)}, repeat, device)[""]
-    return {"matmul": best, "memory": 3 * STREAM_BYTES[device] / (min(times) / 1000)}
-
-
-def profile(device: str) -> Hardware | None:
-    """Return the hardware profile whose name the device's has in it; None where there is none."""
-    name = torch.cuda.get_device_name().lower() if device == "cuda" else "cpu"
-    found = [each for each in list_hardware() if each in name]
-    return read_hardware_file(find_hardware_file(found[0])) if found else None
-
-
-def estimated(plan: Plan, hardware: Hardware | None) -> dict[str, Any] | None:
-    """Return the estimated computing time of each phase in ms, low and high; no communication, as none is measured."""
-    if hardware is None:
-        return None
-    return {
-        "profile": hardware.name,
-        "matmul_rate": dict(hardware.matmul_rate)["bfloat16"].value,
-        "memory_rate": hardware.memory_bandwidth.value,
-        **{
-            phase.phase: [1000 * phase.compute.low, 1000 * phase.compute.high]
-            for phase in estimate_time(plan, hardware).phases
-        },
-    }
 
 
 # The parent
 
 
-def run(ranks: int, repeat: int, device: str) -> dict[str, Any]:
-    """Return what a fresh process measures for one number of ranks."""
+def run(name: str, options: argparse.Namespace, facts: Mapping[str, Any], left: float) -> bool:
+    """Run a part in a fresh process, and return whether it left its JSON in the folder of results."""
+    print(f"{name}: at most {left:.0f} s", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        command = [sys.executable, __file__, "--measure", str(ranks), "--result", str(result)]
-        command += ["--repeat", str(repeat), "--device", device]
-        if subprocess.run(command).returncode:
-            raise SystemExit(f"the process for {ranks} ranks failed; its error is above")
-        measured: dict[str, Any] = json.loads(result.read_text())
-        return measured
+        command = [sys.executable, __file__, "--part", name, "--result", str(result)]
+        command += ["--repeat", str(options.repeat), "--device", options.device]
+        start = time.monotonic()
+        try:
+            code = subprocess.run(command, timeout=left).returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+        if code or not result.exists():
+            print(f"{name}: {'out of time' if code == -1 else 'failed; its error is above'}", flush=True)
+            return False
+        measured = json.loads(result.read_text())
+    seconds = round(time.monotonic() - start, 1)
+    data = {"facts": facts, "seconds": seconds, name: measured}
+    _write(options.output / f"{name}.json", json.dumps(data, indent=1) + "\n")
+    print(f"{name}: {seconds} s", flush=True)
+    return True
 
 
-def table(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield times, memory, rates and estimates as text."""
-    limit = next((each["rates"]["matmul"] for each in results if each["rates"]), None)
-    for each in results:
-        yield f"\nrank 0 of {each['ranks']}"
-        yield f"  {'':24}{'':32}{'median ms':>10}{'quartiles ms':>20}{'ratio':>8}{'of the matmul limit':>21}"
-        medians = {(row["work"], row["version"]): statistics.median(row["times_ms"]) for row in each["rows"]}
-        for row in each["rows"]:
-            low, median, high = statistics.quantiles(row["times_ms"], n=4, method="inclusive")
-            ratio = median / medians[row["work"], HANDWRITTEN]
-            flops = _flops(each, row["work"])
-            share = f"{flops / (median / 1000) / limit:.1%}" if limit and flops else "-"
-            yield (
-                f"  {row['work']:24}{row['version']:32}{median:10.3f}{f'{low:.3f} to {high:.3f}':>20}{ratio:8.2f}"
-                f"{share:>21}"
-            )
-        yield from _beside_times(each)
+def _write(path: Path, text: str) -> None:
+    """Write a file that is whole or not there."""
+    beside = path.with_suffix(".partial")
+    beside.write_text(text)
+    beside.replace(path)
 
 
-def _beside_times(each: Mapping[str, Any]) -> Iterator[str]:
-    memory, estimate = each["memory"], each["estimate"]
-    measured = "not measured" if memory["measured"] is None else f"{memory['measured'] / 2**20:.1f} MiB"
-    yield f"  memory of forward and backward: predicted {memory['total'] / 2**20:.1f} MiB, {measured}"
-    if estimate is not None:
-        low, high = (sum(estimate.get(phase, (0, 0))[end] for phase in ("forward", "backward")) for end in (0, 1))
-        yield f"  estimate of forward and backward by '{estimate['profile']}': {low:.3f} to {high:.3f} ms"
-        if each["rates"]:
-            for rate, unit in (("matmul", "TFLOP/s"), ("memory", "TB/s")):
-                found, peak = each["rates"][rate] / 1e12, estimate[f"{rate}_rate"] / 1e12
-                yield f"  {rate} rate: {found:.3f} {unit}, {found / peak:.0%} of the profile's peak"
+def page(folder: Path, device: str) -> Iterator[str]:
+    """Yield what the JSON files of a folder say, as text."""
+    from on_gpu import kernels, one_rank, planned_memory
+
+    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in PARTS if _is_there(folder, name)}
+    for name, data in found.items():
+        yield f"{name}: {', '.join(f'{key} {value}' for key, value in data['facts'].items())}"
+    if "tests" in found:
+        outcomes = found["tests"]["tests"]["tests"]
+        yield f"\ntests: {len(outcomes)}, passed {sum(each == 'passed' for each in outcomes.values())}"
+        yield from (f"  {name}: {each}" for name, each in outcomes.items() if each != "passed")
+    if "memory" in found:
+        yield "\nmemory of a training step"
+        yield from planned_memory.table(found["memory"]["memory"]["rows"])
+    ranks = [found[name][name] for name in (f"rank-of-{number}" for number in sorted(RANKS)) if name in found]
+    if ranks:
+        yield f"\n{', '.join(f'{key} {value}' for key, value in asdict(one_rank.SHAPES[device]).items())}"
+        yield from one_rank.table(ranks)
+        yield from one_rank.verdicts(ranks) if device == "cuda" else ()
+    if "kernels" in found:
+        yield "\nkernels"
+        yield from kernels.table(found["kernels"]["kernels"])
 
 
-def _flops(each: Mapping[str, Any], work: str) -> int:
-    """Return the arithmetic of a work by the plan; 0 for decoding, which no plan has."""
-    phases = {FORWARD: ("forward",), BACKWARD: ("forward", "backward")}.get(work, ())
-    return sum(flops for phase in phases for flops in each["matmul_flops"].get(phase, {}).values())
-
-
-def verdicts(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield for each number of ranks whether a training shape is within the target."""
-    for each in results:
-        medians = {
-            row["version"]: statistics.median(row["times_ms"]) for row in each["rows"] if row["work"] == BACKWARD
-        }
-        for ours, reference in ((PLANNED, HANDWRITTEN), (REPLAYED, COMPILED)):
-            ratio = medians[ours] / medians[reference]
-            met = "within the target" if ratio <= TARGET else "MISSED"
-            yield f"  rank 0 of {each['ranks']}, {BACKWARD}: {ours} {ratio:.2f} times {reference}, of {TARGET}: {met}"
+def _is_there(folder: Path, name: str) -> bool:
+    return (folder / f"{name}.json").exists()
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", default="1,2,4,8", help="comma-separated sizes of the model axis")
+    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts; by default all")
     parser.add_argument("--repeat", type=int, default=20, help="timed calls of each work, at least 2")
-    parser.add_argument("--device", choices=SHAPES, default="cuda", help="cpu tries the script at tiny sizes")
-    parser.add_argument("--output", type=Path, help="folder of gpu.json and gpu.md; on cuda results/DEVICE by default")
-    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)  # what the processes are started with
+    parser.add_argument("--limit", type=float, default=520, help="seconds after which no part goes on")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries it at tiny sizes")
+    parser.add_argument("--output", type=Path, help="folder of the results; by default results/DEVICE")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # what the processes are started with
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.repeat < 2:
         parser.error(f"--repeat is {options.repeat}; quartiles need at least 2")
+    unknown = set(options.only.split(",")) - set(PARTS)
+    if unknown:
+        parser.error(f"--only names {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device: nothing is measured; --device cpu tries the script at tiny sizes")
     return options
 
 
-def main() -> None:
+def main() -> int:
     options = arguments()
-    if options.measure:
-        measured = measure(options.measure, options.repeat, options.device)
-        options.result.write_text(json.dumps(measured))
-        return
-    results = [run(int(ranks), options.repeat, options.device) for ranks in options.ranks.split(",")]
+    if options.part:
+        options.result.write_text(json.dumps(PARTS[options.part](options.device, options.repeat)))
+        return 0
     name = torch.cuda.get_device_name() if options.device == "cuda" else machine.processor()
-    shape = asdict(SHAPES[options.device])
-    stated = {**machine.facts(), "device": name, "dtype": "bfloat16", "repetitions": options.repeat}
-    text = [", ".join(f"{key} {value}" for key, value in {**stated, **shape}.items()), *table(results)]
-    if options.device == "cuda":
-        text += ["", *verdicts(results)]
-        options.output = options.output or RESULTS / machine.in_short(name)
-    print(*text, sep="\n")
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        data = {**stated, "shape": shape, "processes": results}
-        (options.output / "gpu.json").write_text(json.dumps(data, indent=1) + "\n")
-        (options.output / "gpu.md").write_text("\n".join([f"# {name}", "", "```", *text, "```"]) + "\n")
+    facts = {**machine.facts(), "device": name, "repetitions": options.repeat}
+    print(*(f"{key} {value}" for key, value in facts.items()), sep=", ", flush=True)
+    options.output = options.output or RESULTS / machine.in_short(name)
+    options.output.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + options.limit
+    wanted = [part for part in PARTS if part in options.only.split(",")]
+    missing = [part for part in wanted if not run(part, options, facts, max(end - time.monotonic(), 1))]
+    text = list(page(options.output, options.device))
+    print("", *text, sep="\n")
+    _write(options.output / "gpu.md", "\n".join([f"# {name}", "", "```", *text, "```"]) + "\n")
+    if missing:
+        print(f"\nnot measured: go on with --only {','.join(missing)}")
+    return 1 if missing else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

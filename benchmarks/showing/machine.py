@@ -13,8 +13,15 @@ PACKAGES = ("torch", "keras", "keras-hub", "tp-planner")
 
 def facts() -> dict[str, str | int]:
     """Return processor, cores and versions by name; it imports none of the packages."""
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    versions = {package: _version(package) for package in PACKAGES}
     return {"machine": processor(), "cores": os.cpu_count() or 1, "python": platform.python_version(), **versions}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # a checkout that runs as it is
 
 
 def processor() -> str:
