@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import keras
 import pytest
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from tests import models
 from tp_planner.cli import app
-from tp_planner.ir.degrees import Degree
+from tp_planner.ir.degrees import Degree, Device, Setting, Sweep
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.figures import Figures, figures_of
 from tp_planner.ir.layout import AxisSpec, Layout, LayoutRule
@@ -18,7 +19,7 @@ from tp_planner.ir.mesh import parse_mesh
 from tp_planner.planner import make_plan
 from tp_planner.report.sections import sections_to_text
 from tp_planner.report.sweep import sweep_sections
-from tp_planner.sweep import sweep
+from tp_planner.sweep import largest_batch, settings_of, sweep
 
 PAIR: dict[str, tuple[AxisSpec, ...]] = {
     "up/kernel": (None, "model"),
@@ -42,7 +43,7 @@ def run(*arguments: str) -> tuple[int, str, str]:
 def test_degrees_have_the_figures_of_their_plans() -> None:
     """Every degree is planned on its own, as ``plan`` does it."""
     model = models.mlp()
-    found = sweep(model, rules(PAIR), "model", [1, 2, 4])
+    found = sweep(model, rules(PAIR), "model", settings_of([1, 2, 4]))
     plans = [make_plan(model, Layout(parse_mesh(f"model={size}"), rules(PAIR))) for size in (1, 2, 4)]
     assert [degree.figures for degree in found.degrees] == [figures_of(plan) for plan in plans]
     assert found.inputs == ("2x16 float32",)
@@ -51,7 +52,7 @@ def test_degrees_have_the_figures_of_their_plans() -> None:
 def test_indivisible_heads_are_gathered_with_the_reason() -> None:
     """A degree that does not divide is right and gathers; the reason names the shape and the degree."""
     case = models.CASES["gpt"]
-    degrees = sweep(models.gpt(blocks=1, heads=4), rules(dict(case.rules)), "model", [4, 8]).degrees
+    degrees = sweep(models.gpt(blocks=1, heads=4), rules(dict(case.rules)), "model", settings_of([4, 8])).degrees
     assert degrees[0].gathered == ()
     assert [layer for layer, _ in degrees[1].gathered] == [
         f"block_0_attention/{name}" for name in ("query", "key", "value", "attention_output")
@@ -65,22 +66,22 @@ def test_indivisible_heads_are_gathered_with_the_reason() -> None:
 
 def test_other_axes_of_the_layout_have_size_one() -> None:
     """A layout for a mesh of two axes is swept over one of them."""
-    found = sweep(models.mlp(), rules({**PAIR, "head/kernel": ("batch", None)}), "model", [2])
+    found = sweep(models.mlp(), rules({**PAIR, "head/kernel": ("batch", None)}), "model", settings_of([2]))
     assert found.other_axes == ("batch",)
-    assert found.degrees[0].figures == sweep(models.mlp(), rules(PAIR), "model", [2]).degrees[0].figures
+    assert found.degrees[0].figures == sweep(models.mlp(), rules(PAIR), "model", settings_of([2])).degrees[0].figures
 
 
 def test_axis_that_no_rule_names_is_refused() -> None:
     """A sweep over another axis would find the same plan at every size."""
     with pytest.raises(PlanError) as caught:
-        sweep(models.mlp(), rules(PAIR), "modle", [2])
+        sweep(models.mlp(), rules(PAIR), "modle", settings_of([2]))
     assert str(caught.value) == "no layout rule names mesh axis 'modle'; the rules name 'model'"
 
 
 def test_what_no_size_can_mend_is_told_once() -> None:
     """What is wrong with the layout at every size is an error, not a table of refusals."""
     with pytest.raises(PlanError) as caught:
-        sweep(models.mlp(), rules({"up/kernel": ("model",)}), "model", [1, 2])
+        sweep(models.mlp(), rules({"up/kernel": ("model",)}), "model", settings_of([1, 2]))
     assert str(caught.value) == (
         "layout rule 'up/kernel' -> (model) has 1 entries, variable 'up/kernel' of shape (16, 64) has 2 dims; "
         "write one entry per dim"
@@ -91,7 +92,7 @@ def test_model_is_as_before() -> None:
     """Planning at several sizes leaves no trace in the model."""
     model = models.mlp()
     before = [keras.ops.convert_to_numpy(weight).copy() for weight in model.weights]
-    sweep(model, rules(PAIR), "model", [2, 3])
+    sweep(model, rules(PAIR), "model", settings_of([2, 3]))
     assert all((old == keras.ops.convert_to_numpy(new)).all() for old, new in zip(before, model.weights, strict=True))
 
 
@@ -100,9 +101,9 @@ def test_model_is_as_before() -> None:
 FIGURES = Figures(collectives=11, bytes=2048, wire_bytes=4096, parameter_bytes=8192, peak_bytes=3 * 2**30)
 HEADS = [(f"block_{number}/query", f"'block_{number}/query/kernel' does not divide evenly by 4") for number in (0, 1)]
 DEGREES = (
-    Degree(2, FIGURES, (), (("head", "it is an output"),), ("a note",), ()),
-    Degree(4, FIGURES, tuple(HEADS), (("head", "it is an output"),), ("a note",), ()),
-    Degree(1024, None, (), (), (), ("nothing fits", "nothing at all")),
+    Degree(Setting(2), FIGURES, (), (("head", "it is an output"),), ("a note",), ()),
+    Degree(Setting(4), FIGURES, tuple(HEADS), (("head", "it is an output"),), ("a note",), ()),
+    Degree(Setting(1024), None, (), (), (), ("nothing fits", "nothing at all")),
 )
 REPORT = """\
 'gpt' with sizes 2, 4, 1024 of mesh axis 'model'
@@ -133,9 +134,96 @@ notes
 
 def test_report_has_a_row_for_each_degree_and_its_reasons() -> None:
     """Reasons that hold for several degrees, or for equal blocks, are told once."""
-    swept = sweep(models.mlp(), rules(PAIR), "model", [1])
-    shown = type(swept)("gpt", "model", ("batch",), ("2x64 int32",), DEGREES)
+    shown = Sweep("gpt", "model", ("batch",), ("2x64 int32",), DEGREES)
     assert sections_to_text(sweep_sections(shown)) == REPORT
+
+
+SETTINGS = (
+    (Setting(2, 3, 64, False, True), 2 * 2**30),
+    (Setting(2, 4, 64, False, True), 3 * 2**30),
+    (Setting(2, 1, 64, True, True), 5 * 2**30),
+)
+FITTING = """\
+'gpt' with sizes 2 of mesh axis 'model'
+  each row is one training step on one rank
+  gathered: layers whose weights are stored sharded and gathered at use, which is right and slow
+  left early: layers whose sharded output is gathered behind them
+  model  sequence  sequence parallel  recomputed  batch  collectives  wire bytes  parameters  peak memory  gathered  left early  verdict
+      2        64                 no      blocks      3           11    4.00 KiB    8.00 KiB     2.00 GiB         0           0  divides, fits
+      2        64                 no      blocks      4           11    4.00 KiB    8.00 KiB     3.00 GiB         0           0  divides, fits
+      2        64                yes      blocks      1           11    4.00 KiB    8.00 KiB     5.00 GiB         0           0  divides, does not fit
+
+what fits small (4.00 GiB)
+  model 2, sequence 64, sequence parallel no, recomputed blocks: the largest batch is 4, 1.00 GiB left
+  model 2, sequence 64, sequence parallel yes, recomputed blocks: nothing fits
+  what fits counts tensors alone: leave room for the libraries' own memory and for what an allocator cannot reuse
+
+notes
+  everywhere: a note
+"""  # noqa: E501
+
+
+def test_report_answers_what_fits() -> None:
+    """Each setting but for its batch has the largest batch that fits."""
+    degrees = tuple(
+        Degree(setting, replace(FIGURES, peak_bytes=peak), (), (), ("a note",), ()) for setting, peak in SETTINGS
+    )
+    shown = Sweep("gpt", "model", (), ("3x64 int32", "4x64 int32"), degrees, (), Device("small", 4 * 2**30))
+    assert sections_to_text(sweep_sections(shown)) == FITTING
+
+
+# The largest batch
+
+
+@pytest.mark.parametrize(
+    ("lines", "refused_beyond", "memory", "largest"),
+    [
+        ([(100, 10), (50, 30)], None, 99, 0),
+        ([(100, 10), (50, 30)], None, 110, 1),
+        ([(100, 10), (50, 30)], None, 1000, 31),
+        ([(100, 10), (50, 30)], None, 10**6, 33331),
+        ([(100, 0)], None, 100, 2**20),
+        ([(100, 10)], 17, 1000, 17),
+        ([(100, 10)], 0, 1000, 0),
+    ],
+)
+def test_largest_batch_is_found_in_few_steps(
+    lines: list[tuple[int, int]], refused_beyond: int | None, memory: int, largest: int
+) -> None:
+    """The one found fits and the next does not, whatever sums make the peak, and whatever is refused."""
+    asked: list[int] = []
+
+    def peak(batch: int) -> int | None:
+        asked.append(batch)
+        refused = refused_beyond is not None and batch > refused_beyond
+        return None if refused else max(fixed + slope * batch for fixed, slope in lines)
+
+    assert largest_batch(peak, memory) == largest
+    assert len(asked) == len(set(asked)) <= 20
+
+
+def test_largest_batch_is_that_of_plans() -> None:
+    """With a device the sweep finds the batch; the plan with it fits, and the one with one more does not."""
+    model, layout = models.gpt(), rules(dict(models.CASES["gpt"].rules))
+    settings = settings_of([2], recomputed=[False, True])
+    found = sweep(model, layout, "model", settings, optimizer=keras.optimizers.AdamW(), device=Device("small", 2**21))
+    plain, recomputed = (degree.setting.batch or 0 for degree in found.degrees)
+    assert 0 < plain < recomputed
+    for batch in (plain, plain + 1):
+        inputs = keras.InputSpec(shape=(batch, 16), dtype="int32")
+        plan = make_plan(model, Layout(parse_mesh("model=2"), layout), inputs, keras.optimizers.AdamW())
+        assert (plan.step.memory.peak.total <= 2**21) == (batch == plain)
+    assert not any(layer._remat_mode for layer in model._flatten_layers())
+
+
+def test_models_without_blocks_have_none_to_recompute() -> None:
+    """What has no equal blocks is refused in settings that recompute them."""
+    with pytest.raises(PlanError) as caught:
+        sweep(models.mlp(), rules(PAIR), "model", settings_of([2], recomputed=[True]))
+    assert str(caught.value) == (
+        "no blocks of model 'mlp' are equal, so there are none to recompute; "
+        "build it with its layers in a keras.RematScope instead"
+    )
 
 
 # The command
@@ -146,9 +234,12 @@ def test_command_sweeps_the_preset() -> None:
     arguments = ("sweep", "tests.models:mlp", "--layout", "mlp", "--sizes", "2, 1,2")
     code, stdout, stderr = run(*arguments)
     assert (code, stderr) == (0, "")
-    assert stdout.startswith("'mlp' with sizes 1, 2 of mesh axis 'model'\n  traced with inputs 2x16 float32\n")
+    assert stdout.startswith(
+        "'mlp' with sizes 1, 2 of mesh axis 'model'\n  traced with inputs 2x16 float32\n"
+        "  GUESSED SIZES: batch 2 (dim 0 of features)\n"
+    )
     found = json.loads(run(*arguments, "--json")[1])
-    assert [degree["size"] for degree in found["degrees"]] == [1, 2]
+    assert [degree["setting"]["size"] for degree in found["degrees"]] == [1, 2]
     assert [degree["figures"]["collectives"] for degree in found["degrees"]] == [0, 1]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from tp_planner.frontend.trace import CallArguments
+from tp_planner.frontend.inputs import CallArguments
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.mesh import Mesh
 from tp_planner.job.rendezvous import exchange

@@ -15,6 +15,7 @@ from tp_planner.dryrun.simulate import simulate
 from tp_planner.frontend.blocks import Blocks, find_blocks, find_equal_layers
 from tp_planner.frontend.cuda_kernels import kernels_of
 from tp_planner.frontend.fingerprint import fingerprint
+from tp_planner.frontend.inputs import CallArguments, known_inputs
 from tp_planner.frontend.kept_tensors import no_fakes_left
 from tp_planner.frontend.layer_tree import named_layers, naming_once
 from tp_planner.frontend.quick_rules import require_quick_rules
@@ -24,7 +25,7 @@ from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.graph import LayerInfo, ModelGraph, VariableInfo
 from tp_planner.ir.layout import Layout
 from tp_planner.ir.placement import Placement, local_shape, parts_of
-from tp_planner.ir.plan import LayerPlan, VariablePlan
+from tp_planner.ir.plan import GuessedDim, LayerPlan, VariablePlan
 from tp_planner.ir.step import NO_STEP
 from tp_planner.job.axes import Axes
 from tp_planner.job.process_group import planning_axes
@@ -69,7 +70,8 @@ def make_plan(
         layers, variables = survey(model)
         require_quick_rules(layout.rules, layers, variables)
         resolution = resolve_rules(layout, variables, {name: layer.path for name, layer in layers.items()})
-        job = _Job(model, layout, inputs, optimizer, loss, layers, variables, resolution)
+        arguments, guessed = known_inputs(model, inputs)
+        job = _Job(model, layout, arguments, guessed, optimizer, loss, layers, variables, resolution)
         found = job.plan(find_blocks(model, job.planned_alike)) or job.unrolled_plan()
         if not layout.sequence_parallel or found.shards_stream:
             return found
@@ -91,7 +93,8 @@ class _Job:
 
     model: keras.Model
     layout: Layout
-    inputs: Any
+    inputs: CallArguments
+    guessed: tuple[GuessedDim, ...]
     optimizer: keras.optimizers.Optimizer | None
     loss: TrainingLoss | None
     layers: Mapping[str, LayerInfo]
@@ -216,6 +219,7 @@ class _Job:
             notes=self.resolution.notes + notes,
             sequence_parallel=self.layout.sequence_parallel,
             device=self.layout.devices or "cpu",
+            guessed=self.guessed,
         )
 
 

@@ -1,39 +1,60 @@
-"""Sweep: plan one model at several sizes of a mesh axis."""
+"""Sweep: plan one model in several settings, and find the largest batch that fits."""
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import keras
 
+from tp_planner.frontend.inputs import sized_inputs
+from tp_planner.frontend.recomputed_blocks import recomputing_blocks
 from tp_planner.frontend.training_loss import TrainingLoss
-from tp_planner.ir.degrees import Degree, Sweep
+from tp_planner.ir.degrees import Degree, Device, Setting, Sweep
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.figures import figures_of
-from tp_planner.ir.layout import Layout, LayoutRule
+from tp_planner.ir.layout import DeviceType, Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.plan import Plan
 from tp_planner.passes.compare_plans import layer_name
 from tp_planner.planner import make_plan
+
+LARGEST_BATCH = 2**20  # where the search ends: a model whose memory does not grow with the batch fits any
+
+
+def settings_of(
+    sizes: Sequence[int],
+    batches: Sequence[int] = (),
+    sequences: Sequence[int] = (),
+    sequence_parallel: Sequence[bool] = (False,),
+    recomputed: Sequence[bool] = (False,),
+) -> tuple[Setting, ...]:
+    """Return all settings of these values; without batches or sequences the sizes that the inputs say."""
+    values = product(sizes, sequences or (None,), sequence_parallel, recomputed, batches or (None,))
+    return tuple(Setting(size, batch, length, stream, again) for size, length, stream, again, batch in values)
 
 
 def sweep(
     model: keras.Model,
     rules: Sequence[LayoutRule],
     axis: str,
-    sizes: Sequence[int],
+    settings: Sequence[Setting],
     inputs: Any = None,
     optimizer: keras.optimizers.Optimizer | None = None,
     loss: TrainingLoss | None = None,
+    device: Device | None = None,
 ) -> Sweep:
-    """Return what becomes of ``model`` under ``rules`` at each of ``sizes`` of ``axis``; the model is as before.
+    """Return what becomes of ``model`` under ``rules`` in each of ``settings``; the model is as before.
 
-    Other axes that the rules name get size 1. ``inputs``, ``optimizer`` and ``loss`` are those of ``make_plan``.
+    Other axes that the rules name get size 1. ``inputs``, ``optimizer`` and ``loss`` are those of ``make_plan``; with
+    inputs no setting may name sizes. With a device and no batch in any setting, the largest batch that fits is found.
 
     Raises:
-        PlanError: if no rule names ``axis``, or if every size is refused for the same reason.
+        PlanError: if no rule names ``axis``, or if every setting is refused for the same reason.
     """
     named = _axes(rules)
     if axis not in named:
@@ -41,14 +62,19 @@ def sweep(
             f"no layout rule names mesh axis {axis!r}; the rules name {', '.join(map(repr, named)) or 'none'}"
         )
     others = tuple(name for name in named if name != axis)
-    make = functools.partial(make_plan, model, inputs=inputs, optimizer=optimizer, loss=loss)
-    planned = [_plan_at(make, rules, others, axis, size) for size in sizes]
-    degrees = tuple(_degree(size, plan) for size, plan in zip(sizes, planned, strict=True))
-    plans = [plan for plan in planned if isinstance(plan, Plan)]
+    planning = _Planning(model, tuple(rules), others, axis, inputs, optimizer, loss, device and device.kind)
+    searched = device is not None and inputs is None and all(setting.batch is None for setting in settings)
+    if searched and device is not None:
+        tried = [_largest_that_fits(planning, setting, device.memory) for setting in settings]
+    else:
+        tried = [planning.tried(setting) for setting in settings]
+    plans = [plan for _, plan in tried if isinstance(plan, Plan)]
+    degrees = tuple(degree for degree, _ in tried)
     if not plans and len({degree.problems for degree in degrees}) == 1:
         raise PlanError(degrees[0].problems)
-    shown = tuple("x".join(map(str, shape)) + f" {dtype}" for shape, dtype in plans[0].inputs) if plans else ()
-    return Sweep(model.name, axis, others, shown, degrees)
+    shown = dict.fromkeys(shapes for plan in plans for shapes in ("; ".join(_shapes(plan)),))
+    guessed = tuple(dict.fromkeys(each for plan in plans for each in plan.guessed))
+    return Sweep(model.name, axis, others, tuple(shown), degrees, guessed, device, searched)
 
 
 def _axes(rules: Sequence[LayoutRule]) -> tuple[str, ...]:
@@ -57,28 +83,93 @@ def _axes(rules: Sequence[LayoutRule]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for entry in entries for name in ((entry,) if isinstance(entry, str) else entry)))
 
 
-def _plan_at(
-    make: Callable[[Layout], Plan], rules: Sequence[LayoutRule], others: Sequence[str], axis: str, size: int
-) -> Plan | PlanError:
-    mesh = Mesh((*((name, 1) for name in others), (axis, size)))  # layers are split over the last axis, if all are 1
-    try:
-        return make(Layout(mesh, tuple(rules)))
-    except PlanError as error:
-        return error
+def _shapes(plan: Plan) -> list[str]:
+    return ["x".join(map(str, shape)) + f" {dtype}" for shape, dtype in plan.inputs]
 
 
-def _degree(size: int, plan: Plan | PlanError) -> Degree:
-    if isinstance(plan, PlanError):
-        return Degree(size, None, (), (), (), plan.problems)
+@dataclass(frozen=True)
+class _Planning:
+    """What all plans of a sweep have in common."""
+
+    model: keras.Model
+    rules: tuple[LayoutRule, ...]
+    others: tuple[str, ...]
+    axis: str
+    inputs: Any
+    optimizer: keras.optimizers.Optimizer | None
+    loss: TrainingLoss | None
+    devices: DeviceType | None
+
+    def tried(self, setting: Setting) -> tuple[Degree, Plan | PlanError]:
+        """Return the plan in a setting, or why there is none, and what it comes to."""
+        # Layers are split over the last axis, if all are 1.
+        mesh = Mesh((*((name, 1) for name in self.others), (self.axis, setting.size)))
+        layout = Layout(mesh, self.rules, sequence_parallel=setting.sequence_parallel, devices=self.devices)
+        try:
+            inputs = self._inputs(setting)
+            with recomputing_blocks(self.model) if setting.recomputed else contextlib.nullcontext():
+                plan = make_plan(self.model, layout, inputs, self.optimizer, self.loss)
+        except PlanError as error:
+            return Degree(setting, None, (), (), (), error.problems), error
+        return _degree(setting, plan), plan
+
+    def _inputs(self, setting: Setting) -> Any:
+        if setting.batch is None and setting.sequence is None:
+            return self.inputs
+        return sized_inputs(self.model, setting.batch, setting.sequence)
+
+
+def _degree(setting: Setting, plan: Plan) -> Degree:
     gathered = [layer for layer in plan.layers if layer.style == "gathered"]
     left_early = [
         layer for layer in plan.layers if layer.output is not None and layer.output.forward.collective == "all_gather"
     ]
     return Degree(
-        size=size,
+        setting=setting,
         figures=figures_of(plan),
         gathered=tuple((layer_name(layer), layer.reason) for layer in gathered),
         left_early=tuple((layer_name(layer), layer.reason) for layer in left_early),
         notes=plan.notes,
         problems=(),
     )
+
+
+def _largest_that_fits(planning: _Planning, setting: Setting, memory: int) -> tuple[Degree, Plan | PlanError]:
+    """Return the plan of the largest batch whose peak is within ``memory``; that of batch 1 if none is."""
+    tried: dict[int, tuple[Degree, Plan | PlanError]] = {}
+
+    def peak(batch: int) -> int | None:
+        tried[batch] = planning.tried(replace(setting, batch=batch))
+        figures = tried[batch][0].figures
+        return None if figures is None else figures.peak_bytes
+
+    return tried[largest_batch(peak, memory) or 1]
+
+
+def largest_batch(peak: Callable[[int], int | None], memory: int) -> int:
+    """Return the largest batch whose peak is within ``memory``, 0 if that of 1 is not or there is none.
+
+    The peak is the largest of several sums that grow linearly with the batch: a line through two batches leads to the
+    largest in a few steps. Halving in between bounds their number.
+    """
+    known = {0: 0}
+    low, high, halve = 0, LARGEST_BATCH + 1, False
+    while low + 1 < high:
+        ends = sorted(known)[-2:] if high not in known else [low, high]
+        on_the_line = _where(memory, *((batch, known[batch]) for batch in ends)) if low else 1
+        batch = min(max((low + high) // 2 if halve else on_the_line, low + 1), high - 1)
+        halve = high <= LARGEST_BATCH and not halve
+        found = peak(batch)
+        if found is not None:
+            known[batch] = found
+        if found is not None and found <= memory:
+            low = batch
+        else:
+            high = batch
+    return low
+
+
+def _where(memory: int, first: tuple[int, int], last: tuple[int, int]) -> int:
+    """Return the batch at which the line through two, each with its peak, reaches ``memory``."""
+    slope = (last[1] - first[1]) / (last[0] - first[0])
+    return last[0] + math.floor((memory - last[1]) / slope) if slope > 0 else LARGEST_BATCH

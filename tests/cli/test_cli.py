@@ -117,6 +117,8 @@ collectives of one training step: 1 (1 all_reduce)
 memory of rank 0 in one training step, no optimizer named, no loss of Keras named: 392 B at the peak, backward
   at the peak: parameters 160 B, gradients 160 B, optimizer 0 B, activations 36 B, temporaries 36 B
   each at its own largest: parameters 160 B, gradients 160 B, optimizer 0 B, activations 68 B, temporaries 96 B
+  GUESSED SIZES: batch 2 (dim 0 of features)
+  memory and time are for these: plan with the sizes you train with (inputs=; --batch, --sequence or --input)
 
 why layers are computed so
   column: an output dim of the weight is sharded

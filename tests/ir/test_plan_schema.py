@@ -20,9 +20,9 @@ from tests.models import CASES, USUAL
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
-from tp_planner.ir.plan import Boundary, FunctionPlan, LayerPlan, Plan, Style, VariablePlan
+from tp_planner.ir.plan import Boundary, FunctionPlan, GuessedDim, LayerPlan, Plan, Style, VariablePlan
 from tp_planner.ir.plan_json import FORMAT_VERSION, plan_from_json
-from tp_planner.ir.step import Collective, CollectiveKind, Memory, MemoryUse, Phase, Step, Work
+from tp_planner.ir.step import Collective, CollectiveKind, Holder, Memory, MemoryUse, Phase, Step, Work
 from tp_planner.planner import make_plan
 
 FILE = Path(__file__).resolve().parents[2] / "plans" / "plan.schema.json"
@@ -89,6 +89,8 @@ TYPES: dict[str, tuple[type, dict[str, str]]] = {
     "memory": (Memory, {}),
     "step": (Step, {}),
     "work": (Work, {}),
+    "holder": (Holder, {}),
+    "guessed_dim": (GuessedDim, {}),
 }
 
 

@@ -18,7 +18,7 @@ from tests import models
 from tp_planner.cli import app
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import parse_mesh
-from tp_planner.ir.step import Memory, MemoryUse, Step, Work
+from tp_planner.ir.step import Holder, Memory, MemoryUse, Step, Work
 from tp_planner.passes.compare_plans import compare_plans
 from tp_planner.planner import make_plan
 from tp_planner.readable_plan import Plan
@@ -33,6 +33,7 @@ STEP = Step(
     "",
     Memory(MemoryUse(16, 16, 0, 32, 8), MemoryUse(16, 16, 0, 16, 8), "backward"),
     (Work("forward", (("float32", 64),), 128, 4),),
+    holders=(Holder("activations", ("up",), "relu", "float32", (4,), 1, 16),),
 )
 
 

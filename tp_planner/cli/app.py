@@ -38,10 +38,18 @@ BatchOption = Annotated[
     typer.Option(
         metavar="SIZE",
         min=1,
-        help="Plan for batches of this size. Other dims that a model leaves open are 16: give --input for these.",
+        help="Plan for batches of this size.",
     ),
 ]
 SequenceOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="LENGTH",
+        min=1,
+        help="Plan for sequences of this length; by default that of the model's preprocessor, where it has one.",
+    ),
+]
+SequenceParallelOption = Annotated[
     bool,
     typer.Option(
         "--sequence-parallel",
@@ -61,6 +69,15 @@ LossOption = Annotated[
     typer.Option(
         metavar="NAME",
         help="The loss of the simulated training step, e.g. sparse_categorical_crossentropy: its memory counts.",
+    ),
+]
+
+
+HardwareOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE_OR_NAME",
+        help="The hardware, for what fits and what takes how long: a100, cpu, h100, h200 or a profile.",
     ),
 ]
 

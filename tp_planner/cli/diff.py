@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tp_planner.cli.answer import JsonOption, show, working
-from tp_planner.cli.app import BatchOption, DeviceOption, InputOption, LossOption, OptimizerOption, app, mistake
+from tp_planner.cli.app import (
+    BatchOption,
+    DeviceOption,
+    InputOption,
+    LossOption,
+    OptimizerOption,
+    SequenceOption,
+    app,
+    mistake,
+)
 from tp_planner.cli.load import load_device, load_job, load_layout
 
 if TYPE_CHECKING:
@@ -31,6 +40,7 @@ def diff_command(
     ] = None,
     input: InputOption = None,
     batch: BatchOption = None,
+    sequence: SequenceOption = None,
     optimizer: OptimizerOption = None,
     loss: LossOption = None,
     device: DeviceOption = None,
@@ -45,7 +55,8 @@ def diff_command(
         from tp_planner.passes.compare_plans import compare_plans
         from tp_planner.report.diff import difference_sections
 
-        plans = [_plan(text, model, mesh, input, batch, optimizer, loss, device) for text in (before, after)]
+        sizes = batch, sequence
+        plans = [_plan(text, model, mesh, input, sizes, optimizer, loss, device) for text in (before, after)]
         difference = compare_plans(*plans)
     show(difference, difference_sections(difference, before, after), as_json)
     raise typer.Exit(0 if difference.is_empty else 1)
@@ -56,7 +67,7 @@ def _plan(
     model: str | None,
     mesh: str | None,
     inputs: list[str] | None,
-    batch: int | None,
+    sizes: tuple[int | None, int | None],
     optimizer: str | None,
     loss: str | None,
     device: str | None,
@@ -69,7 +80,7 @@ def _plan(
     from tp_planner.planner import make_plan
 
     rules = load_layout(text, mesh, devices=load_device(device))
-    job = load_job(model, inputs, batch, optimizer, loss)
+    job = load_job(model, inputs, *sizes, optimizer, loss)
     return make_plan(job.model, rules, job.inputs, job.optimizer, job.loss)
 
 

@@ -15,6 +15,7 @@ from tp_planner.cli.app import (
     MeshOption,
     ModelArgument,
     OptimizerOption,
+    SequenceOption,
     app,
 )
 from tp_planner.cli.load import load_job, load_layout
@@ -30,6 +31,7 @@ def explain_command(
     mesh: MeshOption,
     input: InputOption = None,
     batch: BatchOption = None,
+    sequence: SequenceOption = None,
     optimizer: OptimizerOption = None,
     loss: LossOption = None,
     as_json: JsonOption = False,
@@ -43,6 +45,6 @@ def explain_command(
         from tp_planner.report.explain import explanation_sections
 
         rules = load_layout(layout, mesh)
-        job = load_job(model, input, batch, optimizer, loss)
+        job = load_job(model, input, batch, sequence, optimizer, loss)
         explanation = explain(job.model, rules, path, job.inputs, job.optimizer, job.loss)
     show(explanation, explanation_sections(explanation), as_json)

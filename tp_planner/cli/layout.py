@@ -106,7 +106,7 @@ def _on_mesh(asked: _Question, mesh: str) -> Found:
     from tp_planner.search.find import search
 
     wanted, profile, most = parse_mesh(mesh), asked.profile, asked.most
-    job = load_job(asked.model, asked.inputs, asked.batch, asked.optimizer, asked.loss)
+    job = load_job(asked.model, asked.inputs, asked.batch, None, asked.optimizer, asked.loss)
     return search(job.model, wanted, profile, job.inputs, job.optimizer, job.loss, most)
 
 
@@ -116,5 +116,5 @@ def _on_devices(asked: _Question, devices: int, devices_per_node: int) -> tuple[
     if asked.batch is None:
         raise mistake("--devices needs --batch, the size of the batch that all devices train on in one step")
     profile, most = asked.profile, asked.most
-    job = load_job(asked.model, asked.inputs, asked.batch, asked.optimizer, asked.loss)
+    job = load_job(asked.model, asked.inputs, asked.batch, None, asked.optimizer, asked.loss)
     return search_meshes(job.model, devices, devices_per_node, asked.batch, profile, job.optimizer, job.loss, most)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import keras
 
     from tp_planner.frontend.training_loss import TrainingLoss
+    from tp_planner.ir.hardware import Hardware
     from tp_planner.ir.layout import DeviceType, Layout
 
 _INPUT = re.compile(r"(?:(?P<name>\w+)=)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
@@ -39,14 +40,20 @@ class Job(NamedTuple):
 
 
 def load_job(
-    text: str, inputs: Sequence[str] | None, batch: int | None, optimizer: str | None, loss: str | None
+    text: str,
+    inputs: Sequence[str] | None,
+    batch: int | None,
+    sequence: int | None,
+    optimizer: str | None,
+    loss: str | None,
 ) -> Job:
     """Return the model, what to trace it with, and the update and the loss of its step.
 
     Args:
         text: names the model.
-        inputs: as ``--input`` names them; by default the model's own, with a batch of this size.
+        inputs: as ``--input`` names them; by default the model's own, with a batch and a length of these sizes.
         batch: that size, where there are no ``inputs``.
+        sequence: the same, of open lengths.
         optimizer: the name of one of Keras's; by default the one that the model is compiled with.
         loss: the same.
     """
@@ -55,21 +62,30 @@ def load_job(
     updating = _optimizer(optimizer)
     if loss is not None:
         TrainingLoss(loss)  # so that a name that is none of a loss is told before the model is read
-    model, specs = load_model_and_inputs(text, inputs, batch)
+    model, specs = load_model_and_inputs(text, inputs, batch, sequence)
     return Job(model, specs, updating or getattr(model, "optimizer", None), TrainingLoss.of(model, loss))
 
 
-def load_model_and_inputs(text: str, inputs: Sequence[str] | None, batch: int | None) -> tuple[keras.Model, Any]:
-    """Return the model, and what to trace it with: the given inputs, or its own with a batch of this size."""
-    if inputs and batch is not None:
-        raise mistake("--batch and --input exclude each other; give the batch as the first size of each --input")
+def load_model_and_inputs(
+    text: str, inputs: Sequence[str] | None, batch: int | None, sequence: int | None = None
+) -> tuple[keras.Model, Any]:
+    """Return the model, and what to trace it with: the given inputs, or its own with these sizes of open dims."""
+    require_one_way(inputs, batch, sequence)
     specs = read_inputs(inputs or ())
     model = load_model(text)
-    if batch is None:
+    if batch is None and sequence is None:
         return model, specs
-    from tp_planner.frontend.trace import batched_inputs
+    from tp_planner.frontend.inputs import sized_inputs
 
-    return model, batched_inputs(model, batch)
+    return model, sized_inputs(model, batch, sequence)
+
+
+def require_one_way(inputs: Sequence[str] | None, batch: Any, sequence: Any) -> None:
+    """Raise PlanError if sizes are given as well as inputs."""
+    if inputs and batch is not None:
+        raise mistake("--batch and --input exclude each other; give the batch as the first size of each --input")
+    if inputs and sequence is not None:
+        raise mistake("--sequence and --input exclude each other; give the length as a size of each --input")
 
 
 def _optimizer(name: str | None) -> keras.optimizers.Optimizer | None:
@@ -82,6 +98,13 @@ def _optimizer(name: str | None) -> keras.optimizers.Optimizer | None:
         return keras.optimizers.get(name)
     except ValueError:
         raise mistake(f"optimizer {name!r} is none of Keras's; write for example adamw, sgd or lion") from None
+
+
+def load_hardware(text: str | None) -> Hardware | None:
+    """Return the profile in a file, or the one of this name."""
+    from tp_planner.frontend.hardware_file import find_hardware_file, read_hardware_file
+
+    return None if text is None else read_hardware_file(find_hardware_file(text))
 
 
 def load_layout(layout: str, mesh: str, sequence_parallel: bool = False, devices: DeviceType | None = None) -> Layout:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tp_planner.cli.answer import working
+from tp_planner.cli.answer import show, working
 from tp_planner.cli.app import (
     BatchOption,
     DeviceOption,
+    HardwareOption,
     InputOption,
     LayoutOption,
     LossOption,
@@ -18,13 +19,13 @@ from tp_planner.cli.app import (
     ModelArgument,
     OptimizerOption,
     SequenceOption,
+    SequenceParallelOption,
     app,
     write,
 )
-from tp_planner.cli.load import load_device, load_job, load_layout
+from tp_planner.cli.load import load_device, load_hardware, load_job, load_layout
 
 if TYPE_CHECKING:
-    from tp_planner.ir.hardware import Hardware
     from tp_planner.readable_plan import Plan
 
 
@@ -35,16 +36,15 @@ def plan_command(
     mesh: MeshOption,
     input: InputOption = None,
     batch: BatchOption = None,
+    sequence: SequenceOption = None,
     optimizer: OptimizerOption = None,
     loss: LossOption = None,
-    sequence_parallel: SequenceOption = False,
+    sequence_parallel: SequenceParallelOption = False,
     device: DeviceOption = None,
-    hardware: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE_OR_NAME", help="Estimate a step's time on this hardware: a100, cpu, h100, h200 or a profile."
-        ),
-    ] = None,
+    hardware: HardwareOption = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Show what is held at the peak, by layer and op, instead of the plan.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Write the plan as JSON instead of as tables.")] = False,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan as JSON to FILE, too.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan as a page to look at, too.")] = None,
@@ -56,12 +56,13 @@ def plan_command(
     with working():
         from tp_planner.planner import make_plan
         from tp_planner.report.estimate import estimate_lines
+        from tp_planner.report.holders import memory_sections
         from tp_planner.report.html import plan_to_html
 
-        profile = None if hardware is None else _profile(hardware)
+        profile = load_hardware(hardware)
         devices = load_device(device) or (None if profile is None else profile.device)
         rules = load_layout(layout, mesh, sequence_parallel, devices)
-        job = load_job(model, input, batch, optimizer, loss)
+        job = load_job(model, input, batch, sequence, optimizer, loss)
         plan = make_plan(job.model, rules, job.inputs, job.optimizer, job.loss)
         estimate = [] if profile is None else estimate_lines(plan, profile)
         if output is not None:
@@ -70,16 +71,12 @@ def plan_command(
             write(html, plan_to_html(plan, estimate), "--html")
     if as_json:
         typer.echo(plan.to_json(), nl=False)
+    elif memory:
+        show(plan, memory_sections(plan), as_json)
     else:
         _print_report(plan)
         for line in ["", *estimate] if estimate else []:
             typer.echo(line)
-
-
-def _profile(text: str) -> Hardware:
-    from tp_planner.frontend.hardware_file import find_hardware_file, read_hardware_file
-
-    return read_hardware_file(find_hardware_file(text))
 
 
 def _print_report(plan: Plan) -> None:

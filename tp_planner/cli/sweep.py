@@ -1,4 +1,4 @@
-"""``tp-planner sweep``: one model at several degrees of tensor parallelism."""
+"""``tp-planner sweep``: one model in several settings, and the largest batch that fits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 from tp_planner.cli.answer import JsonOption, show, working
 from tp_planner.cli.app import (
-    BatchOption,
+    HardwareOption,
     InputOption,
     LayoutOption,
     LossOption,
@@ -17,7 +17,7 @@ from tp_planner.cli.app import (
     app,
     mistake,
 )
-from tp_planner.cli.load import load_job, load_layout
+from tp_planner.cli.load import load_hardware, load_job, load_layout, require_one_way
 
 
 @app.command("sweep")
@@ -27,28 +27,50 @@ def sweep_command(
     axis: Annotated[str, typer.Option(metavar="AXIS", help="The mesh axis whose size is varied.")] = "model",
     sizes: Annotated[str, typer.Option(metavar="SIZE[,...]", help="The sizes of the axis to plan.")] = "1,2,4,8,16",
     input: InputOption = None,
-    batch: BatchOption = None,
+    batch: Annotated[
+        str | None, typer.Option(metavar="SIZE[,...]", help="The batch sizes to plan; with --hardware the largest.")
+    ] = None,
+    sequence: Annotated[
+        str | None, typer.Option(metavar="LENGTH[,...]", help="The lengths of sequences to plan.")
+    ] = None,
+    sequence_parallel: Annotated[
+        bool, typer.Option("--sequence-parallel", help="Plan with sequence parallelism, too.")
+    ] = False,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Plan with blocks that the backward pass runs again, too.")
+    ] = False,
     optimizer: OptimizerOption = None,
     loss: LossOption = None,
+    hardware: HardwareOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what becomes of MODEL at several sizes of a mesh axis, and which sizes fit its dims.
 
-    Every size is planned on its own. Other axes that the layout names get size 1.
+    Every size is planned on its own, with every batch, length and way to save memory that is asked for. Other axes
+    that the layout names get size 1. With --hardware the largest batch that fits its memory is found.
     """
     with working():
+        from tp_planner.ir.degrees import Device
         from tp_planner.report.sweep import sweep_sections
-        from tp_planner.sweep import sweep
+        from tp_planner.sweep import settings_of, sweep
 
-        wanted = _sizes(sizes)
-        rules = load_layout(layout, f"{axis}=1").rules
-        job = load_job(model, input, batch, optimizer, loss)
-        swept = sweep(job.model, rules, axis, wanted, job.inputs, job.optimizer, job.loss)
+        wanted, batches, lengths = _sizes(sizes, "sizes"), _sizes(batch, "batches"), _sizes(sequence, "lengths")
+        require_one_way(input, batch, sequence)
+        rules = load_layout(layout, f"{axis}=1")
+        streams = (False, True) if sequence_parallel else (rules.sequence_parallel,)
+        recomputed = (False, True) if recompute else (False,)
+        settings = settings_of(wanted, batches, lengths, streams, recomputed)
+        profile = load_hardware(hardware)
+        device = None if profile is None else Device(profile.name, int(profile.memory_size.value), profile.device)
+        job = load_job(model, input, None, None, optimizer, loss)
+        swept = sweep(job.model, rules.rules, axis, settings, job.inputs, job.optimizer, job.loss, device)
     show(swept, sweep_sections(swept), as_json)
 
 
-def _sizes(text: str) -> tuple[int, ...]:
+def _sizes(text: str | None, word: str) -> tuple[int, ...]:
+    if text is None:
+        return ()
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) for part in parts):
-        raise mistake(f"sizes {text!r} are not of the form size[,size...], e.g. 1,2,4,8; a size is at least 1")
+        raise mistake(f"{word} {text!r} are not of the form size[,size...], e.g. 1,2,4,8; a size is at least 1")
     return tuple(sorted({int(part) for part in parts}))

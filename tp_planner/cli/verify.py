@@ -16,7 +16,7 @@ from tp_planner.cli.app import (
     MeshOption,
     ModelArgument,
     OptimizerOption,
-    SequenceOption,
+    SequenceParallelOption,
     app,
     write,
 )
@@ -32,7 +32,7 @@ def verify_command(
     batch: BatchOption = None,
     optimizer: OptimizerOption = None,
     loss: LossOption = None,
-    sequence_parallel: SequenceOption = False,
+    sequence_parallel: SequenceParallelOption = False,
     steps: Annotated[int, typer.Option(metavar="COUNT", min=1, help="Training steps to compare.")] = 1,
     scale: Annotated[
         int,

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import keras
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
@@ -19,8 +21,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from tp_planner.frontend.dispatch import tensors_in
-from tp_planner.ir.step import Collective, Phase
-from tp_planner.ir.step_log import Began, Freed, Kernel, StepLog, StorageKind
+from tp_planner.frontend.layer_tree import named_layers
+from tp_planner.ir.step import Collective, Phase, StorageKind
+from tp_planner.ir.step_log import Began, Freed, Kernel, Origin, StepLog
 from tp_planner.job.axes import Axes
 from tp_planner.regions.calls import running
 from tp_planner.regions.recording import LOCAL_OPS, CollectiveRecorder
@@ -40,6 +43,40 @@ class StepMeter(CollectiveRecorder):
         self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}
         self._began: Phase = "forward"
         self._counting = True
+        self._in_call: list[str] = []  # the layers whose calls run
+        self._nodes: list[tuple[int, str]] = [(0, "")]  # numbers of autograd nodes, and the layer of those from there
+
+    # --- layers ----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def attributing(self, model: keras.Model) -> Iterator[None]:
+        """Inside, a storage is known by the layer whose call makes it, or makes it on the way back."""
+        with contextlib.ExitStack() as stack:
+            for name, layer in named_layers(model).items():
+                enter = functools.partial(self._enter_layer, name)
+                stack.callback(layer.register_forward_pre_hook(enter, prepend=True).remove)
+                stack.callback(layer.register_forward_hook(self._leave_layer, always_call=True).remove)
+            yield
+
+    def _enter_layer(self, name: str, layer: keras.Layer, args: Any) -> None:
+        self._in_call.append(name)
+        self._nodes.append((torch.autograd._get_sequence_nr(), name))  # type: ignore[attr-defined]
+
+    def _leave_layer(self, layer: keras.Layer, args: Any, output: Any) -> None:
+        self._in_call.pop()
+        self._nodes.append((torch.autograd._get_sequence_nr(), self._layer_in_call))  # type: ignore[attr-defined]
+
+    @property
+    def _layer_in_call(self) -> str:
+        return self._in_call[-1] if self._in_call else ""
+
+    def _origin(self, func: Any, made: torch.Tensor) -> Origin:
+        node = torch._C._current_autograd_node()
+        layer = self._layer_in_call
+        if node is not None and not layer:
+            layer = self._nodes[bisect_right(self._nodes, node._sequence_nr(), key=lambda each: each[0]) - 1][1]
+        op = func.__name__.partition(".")[0].lstrip("_")
+        return Origin(layer, op, str(made.dtype).removeprefix("torch."), tuple(made.shape))
 
     # --- storages --------------------------------------------------------------------------------------
 
@@ -130,6 +167,7 @@ class StepMeter(CollectiveRecorder):
             if not self.knows(leaf):
                 weight = weights[position] if lists and isinstance(result, list | tuple) else 1
                 number = self.storage(leaf, weight)
+                self.log.origins[number] = self._origin(func, leaf)
                 if max(weight, times) > 1:
                     self.stands_for[number] = max(weight, times)
                 moved += leaf.numel() * leaf.element_size() * weight

@@ -17,9 +17,10 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from tp_planner.frontend.functions import FunctionRecorder
+from tp_planner.frontend.inputs import CallArguments, fake_inputs
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.frontend.recorder import Recorder
-from tp_planner.frontend.trace import CallArguments, fake_inputs, fake_tensors, run_recorded
+from tp_planner.frontend.trace import fake_tensors, run_recorded
 from tp_planner.ir.errors import in_one_line
 from tp_planner.ir.graph import FunctionCall, ModelGraph, Op, TensorInfo, TensorRef
 from tp_planner.ir.placement import Placement, Replicate, SequenceShard, Shape, Shard, local_shape

@@ -21,12 +21,14 @@ from torch.utils._pytree import tree_flatten
 from tp_planner.dryrun.collector import only_new_garbage, without_collector
 from tp_planner.dryrun.metering import StepMeter
 from tp_planner.dryrun.repeats import BlockRepeats, multiplicities, stand_ins
+from tp_planner.frontend.inputs import CallArguments, fake_inputs
 from tp_planner.frontend.layer_tree import named_layers, named_variables
-from tp_planner.frontend.trace import CallArguments, conditions_need_values, fake_inputs, fake_tensors
+from tp_planner.frontend.trace import conditions_need_values, fake_tensors
 from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.caching_allocator import BLOCK, reserved_for
 from tp_planner.ir.errors import PlanError, in_one_line
 from tp_planner.ir.graph import ModelGraph
+from tp_planner.ir.holders import holders_of
 from tp_planner.ir.plan import Plan
 from tp_planner.ir.step import Collective, Step
 from tp_planner.ir.step_log import (
@@ -91,7 +93,7 @@ def simulate(
     blocks = BlockRepeats(named_layers(model), graph, repeats, meter)
     with fake_tensors(), without_collector(), only_new_garbage():
         arguments = fake_inputs(model, inputs)
-        with applied_for_simulation(model, plan, axes, left_out) as applied, blocks.watched():
+        with applied_for_simulation(model, plan, axes, left_out) as applied, blocks.watched(), meter.attributing(model):
             updating = None if optimizer is None else _adopted(type(optimizer).from_config, settings, axes)
             variables = {key for layer in left_out for key in graph.layers[layer].variables}
             step = TrainingStep(model, meter, updating, loss, variables, applied.replicas)
@@ -115,7 +117,7 @@ def simulate(
     memory = memory_of(log)
     if plan.device == "cuda":
         memory = replace(memory, reserved=reserved_for(log.events))
-    taken = Step(name, step.loss_name, memory, work_of(log), step.whole_update)
+    taken = Step(name, step.loss_name, memory, work_of(log), step.whole_update, holders_of(log))
     return Simulation(collectives_of(log), taken, tuple(step.notes))
 
 

@@ -7,8 +7,8 @@ mode below autograd sees every ATen op, and module hooks see every layer call. T
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_flatten
 from tp_planner.frontend.blocks import Blocks
 from tp_planner.frontend.fake_mode import FakeCpuMode
 from tp_planner.frontend.functions import FunctionRecorder
+from tp_planner.frontend.inputs import CallArguments, describe_inputs, fake_inputs
 from tp_planner.frontend.kept_tensors import no_fakes_left
-from tp_planner.frontend.keras_internals import core, to_torch_dtype
+from tp_planner.frontend.keras_internals import core
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.frontend.quiet import quiet_torch
 from tp_planner.frontend.recorder import BlockNotAlone, CapturedVariable, Recorder
@@ -29,42 +30,6 @@ from tp_planner.frontend.survey import survey
 from tp_planner.ir.errors import PlanError, in_one_line
 from tp_planner.ir.graph import LayerInfo, ModelGraph, VariableInfo
 from tp_planner.patches import replaced
-
-BATCH_SIZE = 2  # size given to an open batch dim
-OPEN_DIM = 16  # size given to any other open dim
-
-
-@dataclass(frozen=True, slots=True)
-class CallArguments:
-    """What a model is called with: the call's first argument, nested as the model takes it, and others by name.
-
-    Arguments that are no tensors, and have no shape, are passed on as they are.
-    """
-
-    first: Any
-    others: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, inputs: Any) -> CallArguments:
-        """Return the arguments where ``inputs`` are these, or the first of them."""
-        return inputs if isinstance(inputs, CallArguments) else cls(inputs)
-
-    def map(self, function: Callable[[Any], Any]) -> CallArguments:
-        """Return the arguments with the function's results in place of all that have a shape."""
-        first, others = keras.tree.map_structure(
-            lambda leaf: function(leaf) if hasattr(leaf, "shape") else leaf, (self.first, dict(self.others))
-        )
-        return CallArguments(first, others)
-
-    @property
-    def tensors(self) -> list[Any]:
-        """All that have a shape, in order."""
-        return [leaf for leaf in keras.tree.flatten((self.first, dict(self.others))) if hasattr(leaf, "shape")]
-
-    def call(self, model: keras.Model, training: bool) -> Any:
-        """Return what the model makes of the arguments."""
-        options = {"training": training} if model._call_has_training_arg else {}
-        return model(self.first, **self.others, **options)
 
 
 def trace(
@@ -199,60 +164,6 @@ class FakeVariables:
     def __exit__(self, *error: object) -> None:
         for key, value in self._values.items():
             self._variables[key]._value = value
-
-
-def fake_inputs(model: keras.Model, inputs: Any) -> CallArguments:
-    """Return fake tensors nested as the model takes its inputs."""
-    return CallArguments.of(_declared_inputs(model) if inputs is None else inputs).map(_fake_tensor)
-
-
-def batched_inputs(model: keras.Model, batch: int) -> Any:
-    """Return the model's own input specification with ``batch`` as the size of the open batch dims.
-
-    Raises PlanError if a batch dim is of another size, or the inputs are unknown.
-    """
-
-    def batched(spec: Any) -> keras.InputSpec:
-        shape = tuple(spec.shape)
-        if shape and shape[0] not in (None, batch):
-            raise PlanError(
-                f"an input of model {model.name!r} has batch size {shape[0]}, not {batch}; build it with an open one"
-            )
-        return keras.InputSpec(shape=(batch, *shape[1:]) if shape else shape, dtype=spec.dtype)
-
-    return keras.tree.map_structure(batched, _declared_inputs(model))
-
-
-def _fake_tensor(spec: Any) -> torch.Tensor:
-    sizes = [OPEN_DIM if size is None else size for size in spec.shape]
-    if sizes and spec.shape[0] is None:
-        sizes[0] = BATCH_SIZE
-    dtype = keras.backend.standardize_dtype(spec.dtype or keras.config.floatx())
-    return torch.empty(sizes, dtype=to_torch_dtype(dtype), device="cpu")
-
-
-def _declared_inputs(model: keras.Model) -> Any:
-    if isinstance(model, keras.Sequential) and model._functional is not None:
-        return model._functional._inputs_struct
-    if hasattr(model, "_inputs_struct"):
-        return model._inputs_struct
-    shapes = list((getattr(model, "_build_shapes_dict", None) or {}).values())
-    if len(shapes) != 1:
-        raise PlanError(
-            f"the inputs of subclassed model {model.name!r} are not known; "
-            f"pass plan(..., inputs=) with an example batch or keras.InputSpec"
-        )
-    shape = shapes[0]
-    if isinstance(shape, dict):
-        return {name: keras.InputSpec(shape=tuple(sizes)) for name, sizes in shape.items()}
-    if shape and isinstance(shape[0], list | tuple):
-        return [keras.InputSpec(shape=tuple(sizes)) for sizes in shape]
-    return keras.InputSpec(shape=tuple(shape))
-
-
-def describe_inputs(arguments: CallArguments) -> str:
-    """Return shapes and dtypes of the inputs, for errors."""
-    return ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in arguments.tensors)
 
 
 def run_recorded(

@@ -225,6 +225,15 @@ class LayerPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class GuessedDim:
+    """A dim that an input leaves open, and the size that the model was planned with because nobody knows it."""
+
+    input: str
+    dim: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class RuleReport:
     """What became of one layout rule."""
 
@@ -238,7 +247,8 @@ class Plan:
     """All decisions for one model, layout and mesh. What users hold of it prints and writes itself: ``readable_plan``.
 
     ``fingerprint`` identifies the model the plan was made for: its variables (path, shape, dtype) and
-    layers, in order. ``inputs`` are the shapes and dtypes that one replica of the model was traced with.
+    layers, in order. ``inputs`` are the shapes and dtypes that one replica of the model was traced with, and
+    ``guessed`` are the sizes among them that are guesses: what depends on sizes, memory and time, is that of these.
     ``collectives`` are those of one training step, in order of execution, and ``step`` is what else it takes of one
     rank. ``buckets`` are the keys of variables whose gradients are averaged over the batch axis together, in the
     order in which that begins. ``sums`` are those of variables that are used on shards of the residual stream: their
@@ -262,6 +272,7 @@ class Plan:
     sequence_parallel: bool = False  # whether the residual stream was to be sharded
     sums: tuple[tuple[str, ...], ...] = ()
     device: DeviceType = "cpu"
+    guessed: tuple[GuessedDim, ...] = ()
 
     @property
     def shards_stream(self) -> bool:

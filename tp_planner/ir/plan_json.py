@@ -14,6 +14,7 @@ from tp_planner.ir.placement import Replicate, local_shape, parse_placement
 from tp_planner.ir.plan import (
     Boundary,
     FunctionPlan,
+    GuessedDim,
     LayerPlan,
     Plan,
     RuleReport,
@@ -241,6 +242,7 @@ def _encode_plan(plan: Plan) -> dict[str, Any]:
         "sequence_parallel": plan.sequence_parallel,
         "sums": [list(bucket) for bucket in plan.sums],
         "device": plan.device,
+        "guessed": [{"input": each.input, "dim": each.dim, "size": each.size} for each in plan.guessed],
     }
 
 
@@ -278,4 +280,5 @@ def _decode_plan(data: Mapping[str, Any]) -> Plan:
         sequence_parallel=data["sequence_parallel"],
         sums=tuple(tuple(bucket) for bucket in data["sums"]),
         device=_decode_device(data["device"]),
+        guessed=tuple(GuessedDim(each["input"], each["dim"], each["size"]) for each in data["guessed"]),
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 Phase = Literal["forward", "backward", "update"]
+StorageKind = Literal["parameters", "gradients", "optimizer", "activations", "temporaries"]
 CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "other"]
 
 
@@ -92,6 +93,23 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
+class Holder:
+    """Equal tensors that rank 0 holds at the peak: ``count`` of them with ``bytes`` in all.
+
+    ``op`` has made them in a call of each of ``layers``, or on the way back through it; layers that differ in a number
+    of their names alone are together, and "" is outside of all layers.
+    """
+
+    kind: StorageKind
+    layers: tuple[str, ...]
+    op: str
+    dtype: str
+    shape: tuple[int, ...]
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
     """What one rank computes in one phase: an upper bound of kernels, for none of them is fused.
 
@@ -110,7 +128,8 @@ class Step:
     """One simulated training step: forward, backward, and the update by ``optimizer`` ("" for none).
 
     Without a ``loss`` ("") the sum of the model's outputs stands for it. ``whole_update`` says that the update was
-    simulated to its end; an optimizer that looks at values cannot be.
+    simulated to its end; an optimizer that looks at values cannot be. ``holders`` are the activations and temporaries
+    at the peak, the largest first, but for those that are too small to matter.
     """
 
     optimizer: str
@@ -118,6 +137,7 @@ class Step:
     memory: Memory
     work: tuple[Work, ...]
     whole_update: bool = True
+    holders: tuple[Holder, ...] = ()
 
 
 _NOTHING = MemoryUse(0, 0, 0, 0, 0)
@@ -146,6 +166,18 @@ def encode_step(step: Step) -> dict[str, Any]:
             }
             for work in step.work
         ],
+        "holders": [
+            {
+                "kind": each.kind,
+                "layers": list(each.layers),
+                "op": each.op,
+                "dtype": each.dtype,
+                "shape": list(each.shape),
+                "count": each.count,
+                "bytes": each.bytes,
+            }
+            for each in step.holders
+        ],
     }
 
 
@@ -161,6 +193,18 @@ def decode_step(data: Mapping[str, Any]) -> Step:
             for work in data["work"]
         ),
         data["whole_update"],
+        tuple(
+            Holder(
+                each["kind"],
+                tuple(each["layers"]),
+                each["op"],
+                each["dtype"],
+                tuple(each["shape"]),
+                each["count"],
+                each["bytes"],
+            )
+            for each in data["holders"]
+        ),
     )
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from tp_planner.ir.step import Collective, Memory, MemoryUse, Phase, Work
+from tp_planner.ir.step import Collective, Memory, MemoryUse, Phase, StorageKind, Work
 
-StorageKind = Literal["parameters", "gradients", "optimizer", "activations", "temporaries"]
 PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
 
 
@@ -29,6 +28,15 @@ class Freed(NamedTuple):
     """A storage is gone."""
 
     storage: int
+
+
+class Origin(NamedTuple):
+    """Where a storage came to be: by which op, in which layer's call or on the way back through it, for what tensor."""
+
+    layer: str
+    op: str
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class Kernel(NamedTuple):
@@ -86,19 +94,22 @@ class Twin:
 
 @dataclass
 class StepLog:
-    """Events in order, and what each storage is for, where that is known."""
+    """Events in order, and what each storage is for and where it came to be, where that is known."""
 
     events: list[Event] = field(default_factory=list)
     kinds: dict[int, StorageKind] = field(default_factory=dict)
+    origins: dict[int, Origin] = field(default_factory=dict)
     storages: int = 0
     block: int = 1  # bytes of which the device's allocator gives multiples
 
-    def allocate(self, size: int, kind: StorageKind | None = None, times: int = 1) -> int:
+    def allocate(self, size: int, kind: StorageKind | None = None, times: int = 1, origin: Origin | None = None) -> int:
         """Note a new storage of ``size`` bytes, which stands for so many equal ones, and return its number."""
         number = self.storages
         self.storages += 1
         if kind is not None:
             self.kinds[number] = kind
+        if origin is not None:
+            self.origins[number] = origin
         self.events.append(Allocated(number, -(-size // self.block) * self.block, times))
         return number
 
@@ -169,7 +180,7 @@ def unfold(log: StepLog, twins: Mapping[int, Twin]) -> StepLog:
 class _Unfolding:
     def __init__(self, log: StepLog, twins: Mapping[int, Twin]) -> None:
         self.log, self.twins = log, twins
-        self.out = StepLog(kinds=dict(log.kinds), storages=log.storages, block=log.block)
+        self.out = StepLog(kinds=dict(log.kinds), origins=dict(log.origins), storages=log.storages, block=log.block)
         self.freed = {event.storage for event in log.events if isinstance(event, Freed)}
         self.freed_forward = _freed_before_backward(log.events)
         self.spans = _spans(log.events)
@@ -206,7 +217,7 @@ class _Unfolding:
             elif isinstance(event, Allocated) and (event.storage, chain) in self.early:
                 self.early.remove((event.storage, chain))
             elif chain and isinstance(event, Allocated | Freed):
-                self._storage_again(event, chain)
+                self._storage_again(event, chain, _renamed_origin(self.log.origins.get(event.storage), names))
             elif chain and isinstance(event, Collective):
                 self.out.events.append(_renamed(event, names))
             elif isinstance(event, Freed) and event.storage in self.gone:
@@ -236,7 +247,7 @@ class _Unfolding:
             if output in arriving and len(chain) == 1:
                 copies[storage] = arriving[output]
 
-    def _storage_again(self, event: Allocated | Freed, chain: tuple[int, ...]) -> None:
+    def _storage_again(self, event: Allocated | Freed, chain: tuple[int, ...], origin: Origin | None) -> None:
         copies = self.copies.setdefault(chain, {})
         if isinstance(event, Freed):
             copy = copies.pop(event.storage, None)
@@ -245,17 +256,21 @@ class _Unfolding:
                 if copy < self.log.storages:
                     self.gone.add(copy)
         elif event.storage in self.own[chain]:
-            self._allocate_early(Allocated(self.own[chain].pop(event.storage), event.bytes, event.times), chain[:-1])
+            own = Allocated(self.own[chain].pop(event.storage), event.bytes, event.times)
+            self._allocate_early(own, chain[:-1], origin)
         elif event.storage not in self.returned:
-            copies[event.storage] = self.out.allocate(event.bytes, self.log.kinds.get(event.storage), event.times)
+            kind = self.log.kinds.get(event.storage)
+            copies[event.storage] = self.out.allocate(event.bytes, kind, event.times, origin)
 
-    def _allocate_early(self, event: Allocated, chain: tuple[int, ...]) -> None:
+    def _allocate_early(self, event: Allocated, chain: tuple[int, ...], origin: Origin | None) -> None:
         """Let what a block hands on come to be when its twin makes it, and not when the block has ended."""
         self.early.add((event.storage, chain))
         if chain:
-            self._storage_again(event, chain)
+            self._storage_again(event, chain, origin)
         else:
             self.out.events.append(event)
+            if origin is not None:
+                self.out.origins[event.storage] = origin
 
     def _let_go(self, chain: tuple[int, ...], storages: Set[int]) -> None:
         """Free what a block still holds when it ends, if its twin lets go of it a little later."""
@@ -297,6 +312,10 @@ def _spans(events: Iterable[Event]) -> dict[tuple[int, Phase], tuple[int, int]]:
                 spans[key] = open_backward.pop(key), position
     spans.update({key: (start, last) for key, start in open_backward.items()})
     return spans
+
+
+def _renamed_origin(origin: Origin | None, names: Mapping[str, str]) -> Origin | None:
+    return origin and origin._replace(layer=names.get(origin.layer, origin.layer))
 
 
 def _renamed(collective: Collective, names: Mapping[str, str]) -> Collective:

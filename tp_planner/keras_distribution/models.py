@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor
 
 from tp_planner.api import parallelize
 from tp_planner.frontend.calling import in_layer_call, leaves_no_trace
+from tp_planner.frontend.inputs import CallArguments
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.frontend.layout_map import read_device_mesh, read_layout_map
-from tp_planner.frontend.trace import CallArguments
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.keras_distribution.births import UnplannedVariable, is_unplanned, not_sharding, paths_born_under

@@ -11,7 +11,7 @@ from tp_planner.ir.difference import AmountChange, Change, Changed, CollectiveCh
 from tp_planner.ir.figures import figures_of
 from tp_planner.ir.placement import Shape
 from tp_planner.ir.plan import Boundary, LayerPlan, Plan, RuleReport, VariablePlan
-from tp_planner.ir.step import Collective, MemoryUse, Step
+from tp_planner.ir.step import Collective, Holder, MemoryUse, Step
 
 Properties = Mapping[str, str]
 
@@ -19,13 +19,16 @@ Properties = Mapping[str, str]
 def compare_plans(before: Plan, after: Plan) -> Difference:
     """Return what differs from ``before`` to ``after``; it is empty exactly where the plans' JSON is equal."""
     collectives = _changed_collectives(before.collectives, after.collectives)
+    amounts = _changed_amounts(before.step, after.step)
+    # Other amounts say it shorter.
+    held = () if amounts else _changes(_of_holders(before.step), _of_holders(after.step))
     return Difference(
-        plan=_changes(_of_plan(before), _of_plan(after)) + _orders(before, after, bool(collectives)),
+        plan=_changes(_of_plan(before), _of_plan(after)) + _orders(before, after, bool(collectives)) + held,
         rules=_changed(_by_name(before, "rules"), _by_name(after, "rules")),
         variables=_changed(_by_name(before, "variables"), _by_name(after, "variables")),
         layers=_changed(_by_name(before, "layers"), _by_name(after, "layers")),
         collectives=collectives,
-        amounts=_changed_amounts(before.step, after.step),
+        amounts=amounts,
         notes=_changed({note: {} for note in before.notes}, {note: {} for note in after.notes}),
         figures=(figures_of(before), figures_of(after)),
     )
@@ -47,6 +50,7 @@ def _of_plan(plan: Plan) -> Properties:
         "axis": plan.axis,
         "batch axis": plan.mesh.batch_axis or "",
         "inputs": ", ".join(f"{_shape(shape)} {dtype}" for shape, dtype in plan.inputs),
+        "guessed sizes": ", ".join(f"{each.input} dim {each.dim}: {each.size}" for each in plan.guessed),
         "buckets of gradients": "; ".join(f"({', '.join(bucket)})" for bucket in plan.buckets),
         "sequence parallel": "yes" if plan.sequence_parallel else "no",
         "buckets of summands": "; ".join(f"({', '.join(bucket)})" for bucket in plan.sums),
@@ -57,6 +61,15 @@ def _of_plan(plan: Plan) -> Properties:
         "whole update": str(plan.step.whole_update),
         "phase of the memory peak": plan.step.memory.peak_phase,
     }
+
+
+def _of_holders(step: Step) -> Properties:
+    return {"held at the memory peak": "; ".join(map(_of_holder, step.holders))}
+
+
+def _of_holder(holder: Holder) -> str:
+    tensor = f"{holder.count} of {holder.dtype} {_shape(holder.shape)}, {holder.bytes} bytes"
+    return f"{holder.kind} by {holder.op} in {', '.join(holder.layers)}: {tensor}"
 
 
 def _by_name(plan: Plan, what: Literal["rules", "variables", "layers"]) -> dict[str, Properties]:

@@ -6,6 +6,7 @@ from tp_planner.ir.hardware import Hardware, PhaseTime, TimeRange
 from tp_planner.ir.plan import Plan
 from tp_planner.passes.estimate_time import estimate_time
 from tp_planner.report.amounts import bytes_text
+from tp_planner.report.guesses import guess_lines
 
 _TIME_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 
@@ -19,6 +20,7 @@ def estimate_lines(plan: Plan, hardware: Hardware) -> list[str]:
     inputs = ", ".join(f"{'x'.join(map(str, shape))} {dtype}" for shape, dtype in plan.inputs)
     return [
         f"estimated, not measured: one training step with inputs {inputs} on {plan.mesh.size} x {hardware.name}",
+        *(f"  {line}" for line in guess_lines(plan.guessed)),
         f"  {_range(estimate.total)}",
         *(f"    {_phase(phase)}" for phase in estimate.phases),
         f"  {_memory(plan, hardware)}",

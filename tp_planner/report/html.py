@@ -22,6 +22,8 @@ from tp_planner.ir.plan_json import plan_hash
 from tp_planner.ir.step import Collective, MemoryUse
 from tp_planner.ir.verdict import Verdict
 from tp_planner.report.amounts import bytes_text
+from tp_planner.report.guesses import guess_lines
+from tp_planner.report.holders import HOLDER_HEADS, holder_rows
 from tp_planner.report.html_tree import kind_text, model_tree, searched_text, shape_text
 from tp_planner.report.markup import Markup, bytes_element, element, join, tip
 from tp_planner.report.outline import Leaf, Node, outline, walk
@@ -51,7 +53,8 @@ def plan_to_html(plan: Plan, estimate: Sequence[str] = (), verdict: Verdict | No
         element("style", Markup(style)),
     )
     marks = {} if verdict is None else marks_of(verdict)
-    figures = (_verdict(verdict), _totals(plan), _notes(plan), _memory(plan), _estimate(estimate))
+    memory = (_memory(plan), _holders(plan))
+    figures = (_verdict(verdict), _totals(plan), _notes(plan), *memory, _estimate(estimate))
     sections = (*figures, model_tree(plan, tree, marks), _layer_table(tree), _rules(plan))
     body = element("body", _header(plan), element("main", *sections), element("script", Markup(script)))
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
@@ -126,6 +129,7 @@ def _totals(plan: Plan) -> Markup:
             "peak memory of rank 0",
             bytes_element(peak) if peak else "unknown",
             f"in the {plan.step.memory.peak_phase} phase" if peak else "the plan has no simulated step",
+            *(element("b", "for guessed sizes", class_="warning") for _ in plan.guessed[:1] if peak),
         ),
     )
     return element("section", *cards, class_="cards", id="totals", aria_label="totals")
@@ -188,8 +192,9 @@ def _memory(plan: Plan) -> Markup:
         )
         for name, parts in rows
     ]
+    guessed = [element("p", line, class_="warning") for line in guess_lines(plan.guessed)]
     details = _memory_table(plan) if memory.peak.total else _quiet("What a step needs beside its variables is unknown.")
-    return element("section", element("h2", "Memory per rank"), *bars, details, id="memory")
+    return element("section", element("h2", "Memory per rank"), *guessed, *bars, details, id="memory")
 
 
 def _parts(use: MemoryUse) -> list[tuple[str, int]]:
@@ -254,6 +259,20 @@ def _memory_table(plan: Plan) -> Markup:
             table, _quiet("No loss of Keras is named: the sum of the outputs stands for it, and takes less memory.")
         )
     return table
+
+
+def _holders(plan: Plan) -> Markup:
+    """Return what is held at the peak, by layer and op."""
+    if not plan.step.holders:
+        return Markup()
+    heads = (element("th", text, scope="col") for text in HOLDER_HEADS)
+    rows = (
+        element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:]))
+        for row in holder_rows(plan)
+    )
+    table = element("table", element("thead", element("tr", *heads)), element("tbody", *rows))
+    title = f"Held at the peak, {plan.step.memory.peak_phase}"
+    return element("section", element("h2", title), element("div", table, class_="wide"), id="holders")
 
 
 def _quiet(text: str) -> Markup:

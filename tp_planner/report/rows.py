@@ -15,6 +15,7 @@ from tp_planner.ir.placement import Replicate, Shape, parts_of
 from tp_planner.ir.plan import Boundary, LayerPlan, Plan, Transition, VariablePlan
 from tp_planner.ir.step import Collective
 from tp_planner.report.amounts import bytes_text
+from tp_planner.report.guesses import guess_lines
 
 VARIABLE_HEADS = ("variable", "shape", "stored", "per rank")
 Key = TypeVar("Key")
@@ -126,7 +127,13 @@ def memory_lines(plan: Plan) -> list[str]:
         f"{bytes_text(memory.peak.total)} at the peak, {memory.peak_phase}",
         f"  at the peak: {peak}",
         f"  each at its own largest: {largest}",
-    ] + ([] if memory.reserved is None else [f"  reserved by CUDA's caching allocator: {bytes_text(memory.reserved)}"])
+        *(
+            []
+            if memory.reserved is None
+            else [f"  reserved by CUDA's caching allocator: {bytes_text(memory.reserved)}"]
+        ),
+        *(f"  {line}" for line in guess_lines(plan.guessed)),
+    ]
 
 
 def collectives_heading(plan: Plan) -> str:

@@ -44,7 +44,7 @@ def plan_to_renderable(plan: Plan) -> RenderableType:
     parts: list[RenderableType] = [Text(first, "bold"), *map(Text, rest), _layer_table(layer_rows(plan))]
     parts += [*map(Text, summary(plan)), Text()]
     parts += [Text(collectives_heading(plan), "bold"), _collective_table(collective_rows(plan))]
-    parts += [*map(Text, memory_lines(plan)), Text()]
+    parts += [*(Text(line, "bold red" if line.startswith("  GUESSED") else "") for line in memory_lines(plan)), Text()]
     parts += _explanations("why layers are computed so", style_reasons(plan))
     parts += _explanations("why variables are stored so", variable_reasons(plan))
     if plan.notes:

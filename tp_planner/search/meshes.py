@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import keras
 
-from tp_planner.frontend.trace import batched_inputs
+from tp_planner.frontend.inputs import sized_inputs
 from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.found import FoundFigures
@@ -81,7 +81,7 @@ def _tried(
     if batch % replicas:
         return MeshTried(mesh, None, f"a batch of {batch} does not divide by {replicas} replicas")
     try:
-        inputs = batched_inputs(model, batch // replicas)
+        inputs = sized_inputs(model, batch // replicas)
         found = search(model, mesh.across("batch"), hardware, inputs, optimizer, loss, memory)
     except PlanError as error:
         return MeshTried(mesh, None, "; ".join(error.problems))

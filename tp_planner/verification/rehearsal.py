@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import Store
 
 from tp_planner.api import parallelize
 from tp_planner.frontend.fingerprint import fingerprint
-from tp_planner.frontend.trace import CallArguments
+from tp_planner.frontend.inputs import CallArguments
 from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.errors import in_one_line
 from tp_planner.ir.mesh import Mesh

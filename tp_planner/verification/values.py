@@ -11,8 +11,8 @@ import keras
 import numpy as np
 import torch
 
+from tp_planner.frontend.inputs import CallArguments
 from tp_planner.frontend.layer_tree import named_layers, named_variables
-from tp_planner.frontend.trace import CallArguments
 
 SPREAD = 0.1  # of what is drawn around a value, relative to it
 

@@ -7,8 +7,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from tp_planner.frontend.inputs import CallArguments, fake_inputs
 from tp_planner.frontend.layout_map import read_layout_map
-from tp_planner.frontend.trace import CallArguments, fake_inputs, require_built
+from tp_planner.frontend.trace import require_built
 from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import Layout
