@@ -62,7 +62,9 @@ def sweep(
             f"no layout rule names mesh axis {axis!r}; the rules name {', '.join(map(repr, named)) or 'none'}"
         )
     others = tuple(name for name in named if name != axis)
-    planning = _Planning(model, tuple(rules), others, axis, inputs, optimizer, loss, device and device.kind)
+    planning = _Planning(
+        model, tuple(rules), others, axis, inputs, optimizer, loss, None if device is None else device.kind
+    )
     searched = device is not None and inputs is None and all(setting.batch is None for setting in settings)
     if searched and device is not None:
         tried = [_largest_that_fits(planning, setting, device.memory) for setting in settings]
