@@ -11,6 +11,7 @@ import gc
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -23,13 +24,12 @@ from peers.handwritten_llama import Llama, Shape
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import tp_planner
-from tp_planner import agreement
 from tp_planner.frontend.hardware_file import find_hardware_file, list_hardware, read_hardware_file
 from tp_planner.frontend.layout_file import find_layout_file, read_layout_file
 from tp_planner.ir.hardware import Hardware
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.plan import Plan
-from tp_planner.job import process_group
+from tp_planner.job import process_group, rendezvous
 from tp_planner.passes.estimate_time import estimate_time
 from tp_planner.planner import make_plan
 
@@ -92,7 +92,7 @@ def one_rank_of(ranks: int, device: str) -> Iterator[None]:
         # The fake group says of no device that it is its own, and nobody else answers when ranks compare their plans.
         with (
             mock.patch.object(process_group, "device_type", return_value=device),
-            mock.patch.object(agreement, "exchange", lambda what, text: [text] * ranks),
+            mock.patch.object(rendezvous, "_meeting", return_value=SimpleNamespace(bring=lambda text: [text] * ranks)),
         ):
             yield
     dist.destroy_process_group()
