@@ -23,7 +23,7 @@ from tp_planner.checkpoints.formats.opening import open_weights
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.placement import Replicate, Shard
 from tp_planner.job.axes import Axes, Axis
-from tp_planner.storage.variables import Sharding
+from tp_planner.storage.sharding import Sharding
 
 
 def sharding(placement: Any, batch_placement: Any, sizes: tuple[int, int], places: tuple[int, int]) -> Sharding:

@@ -21,7 +21,7 @@ from tp_planner.ir.plan import LayerPlan, Plan, Transition
 from tp_planner.layers import styles
 from tp_planner.regions import boundaries, summands
 from tp_planner.regions.calls import running
-from tp_planner.storage import variables
+from tp_planner.storage import sharding, variables
 from tp_planner.training import averaging
 
 MODEL_AXIS, BATCH_AXIS = {"batch": 1, "model": 2}, {"batch": 2, "model": 1}
@@ -175,10 +175,10 @@ def shards(path: str, rank_of: Callable[[Any], int]) -> Any:
 
     def own_of(value: Any, cuts: Any, rank_of: Callable[[Any], int]) -> Any:
         for placement, axis in cuts:
-            value = variables.own_shard(value, placement, replace(axis, rank=rank_of(axis)))
+            value = sharding.own_shard(value, placement, replace(axis, rank=rank_of(axis)))
         return value
 
-    return lambda: patched(variables.Sharding, "own", wrong)
+    return lambda: patched(sharding.Sharding, "own", wrong)
 
 
 SHAPES = {"up": (32, 128), "down": (128, 32), "head": (32, 64), "query": (32, 4, 8)}

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from tp_planner.frontend.layer_tree import named_variables
-from tp_planner.storage.variables import ParallelVariable, Piece, local_tensor
+from tp_planner.storage.sharding import Piece
+from tp_planner.storage.variables import ParallelVariable, local_tensor
 from tp_planner.training.optimizer import slots_of
 
 MODEL, OPTIMIZER = "model/", "optimizer/"  # what names begin with

@@ -20,7 +20,8 @@ from tp_planner.frontend.valueless import without_values
 from tp_planner.ir.errors import PlanError
 from tp_planner.job.rendezvous import exchange
 from tp_planner.patches import replaced, wrapped
-from tp_planner.storage.variables import BackendVariable, Sharding
+from tp_planner.storage.sharding import Sharding
+from tp_planner.storage.variables import BackendVariable
 
 Values = Callable[[Any, Sharding], torch.Tensor]  # this rank's stored tensor: (variable, sharding) -> local tensor
 ATTRIBUTE = "_tp_planner_initializer"

@@ -20,7 +20,7 @@ from tp_planner.checkpoints.formats.stored import StoredTensor, Weights
 from tp_planner.frontend.keras_files import places_in_files
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.ir.errors import PlanError
-from tp_planner.storage.variables import Sharding
+from tp_planner.storage.sharding import Sharding
 
 # Returns this rank's stored tensor of a variable: (variable, sharding) -> local tensor
 Values = Callable[[Any, Sharding], torch.Tensor]

@@ -34,9 +34,9 @@ from tp_planner.regions.replicas import Replicas
 from tp_planner.regions.summands import Summands
 from tp_planner.storage.forwarding import Content, forward, revive
 from tp_planner.storage.regularization import parallel_constraint, parallel_regularizer
+from tp_planner.storage.sharding import Sharding
 from tp_planner.storage.torch_modules import follow_variables
 from tp_planner.storage.variables import (
-    Sharding,
     make_parallel,
     make_plain,
     read_as,

@@ -31,7 +31,8 @@ from tp_planner.regions.functions import FunctionCalls, PlannedFunction, planned
 from tp_planner.regions.left_out import watch_calls
 from tp_planner.regions.logits import logits_of
 from tp_planner.storage.log import logger
-from tp_planner.storage.variables import own_shard, read_whole
+from tp_planner.storage.sharding import own_shard
+from tp_planner.storage.variables import read_whole
 
 Place = Callable[[keras.Layer], None]
 Undo = Callable[[], None]

@@ -12,9 +12,8 @@ batch axis: then the parts are put together before each use, and let go after it
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,100 +31,29 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from tp_planner.frontend.keras_internals import convert_to_numpy, get_device, to_torch_dtype
 from tp_planner.ir.placement import (
-    WHOLE,
-    PackedShard,
     Partial,
     Placement,
     Replicate,
     SequencePartial,
     Shape,
     Shard,
-    chunk_sizes,
     local_shape,
     parts_of,
 )
 from tp_planner.ir.plan import Boundary, Transition
-from tp_planner.job.axes import Axes, Axis
+from tp_planner.job.axes import Axis
 from tp_planner.job.rendezvous import meet
 from tp_planner.regions.boundaries import cross, gather, reduce_to_shard
 from tp_planner.regions.calls import Reader, Site, running, standing_at
-from tp_planner.regions.parts_side_by_side import own_parts
 from tp_planner.regions.replicas import Replicas
 from tp_planner.regions.summands import Summands
 from tp_planner.storage.parts import Parts, put_together
+from tp_planner.storage.sharding import Sharding, own_shard
 
 BackendVariable = type(keras.Variable(0.0, name="probe"))
 
 
 _stored_in_parts = WeakIdKeyDictionary()  # by parameter
-
-Span = tuple[int, int]  # the first index, and the one after the last
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A block that lies in one piece both in a whole tensor and in a rank's part of it; a span for each dim."""
-
-    of_whole: tuple[Span, ...]
-    of_part: tuple[Span, ...]
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """How a variable is cut: over the model axis, then each piece over the batch axis."""
-
-    axes: Axes
-    placement: Placement
-    batch_placement: Placement = WHOLE
-
-    @property
-    def cuts(self) -> tuple[tuple[Shard, Axis], ...]:
-        """The cuts that are made, in order."""
-        placed = zip((self.placement, self.batch_placement), self.axes.all, strict=False)
-        return tuple((placement, axis) for placement, axis in placed if isinstance(placement, Shard))
-
-    def local_shape(self, shape: Shape) -> Shape:
-        """Return the shape of what this rank stores of a tensor of ``shape``."""
-        for placement, axis in self.cuts:
-            shape = local_shape(shape, placement, axis.size, axis.rank)
-        return shape
-
-    def own(self, value: Any) -> Any:
-        """Return what this rank stores of a whole tensor or array."""
-        for placement, axis in self.cuts:
-            value = own_shard(value, placement, axis)
-        return value
-
-    def pieces(self, shape: Shape) -> tuple[Piece, ...]:
-        """Return the blocks of a tensor of ``shape`` of which this rank's part is made, as ``own`` cuts them."""
-        by_dim = [_runs(self._indices(dim, shape)) for dim in range(len(shape))]
-        return tuple(
-            Piece(tuple(whole for whole, _ in runs), tuple(part for _, part in runs))
-            for runs in itertools.product(*by_dim)
-        )
-
-    def _indices(self, dim: int, shape: Shape) -> torch.Tensor:
-        """Return which indices of a dim this rank stores, in the order in which it does."""
-        indices = torch.arange(shape[dim]).reshape([-1 if each == dim else 1 for each in range(len(shape))])
-        for placement, axis in self.cuts:
-            if placement.dim == dim:
-                indices = own_shard(indices, placement, axis)
-        return indices.flatten()
-
-    def whole(self, part: torch.Tensor, shape: Shape) -> torch.Tensor:
-        """Return the whole tensor of ``shape``, gathered from all ranks; no gradient flows through it."""
-        lengths = []
-        for placement, axis in self.cuts:
-            lengths.append((placement, shape[placement.dim], axis))
-            shape = local_shape(shape, placement, axis.size, axis.rank)
-        for placement, length, axis in reversed(lengths):
-            part = gather(part, placement, length, axis)
-        return part
-
-    def at(self, places: Sequence[int]) -> Sharding:
-        """Return the sharding as the rank at these places on the axes has it."""
-        moved = [replace(axis, rank=rank) for axis, rank in zip(self.axes.all, places, strict=True)]
-        return replace(self, axes=Axes(self.axes.mesh, *moved))
 
 
 @dataclass
@@ -306,32 +234,6 @@ def _torch_placement(placement: Placement) -> Any:
     if len(set(parts_of(placement))) == 1:
         return _StridedShard(placement.dim, split_factor=len(parts_of(placement)))
     return TorchShard(placement.dim)
-
-
-def _runs(indices: torch.Tensor) -> list[tuple[Span, Span]]:
-    """Return (indices of the whole, places in the part) for each run of consecutive indices."""
-    if not indices.numel():
-        return []
-    breaks = torch.nonzero(indices.diff() != 1).flatten() + 1
-    starts = [0, *breaks.tolist()]
-    ends = [*starts[1:], indices.numel()]
-    first = indices[starts].tolist()
-    return [((whole, whole + b - a), (a, b)) for whole, a, b in zip(first, starts, ends, strict=True)]
-
-
-def own_shard(value: Any, placement: Placement, axis: Axis) -> Any:
-    """Return this rank's part of a whole tensor or array."""
-    if not isinstance(placement, Shard):
-        return value
-    if isinstance(placement, PackedShard):
-        chunks = own_parts(value, placement, axis.size, axis.rank)
-        if isinstance(value, torch.Tensor):
-            return torch.cat(chunks, placement.dim)
-        return np.concatenate([np.asarray(chunk) for chunk in chunks], placement.dim)
-    sizes = chunk_sizes(value.shape[placement.dim], axis.size)
-    start = sum(sizes[: axis.rank])
-    index = (slice(None),) * placement.dim + (slice(start, start + sizes[axis.rank]),)
-    return value[index]
 
 
 def read_as(boundary: Boundary, axis: Axis, site: Site) -> Reader:

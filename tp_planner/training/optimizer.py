@@ -24,8 +24,8 @@ from tp_planner.job.axes import Axes, Axis
 from tp_planner.patches import wrap_for_good
 from tp_planner.regions.boundaries import change
 from tp_planner.regions.calls import Site, reading_local_values, running, standing_at
+from tp_planner.storage.sharding import Sharding
 from tp_planner.storage.variables import (
-    Sharding,
     is_sharded,
     is_sharded_over,
     local_tensor,

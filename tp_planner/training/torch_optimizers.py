@@ -17,7 +17,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tp_planner.storage.forwarding import current
 from tp_planner.storage.log import logger
-from tp_planner.storage.variables import Sharding, local_tensor, sharded_parameter, stored_in_parts
+from tp_planner.storage.sharding import Sharding
+from tp_planner.storage.variables import local_tensor, sharded_parameter, stored_in_parts
 
 # Those that have updated sharded parameters; in the order of their first such step, which is that of all ranks.
 # With how those were cut that then were stored in parts, by the parameters' ids.
