@@ -237,10 +237,14 @@ def test_published_size(name: str, sizes: dict[str, Any]) -> None:
 
 
 def uneven(name: str, sizes: Mapping[str, Any]) -> set[str]:
-    """Return the layers whose heads are too few or too many for the ranks; widths and vocabularies all divide."""
+    """Return the layers whose heads, or tokens, do not divide by the ranks; widths all do.
+
+    GPT-2's 50257 tokens do not: later passes compute its lookups and head in unequal parts.
+    """
     heads = sizes.get("num_heads", sizes.get("num_query_heads"))
     by_heads, by_kv_heads = {"query", "attention_output"}, {"key", "value"}
     if name == "t5":  # whose projections have heads and head size in one dim
         by_heads, by_kv_heads = {"self_attention"}, set()
     too_few = set() if heads % RANKS == 0 else by_heads
+    too_few = too_few | ({"token_embedding"} if name == "gpt2" else set())
     return too_few | (set() if sizes.get("num_key_value_heads", heads) % RANKS == 0 else by_kv_heads)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from keras.src import backend as keras_backend
 from keras.src.distribution import distribution_lib
+from keras.src.saving import saving_lib
 from torch._C import _len_torch_dispatch_stack
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -52,7 +53,7 @@ def test_importing_changes_nothing_and_disabling_undoes_everything() -> None:
         keras_backend.torch.Variable,
         install.data_adapters,
         keras.callbacks.CallbackList,
-        install.saving_lib,
+        saving_lib,
         install.torch_trainer,
         install.torch_trainer.TorchEpochIterator,
         keras_backend,

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import torch.distributed as dist
 
-from tp_planner.frontend.layer_tree import named_variables
+from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.ir.errors import PlanError, in_one_line
 from tp_planner.ir.plan import Plan
 from tp_planner.ir.verdict import BEFORE, judge
@@ -108,7 +108,10 @@ def _copy(model: keras.Model) -> Iterator[keras.Model]:
     distribution = keras.distribution.distribution()
     keras.distribution.set_distribution(None)
     try:
-        copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(model))
+        config = keras.saving.serialize_keras_object(model)
+        config.pop("compile_config", None)  # the optimizer has slots in shards, and is not needed
+        classes = {type(layer).__name__: type(layer) for layer in named_layers(model).values()}
+        copy = keras.saving.deserialize_keras_object(config, custom_objects=classes)
     except Exception as error:  # layers may raise anything
         raise PlanError(
             f"model {model.name!r} cannot be copied by its configuration ({in_one_line(error)}); "
