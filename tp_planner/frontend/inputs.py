@@ -28,11 +28,13 @@ _OTHER_LENGTHS = {"mask_positions": "mask_selection_length"}
 class CallArguments:
     """What a model is called with: the call's first argument, nested as the model takes it, and others by name.
 
-    Arguments that are no tensors, and have no shape, are passed on as they are.
+    Arguments that are no tensors, and have no shape, are passed on as they are. ``are_declared`` says that the model
+    declares them, and nobody gave them.
     """
 
     first: Any
     others: Mapping[str, Any] = field(default_factory=dict)
+    are_declared: bool = False
 
     @classmethod
     def of(cls, inputs: Any) -> CallArguments:
@@ -44,7 +46,7 @@ class CallArguments:
         first, others = keras.tree.map_structure(
             lambda leaf: function(leaf) if hasattr(leaf, "shape") else leaf, (self.first, dict(self.others))
         )
-        return CallArguments(first, others)
+        return CallArguments(first, others, self.are_declared)
 
     @property
     def tensors(self) -> list[Any]:
@@ -68,7 +70,8 @@ def known_inputs(model: keras.Model, inputs: Any = None) -> tuple[CallArguments,
     Raises:
         PlanError: if the inputs are not known.
     """
-    named = _Named.of(CallArguments.of(_declared_inputs(model) if inputs is None else inputs))
+    declared = CallArguments(_declared_inputs(model), are_declared=True) if inputs is None else None
+    named = _Named.of(declared or CallArguments.of(inputs))
     guessed: list[GuessedDim] = []
 
     def sized(name: str, spec: Any) -> Any:

@@ -79,7 +79,7 @@ def trace(
             ) from error
         except Exception as error:
             remedy = "call model(inputs) on them to see whether it accepts them"
-            if inputs is None:
+            if inputs is None or CallArguments.of(inputs).are_declared:
                 remedy = "pass plan(..., inputs=) with inputs that model(inputs) accepts"
             raise PlanError(
                 f"model {model.name!r} cannot be traced with inputs {describe_inputs(arguments)}: "
