@@ -336,6 +336,7 @@ def test_plan_of_blocks_that_share_a_sharded_tensor() -> None:
     assert_equal_plans(t5(), layout, inputs=T5_INPUTS)
 
 
+@pytest.mark.slow
 def test_blocks_of_a_t5_are_planned_once() -> None:
     """Of each stack three run: the one that makes the shared tensor, the first to read it, and one of the others."""
     layout = read_layout_file(find_layout_file("t5")).on(Mesh((("model", 2),)))

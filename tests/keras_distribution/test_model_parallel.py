@@ -316,6 +316,7 @@ def test_models_built_under_a_distribution(pools: Pools, name: str) -> None:
     check(pools(2).run(train_under_distribution, name, dtype, True), dtype)
 
 
+@pytest.mark.slow
 def test_models_on_four_ranks(pools: Pools) -> None:
     check(pools(4).run(train_under_distribution, "gpt", "float64", True), "float64")
 
