@@ -146,18 +146,9 @@ def parallelize(
     """
     if check not in (None, "first_step"):
         raise PlanError(f"check is {check!r}; it is 'first_step' or None")
-    layout: Plan | Layout | Mesh  # of which a mesh asks for a layout
-    if layout_map_or_plan == "auto":
-        layout, devices = Mesh((("model", number_of_processes()),)), None
-        _require_left_to_the_search(batch_axis, sequence_parallel, gather_again)
-    elif isinstance(layout_map_or_plan, Plan):
-        layout, devices = layout_map_or_plan, None
-        _require_as_planned(layout, batch_axis, sequence_parallel, gather_again)
-    else:
-        layout = _with_stream(read_layout(layout_map_or_plan, batch_axis), sequence_parallel, gather_again)
-        devices = layout.devices
+    layout = _asked_for(layout_map_or_plan, batch_axis, sequence_parallel, gather_again)
     mesh = layout if isinstance(layout, Mesh) else layout.mesh
-    require_process_group(mesh.size, devices)
+    require_process_group(mesh.size, layout.devices if isinstance(layout, Layout) else None)
     agree_on_mesh(mesh)
     axes = job_axes(mesh)
     if inputs is not None:
@@ -221,6 +212,19 @@ def _require_plain(model: keras.Model) -> None:
         raise PlanError(f"model {model.name!r} is parallelized already; call tp_planner.restore(model) first")
 
 
+def _asked_for(
+    given: Any, batch_axis: str | None, sequence_parallel: bool | None, gather_again: bool | None
+) -> Plan | Layout | Mesh:
+    """Return the plan or the layout that a user gives, or the mesh on which a layout is to be found."""
+    if isinstance(given, str) and given == "auto":
+        _require_left_to_the_search(batch_axis, sequence_parallel, gather_again)
+        return Mesh((("model", number_of_processes()),))
+    if isinstance(given, Plan):
+        _require_as_planned(given, batch_axis, sequence_parallel, gather_again)
+        return given
+    return _with_stream(read_layout(given, batch_axis), sequence_parallel, gather_again)
+
+
 def _require_as_planned(
     chosen: Plan, batch_axis: str | None, sequence_parallel: bool | None, gather_again: bool | None
 ) -> None:
@@ -243,7 +247,8 @@ def _require_left_to_the_search(
         )
 
 
-def _require_fit(model: keras.Model, chosen: Plan) -> None:
+def require_fit(model: keras.Model, chosen: Plan) -> None:
+    """Raise PlanError unless the plan was made for this model."""
     if fingerprint(model) != chosen.fingerprint:
         raise PlanError(
             f"the plan was made for another model than {model.name!r}: variables or layers differ; "
@@ -282,5 +287,5 @@ def _choose(model: keras.Model, layout_or_plan: Layout | Plan | Mesh, inputs: An
         chosen = find_layout(model, layout_or_plan, inputs, hardware=hardware).plan
     else:
         chosen = layout_or_plan if isinstance(layout_or_plan, Plan) else plan(model, layout_or_plan, inputs)
-    _require_fit(model, chosen)
+    require_fit(model, chosen)
     return chosen

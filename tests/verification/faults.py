@@ -29,7 +29,10 @@ MODEL_AXIS, BATCH_AXIS = {"batch": 1, "model": 2}, {"batch": 2, "model": 1}
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault. ``layers`` are those at one of which a model with it begins to differ; none: anywhere."""
+    """One fault. ``layers`` are those at one of which a model with it begins to differ; none: anywhere.
+
+    ``fails`` says that ranks fail with it.
+    """
 
     name: str
     layers: tuple[str, ...]
@@ -37,6 +40,7 @@ class Fault:
     code: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     mesh: dict[str, int] = field(default_factory=lambda: dict(MODEL_AXIS))
     sequence_parallel: bool = False
+    fails: bool = False
 
 
 # In plans
@@ -74,11 +78,11 @@ def at(layer: str, source: type, target: type, wrong: Callable[[Change, Any, Any
     """Return a context in which one change of placement at one layer goes wrong."""
     right = boundaries._change
 
-    def change(tensor: torch.Tensor, transition: Transition, axis: Any) -> torch.Tensor:
+    def change(tensor: torch.Tensor, transition: Transition, axis: Any, *rest: Any) -> torch.Tensor:
         here = running.site is not None and running.site.layer == layer
         if here and isinstance(transition.source, source) and isinstance(transition.target, target):
-            return wrong(right, tensor, transition, axis)
-        return right(tensor, transition, axis)
+            return wrong(lambda *given: right(*given, *rest), tensor, transition, axis)
+        return right(tensor, transition, axis, *rest)
 
     return lambda: mock.patch.object(boundaries, "_change", change)
 
@@ -295,8 +299,9 @@ FAULTS: Sequence[Fault] = (
         "gathered along another dim",
         ("head",),
         changed("head", output=output(forward=Transition(Shard(1), Replicate()))),
+        fails=True,
     ),
-    Fault("a gradient that is not cut", (), changed("head", output=output(backward=WHOLE))),
+    Fault("a gradient that is not cut", (), changed("head", output=output(backward=WHOLE)), fails=True),
     Fault(
         "a sum that is dropped",
         ("block_1_attention/attention_output",),

@@ -18,9 +18,12 @@ from tests.verification.faults import FAULTS, Fault
 from tests.workers import Pools
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
+from tp_planner.ir.verdict import Event
 from tp_planner.planner import make_plan
 from tp_planner.report.html import plan_to_html
+from tp_planner.verification.comparison import compare
 from tp_planner.verification.verify import verify
+from tp_planner.verification.watching import Seen
 
 FAST = {"a gradient's sum that is dropped"}
 
@@ -45,6 +48,7 @@ def test_fault_is_found(fault: Fault) -> None:
     with fault.code():
         verdict = verify(model, plan, loss=loss_of("gpt"), optimizer="sgd")
     assert not verdict.is_same
+    assert bool(verdict.failure) == fault.fails, verdict.failure
     assert not fault.layers or set(verdict.begins.layers) & set(fault.layers), str(verdict)
 
 
@@ -133,7 +137,46 @@ def test_running_model_is_verified(pools: Pools, mesh: dict[str, int], fault: st
     assert pools(2).run(verified_while_it_runs, mesh, fault) == [(not fault, layers, True)] * 2
 
 
-def test_refusals() -> None:
-    model = CASES["mlp"].build()
-    with pytest.raises(tp_planner.PlanError, match=r"optimizer 'adamx' is none of Keras's; write for example adamw"):
-        verify(model, layout_of("mlp", {"batch": 1, "model": 2}), optimizer="adamx")
+REFUSALS = {
+    "unknown optimizer": (
+        {"optimizer": "adamx"},
+        r"^optimizer 'adamx' is unknown; give a Keras optimizer",
+    ),
+    "rows that do not divide": (
+        {"inputs": np.zeros((7, 16), "float32"), "targets": np.zeros((7, 16), "float32")},
+        r"^inputs of 7 rows are not divided by 2 replicas; give each as many$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals(case: str) -> None:
+    options, message = REFUSALS[case]
+    with pytest.raises(tp_planner.PlanError, match=message):
+        verify(CASES["mlp"].build(), layout_of("mlp", {"batch": 2, "model": 2}), **options)
+
+
+def test_plan_of_another_model_is_refused() -> None:
+    plan = make_plan(CASES["mlp"].build(), layout_of("mlp", {"batch": 1, "model": 2}))
+    with pytest.raises(tp_planner.PlanError, match=r"^the plan was made for another model than 'gpt'"):
+        verify(CASES["gpt"].build(), plan)
+
+
+def held(event: Event, *arrays: np.ndarray) -> list[Seen]:
+    """Return what replicas of one rank each saw of one tensor."""
+    return [Seen({event: array}) for array in arrays]
+
+
+def test_every_replica_is_compared() -> None:
+    """A tensor without rows is that of one device in each replica, or in the mean; others are joined by rows."""
+    plan = make_plan(CASES["mlp"].build(), layout_of("mlp", {"batch": 2, "model": 1}))
+    event, whole, zero = Event("step 1", "output", "layer", "call 1, output 0"), np.ones((4, 3)), np.zeros((4, 3))
+    single = Seen({event: whole})
+
+    def error(*arrays: np.ndarray) -> float:
+        (difference,) = compare(single, held(event, *arrays), plan)
+        return difference.error
+
+    assert error(whole, whole) == error(whole[:2], whole[2:]) == error(zero, 2 * whole) == 0
+    assert error(whole, zero) == 0.5
+    assert error(whole[:2], zero[2:]) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -72,7 +72,7 @@ class _Joining:
         whole = [_joined(tensors, placement) for tensors in present]
         apart = [_distance(each, tensors[0]) for tensors in present for each in tensors if placement == WHOLE]
         scale = max(_size(expected), floors[event.phase, event.kind], np.finfo("float64").tiny)
-        error = min(_distance(found, expected) for found in _over_replicas(whole, event, expected))
+        error = _error(whole, event, expected)
         disagreement = math.inf if copies_differ(event, self.ranks) else max(apart, default=0.0) / scale
         return Difference(event, error / scale, disagreement, str(placement))
 
@@ -117,21 +117,18 @@ def _concatenated(tensors: Sequence[np.ndarray], placement: Shard | StridedShard
     return joined.reshape(*joined.shape[:dim], -1, *joined.shape[dim + 2 :])
 
 
-def _over_replicas(joined: Sequence[np.ndarray], event: Event, expected: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield what the tensors of all replicas may come to: their rows together, or one that all have.
+def _error(joined: Sequence[np.ndarray], event: Event, expected: np.ndarray) -> float:
+    """Return the largest difference of what replicas hold: their rows together, or a tensor that all have.
 
-    Where rows are divided, a replica's loss is the mean over its own: gradients at them are as many times larger.
+    Where rows are divided, a replica's loss is the mean over its own: gradients at them are as many times larger. What
+    has no rows is the same in all replicas, or a mean over a replica's rows.
     """
-    first = joined[0]
-    if len(joined) == 1 or first.shape == expected.shape:
-        yield from joined[:1]
-        if len(joined) > 1 and event.kind in IN_LAYERS:
-            yield np.mean(joined, axis=0)  # sums over the rows of a replica
-        return
+    if joined[0].shape == expected.shape:
+        each = max(_distance(tensor, expected) for tensor in joined)
+        return min(each, _distance(np.mean(joined, axis=0), expected)) if event.kind in IN_LAYERS else each
     rows = np.concatenate(joined)
-    yield rows
-    if event.kind == "gradient at":
-        yield rows / len(joined)
+    error = _distance(rows, expected)
+    return min(error, _distance(rows / len(joined), expected)) if event.kind == "gradient at" else error
 
 
 def _size(tensor: np.ndarray) -> float:

@@ -6,9 +6,12 @@ from typing import Any
 
 import keras
 import numpy as np
+import torch.distributed as dist
 
+from tp_planner.api import require_fit
 from tp_planner.frontend.inputs import CallArguments, fake_inputs
 from tp_planner.frontend.layout_map import read_layout_map
+from tp_planner.frontend.optimizer import read_optimizer
 from tp_planner.frontend.trace import require_built
 from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.errors import PlanError
@@ -64,10 +67,14 @@ def verify(
     >>> print(tp_planner.verify(model, layout_map))  # doctest: +SKIP
     """
     require_built(model)
+    if dist.is_initialized():
+        raise PlanError(
+            "this process is one of a job; call tp_planner.verify_step, or tp_planner.verify in a process alone"
+        )
     if applied_to(model) is not None:
         raise PlanError(f"model {model.name!r} is parallelized; call tp_planner.restore(model) before verifying it")
     given, weights = _loss_of(model, loss)
-    updating = _optimizer_of(model, optimizer)
+    updating = read_optimizer(optimizer, model) or keras.optimizers.AdamW()
     training_loss = None if given is None else TrainingLoss(given, weights, getattr(model, "output_names", None))
     plan = _planned(model, layout_map_or_plan, inputs, updating, training_loss)
     data, wanted = _data(model, plan, inputs, targets, training_loss)
@@ -100,18 +107,11 @@ def _loss_of(model: keras.Model, loss: Any) -> tuple[Any, Any]:
     return compiled._user_loss, compiled._user_loss_weights
 
 
-def _optimizer_of(model: keras.Model, optimizer: Any) -> keras.optimizers.Optimizer:
-    found = optimizer or getattr(model, "optimizer", None) or "adamw"
-    try:
-        return keras.optimizers.get(found)
-    except ValueError:
-        raise PlanError(f"optimizer {found!r} is none of Keras's; write for example adamw, sgd or lion") from None
-
-
 def _planned(
     model: keras.Model, given: Any, inputs: Any, optimizer: keras.optimizers.Optimizer, loss: TrainingLoss | None
 ) -> Plan:
     if isinstance(given, Plan):
+        require_fit(model, given)
         return given
     layout = given if isinstance(given, Layout) else read_layout_map(given).across(None)
     return make_plan(model, layout, inputs, optimizer, loss)
@@ -125,6 +125,9 @@ def _data(
     if arguments.others:
         raise PlanError("verify trains by Model.train_on_batch, which passes one argument; give inputs= as that one")
     specs = arguments.map(lambda leaf: _whole_batch(leaf, plan, from_model=inputs is None))
+    uneven = [each.shape[0] for each in specs.tensors if each.shape and each.shape[0] % plan.replicas]
+    if uneven:
+        raise PlanError(f"inputs of {uneven[0]} rows are not divided by {plan.replicas} replicas; give each as many")
     (scouted,) = run_forked(1, Scout(model, specs, loss))
     assert isinstance(scouted, Scouted)
     rng = np.random.default_rng(SEED)
