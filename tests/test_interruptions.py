@@ -79,7 +79,7 @@ def test_interrupted_planning(name: str) -> None:
 
 def train(model: keras.Model) -> list[Any]:
     x, y = batch()
-    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), CASE.make_loss(), jit_compile=False)
+    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), CASE.make_loss("float64"), jit_compile=False)
     losses = [float(model.train_on_batch(x, y)) for _ in range(2)]
     return [losses, *(whole(each._value) for each in model.trainable_variables)]
 
@@ -121,7 +121,7 @@ def interrupt_replay(count: int) -> list[str]:
         tp_planner.parallelize(model, layout_map(CASE.rules), inputs=x)
 
         def steps() -> None:
-            model.compile(keras.optimizers.SGD(0.01), CASE.make_loss(), jit_compile=True)
+            model.compile(keras.optimizers.SGD(0.01), CASE.make_loss("float64"), jit_compile=True)
             for _ in range(3):
                 model.train_on_batch(x, y)
 

@@ -92,17 +92,19 @@ def set_and_get() -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray, np.nd
 
 
 def save_on_rank_zero_alone(folder: str) -> str:
-    """Return what each rank hears if rank 0 saves alone, while the other goes on."""
+    """Return what each rank hears if rank 0 saves alone, while the other goes on, until both have heard it."""
     model, _, _ = trained()
     tp_planner.parallelize(model, layout_map(CASES["gpt"].rules))
+    heard = ""
     try:
         if dist.get_rank() == 0:
             model.save_weights(f"{folder}/alone.weights.h5")
         else:
             tp_planner.verify_model_parallel(model)
     except tp_planner.ParallelRuntimeError as error:
-        return str(error)
-    return ""
+        heard = str(error)
+    dist.barrier()  # the one that heard first would wait in the next job, and the other be told of that
+    return heard
 
 
 def save_where_rank_zero_fails(folder: str) -> str:
