@@ -1,8 +1,8 @@
 """A pool of worker processes, so that tests run functions on every rank of one gloo process group.
 
-Starting a rank means importing torch and Keras, which takes longer than most tests: the processes live as long
-as the pool, and every run begins in the same state. Functions and what they return travel by pickle, so a
-function is one at the top of a module, and returns arrays rather than tensors of its model.
+Importing torch and Keras takes longer than most tests: one process does it for all ranks, which are forked from it.
+They live as long as the pool, and every run begins in the same state. Functions and what they return travel by pickle,
+so a function is one at the top of a module, and returns arrays rather than tensors of its model.
 
 To test a refusal, catch it in the function and return its message: an error that leaves the function may have
 left the ranks at different points, so it costs the pool its processes.
@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -67,7 +67,7 @@ class Rank:
     """One process as the parent sees it. ``dump`` is the file into which SIGUSR1 makes it write its stacks."""
 
     number: int
-    process: SpawnProcess
+    process: ForkServerProcess
     pipe: Connection
     dump: Path
 
@@ -130,13 +130,14 @@ class WorkerPool:
     def _start(self) -> None:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._folder = tempfile.TemporaryDirectory()
-        spawn = multiprocessing.get_context("spawn")
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(["tests.families"])  # which imports all that most ranks need
         for number in range(self.size):
-            here, there = spawn.Pipe()
+            here, there = server.Pipe()
             dump = Path(self._folder.name) / f"rank_{number}.txt"
             dump.touch()
             args = (number, self.size, self._store.port, there, dump, self.start)
-            process = spawn.Process(target=_work, args=args, daemon=True)
+            process = server.Process(target=_work, args=args, daemon=True)
             with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):  # gloo ranks compute on the CPU
                 process.start()
             there.close()
