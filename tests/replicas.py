@@ -59,8 +59,59 @@ NORMALIZED_RULES: dict[str, Axes] = {
     "up_norm/(gamma|beta|moving_mean|moving_variance)": ("model",),
     "down/kernel": ("model", "batch"),
 }
+
+# A model whose blocks read parts of every kind
+
+
+class StackedBlock(keras.layers.Layer):
+    """Two dense layers, whose dims do not divide by four, and a norm; ``common`` is a layer of other blocks too."""
+
+    def __init__(self, common: keras.layers.Layer, holds: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self.norm = keras.layers.LayerNormalization(epsilon=1e-3, name="norm")
+        self.up = keras.layers.Dense(14, "tanh", name="up")
+        self.down = keras.layers.Dense(10, name="down")
+        self.common = common if holds else None
+
+    def build(self, shape: Shape) -> None:
+        self.norm.build(shape)
+        self.up.build(shape)
+        self.down.build((*shape[:-1], 14))
+
+    def call(self, x: Any) -> Any:
+        x = x + self.down(self.up(self.norm(x)))
+        return x if self.common is None else self.common(x)
+
+
+def stacked(dtype: str = "float32", *, seed: int = 0, holds: bool = False) -> keras.Model:
+    """Three blocks, of which one is frozen in part, and a layer used between them, or inside of each of them."""
+    with building(dtype):
+        common = keras.layers.Dense(10, name="common")
+        inputs = x = keras.Input((10,), name="x")
+        for number in range(4):
+            block = StackedBlock(common, holds, name=f"block_{number}")
+            x = block(x) if holds else common(block(x))
+            block.down.trainable = number != 1
+        return randomize(keras.Model(inputs, keras.layers.Dense(8, name="head")(x), name="stacked"), seed)
+
+
+def stacked_batch(rng: np.random.Generator, size: int) -> Batch:
+    return rng.standard_normal((size, 10)).astype("float32"), rng.standard_normal((size, 8)).astype("float32")
+
+
+STACKED_RULES: dict[str, Axes] = {
+    "block_./norm/(gamma|beta)": ("batch",),
+    "block_./up/kernel": ("batch", "model"),
+    "block_./up/bias": (("model", "batch"),),
+    "block_./down/kernel": ("model", "batch"),
+    "(block_./)?common/kernel": (None, "batch"),
+    "head/kernel": (None, "batch"),
+    "head/bias": ("batch",),
+}
 MODELS = CASES | {
     "recomputed": replace(CASES["llama"], build=partial(CASES["llama"].build, recomputed=True)),
+    "stacked": Case("stacked", stacked, stacked_batch, "MeanSquaredError", {}, None),
+    "entangled": Case("entangled", partial(stacked, holds=True), stacked_batch, "MeanSquaredError", {}, None),
     "normalized": Case("normalized", normalized, normalized_batch, "MeanSquaredError", {}, None),
 }
 
@@ -121,6 +172,7 @@ LAYOUTS: dict[str, Callable[[str], Rules]] = {
         {"llama": keras_hub.models.LlamaBackbone, "gemma": keras_hub.models.GemmaBackbone}[name]
     ),
     "normalized": lambda name: NORMALIZED_RULES,
+    "stacked": lambda name: STACKED_RULES,
     **{f"random {seed}": partial(random_rules, seed=seed) for seed in range(8)},
 }
 

@@ -218,8 +218,9 @@ def _reads_through(layer: LayerPlan, boundary: Boundary) -> bool:
 
 
 def _collectives(layers: Sequence[LayerPlan], plan: Plan) -> Iterator[Collective]:
-    """Yield the collectives of the layers, and those of inputs that they share with a layer before them."""
+    """Yield the collectives of the layers, and those that they share: of inputs, and of parts put together."""
     names = {layer.layer for layer in layers}
+    gathered = {(each.layer, each.place) for each in plan.gatherings if names & {read.layer for read in each.reads}}
     shared = {
         (other, f"({boundary.tensor})")
         for layer in layers
@@ -228,7 +229,11 @@ def _collectives(layers: Sequence[LayerPlan], plan: Plan) -> Iterator[Collective
     }
     for collective in plan.collectives:
         place, _, tensor = collective.place.partition(" (")
-        if collective.layer in names or (place.startswith("input") and (collective.layer, f"({tensor}") in shared):
+        if (
+            collective.layer in names
+            or (collective.layer, collective.place) in gathered
+            or (place.startswith("input") and (collective.layer, f"({tensor}") in shared)
+        ):
             yield collective
 
 

@@ -32,6 +32,7 @@ from tp_planner.job.process_group import planning_axes
 from tp_planner.layers.statistics import OF_THE_BATCH
 from tp_planner.passes.bucket_gradients import bucket_gradients, bucket_summands
 from tp_planner.passes.choose_styles import choose_styles
+from tp_planner.passes.gather_together import gather_together
 from tp_planner.passes.honor_output_rules import honor_output_rules
 from tp_planner.passes.note_own_state import note_own_state
 from tp_planner.passes.place_boundaries import close, must_walk_all_blocks, place_boundaries, write_layer_plans
@@ -198,7 +199,10 @@ class _Job:
         shared = {name for name, layer in named_layers(self.model).items() if isinstance(layer, OF_THE_BATCH)}
         notes = plan.notes + tuple(note_own_state(graph, shared))
         late = {key for keys in plan.sums for key in keys}
-        return replace(plan, variables=variables, buckets=bucket_gradients(variables, late), notes=notes)
+        equal = find_blocks(self.model, self.planned_alike).signatures
+        gatherings = gather_together(graph, variables, plan.axis_size, equal)
+        buckets = bucket_gradients(variables, late)
+        return replace(plan, variables=variables, buckets=buckets, gatherings=gatherings, notes=notes)
 
     def _write(
         self, graph: ModelGraph, layers: tuple[LayerPlan, ...], input_gradients: bool, notes: tuple[str, ...]

@@ -20,7 +20,17 @@ from tests.models import CASES, USUAL
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
-from tp_planner.ir.plan import Boundary, FunctionPlan, GuessedDim, LayerPlan, Plan, Style, VariablePlan
+from tp_planner.ir.plan import (
+    Boundary,
+    FunctionPlan,
+    Gathering,
+    GuessedDim,
+    LayerPlan,
+    PartRead,
+    Plan,
+    Style,
+    VariablePlan,
+)
 from tp_planner.ir.plan_json import FORMAT_VERSION, plan_from_json
 from tp_planner.ir.step import Collective, CollectiveKind, Holder, Memory, MemoryUse, Phase, Step, Work
 from tp_planner.planner import make_plan
@@ -91,6 +101,8 @@ TYPES: dict[str, tuple[type, dict[str, str]]] = {
     "work": (Work, {}),
     "holder": (Holder, {}),
     "guessed_dim": (GuessedDim, {}),
+    "gathering": (Gathering, {}),
+    "part_read": (PartRead, {}),
 }
 
 

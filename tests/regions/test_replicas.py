@@ -129,6 +129,8 @@ TRAININGS: list[Training] = [
     ("mlp", "model axis", (2, 1), "float64", [8, 5, 1], "adamw"),
     ("mlp", "both axes", (2, 1), "float32", [8, 8], "adamw"),
     ("tied", "both axes", (2, 2), "float64", [4, 3], "adamw"),
+    ("stacked", "stacked", (2, 2), "float64", [4, 3], "adamw"),
+    ("entangled", "stacked", (4, 1), "float64", [8, 7], "adamw"),
 ]
 MORE: list[Training] = [
     ("gpt", "model axis", (2, 2), "float64", [4, 4], "adamw"),

@@ -122,6 +122,33 @@ class VariableUse:
     boundary: Boundary
 
 
+@dataclass(frozen=True, slots=True)
+class PartRead:
+    """A variable that replicas store in parts, as a layer reads it: in the dtype in which it travels."""
+
+    layer: str
+    variable: str
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Gathering:
+    """What is put together over the batch axis in one collective, when the first of its ``reads`` is made.
+
+    ``layer`` is the block that makes them, or the first of layers that follow each other. The gradients of the
+    variables are added, and cut, together too.
+    """
+
+    layer: str
+    reads: tuple[PartRead, ...]
+
+    @property
+    def place(self) -> str:
+        """Where its collectives stand in the layer: at the variable, or at the first of several."""
+        first = self.reads[0].variable
+        return first if len(self.reads) == 1 else f"variables in parts ({first})"
+
+
 def _whole(boundary: Boundary | None) -> Boundary | None:
     return None if boundary is None else boundary.where_stream_is_whole
 
@@ -251,7 +278,8 @@ class Plan:
     ``guessed`` are the sizes among them that are guesses: what depends on sizes, memory and time, is that of these.
     ``collectives`` are those of one training step, in order of execution, and ``step`` is what else it takes of one
     rank. ``buckets`` are the keys of variables whose gradients are averaged over the batch axis together, in the
-    order in which that begins. ``sums`` are those of variables that are used on shards of the residual stream: their
+    order in which that begins. ``gatherings`` are what replicas store in parts and read together, in the order of
+    reading. ``sums`` are those of variables that are used on shards of the residual stream: their
     gradients are added over the model axis together, when the backward pass ends. ``device`` is the one whose kernels
     ``step`` counts; layers and collectives are the same on all.
     """
@@ -273,6 +301,7 @@ class Plan:
     sums: tuple[tuple[str, ...], ...] = ()
     device: DeviceType = "cpu"
     guessed: tuple[GuessedDim, ...] = ()
+    gatherings: tuple[Gathering, ...] = ()
 
     @property
     def shards_stream(self) -> bool:
@@ -315,4 +344,5 @@ class Plan:
             planned = tuple(each for each in planned if each.phase != "update")
             ran = tuple(each for each in ran if each.phase != "update")
         unequal = {each.key for each in self.variables if not divides(each.shape, each.placement, self.axis_size)}
+        unequal |= {each.place for each in self.gatherings if any(read.variable in unequal for read in each.reads)}
         check_contract(self.inputs, planned, Recording(recorded.inputs, ran), unequal)

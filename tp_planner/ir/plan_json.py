@@ -14,8 +14,10 @@ from tp_planner.ir.placement import Replicate, local_shape, parse_placement
 from tp_planner.ir.plan import (
     Boundary,
     FunctionPlan,
+    Gathering,
     GuessedDim,
     LayerPlan,
+    PartRead,
     Plan,
     RuleReport,
     Transition,
@@ -209,6 +211,16 @@ def _decode_layer(data: Mapping[str, Any]) -> LayerPlan:
     )
 
 
+def _encode_gathering(gathering: Gathering) -> dict[str, Any]:
+    reads = [{"layer": each.layer, "variable": each.variable, "dtype": each.dtype} for each in gathering.reads]
+    return {"layer": gathering.layer, "reads": reads}
+
+
+def _decode_gathering(data: Mapping[str, Any]) -> Gathering:
+    reads = tuple(PartRead(each["layer"], each["variable"], each["dtype"]) for each in data["reads"])
+    return Gathering(data["layer"], reads)
+
+
 _COLLECTIVE_FIELDS = ("kind", "axis", "group_size", "bytes", "layer", "place", "phase", "reason", "cause")
 
 
@@ -239,6 +251,7 @@ def _encode_plan(plan: Plan) -> dict[str, Any]:
         "input_gradients": plan.input_gradients,
         "notes": list(plan.notes),
         "buckets": [list(bucket) for bucket in plan.buckets],
+        "gatherings": [_encode_gathering(each) for each in plan.gatherings],
         "sequence_parallel": plan.sequence_parallel,
         "sums": [list(bucket) for bucket in plan.sums],
         "device": plan.device,
@@ -281,4 +294,5 @@ def _decode_plan(data: Mapping[str, Any]) -> Plan:
         sums=tuple(tuple(bucket) for bucket in data["sums"]),
         device=_decode_device(data["device"]),
         guessed=tuple(GuessedDim(each["input"], each["dim"], each["size"]) for each in data["guessed"]),
+        gatherings=tuple(map(_decode_gathering, data["gatherings"])),
     )

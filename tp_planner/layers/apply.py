@@ -33,6 +33,7 @@ from tp_planner.regions.recomputation import follow_recomputation
 from tp_planner.regions.replicas import Replicas
 from tp_planner.regions.summands import Summands
 from tp_planner.storage.forwarding import Content, forward, revive
+from tp_planner.storage.parts import ReadTogether
 from tp_planner.storage.regularization import parallel_constraint, parallel_regularizer
 from tp_planner.storage.sharding import Sharding
 from tp_planner.storage.torch_modules import follow_variables
@@ -193,11 +194,23 @@ def _join_replicas(model: keras.Model, applied: Applied, replicas: Replicas, pla
     applied.undo.append(hook.remove)
     for layer in placer.layers_with_parts():
         applied.undo += [handle.remove for handle in watch_calls(layer)]
+    _read_together(applied, placer)
     for layer in placer.layers:
         name = placer.names[id(layer)]
         if isinstance(layer, OF_THE_BATCH):
             share_statistics(layer, replicas, Site(name, "statistics"))
             applied.undo.append(functools.partial(layer.__dict__.pop, "_moments"))
+
+
+def _read_together(applied: Applied, placer: _Placer) -> None:
+    """Let what the plan gathers together be read so, but for blocks that are left out."""
+    for gathering in applied.plan.gatherings:
+        if all(read.variable in applied.placed for read in gathering.reads):
+            variables = [placer.variables[read.variable] for read in gathering.reads]
+            dtypes = [getattr(torch, read.dtype) for read in gathering.reads]
+            together = ReadTogether(variables, dtypes, Site(gathering.layer, gathering.place))
+            for read, variable in zip(gathering.reads, variables, strict=True):
+                variable._stored.together[Site(read.layer, read.variable)] = together
 
 
 def _scopes(plan: Plan, layers: Mapping[str, Any]) -> set[str]:

@@ -364,7 +364,7 @@ def open_scope(layer: keras.Layer, model: int, name: str, undo: list[Undo]) -> N
         if running.scopes[model, name] <= 0:
             del running.scopes[model, name]
         if not running.scopes:
-            running.entered.clear()
+            running.forget_what_crossed()
 
     undo.append(end_with_call(layer))
     undo.append(layer.register_forward_pre_hook(before, prepend=True).remove)

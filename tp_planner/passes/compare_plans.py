@@ -10,7 +10,7 @@ from typing import Any, Literal
 from tp_planner.ir.difference import AmountChange, Change, Changed, CollectiveChange, Difference, Unit
 from tp_planner.ir.figures import figures_of
 from tp_planner.ir.placement import Shape
-from tp_planner.ir.plan import Boundary, LayerPlan, Plan, RuleReport, VariablePlan
+from tp_planner.ir.plan import Boundary, Gathering, LayerPlan, Plan, RuleReport, VariablePlan
 from tp_planner.ir.step import Collective, Holder, MemoryUse, Step
 
 Properties = Mapping[str, str]
@@ -52,6 +52,7 @@ def _of_plan(plan: Plan) -> Properties:
         "inputs": ", ".join(f"{_shape(shape)} {dtype}" for shape, dtype in plan.inputs),
         "guessed sizes": ", ".join(f"{each.input} dim {each.dim}: {each.size}" for each in plan.guessed),
         "buckets of gradients": "; ".join(f"({', '.join(bucket)})" for bucket in plan.buckets),
+        "gathered together": "; ".join(map(_of_gathering, plan.gatherings)),
         "sequence parallel": "yes" if plan.sequence_parallel else "no",
         "buckets of summands": "; ".join(f"({', '.join(bucket)})" for bucket in plan.sums),
         "gradients of the inputs": "right" if plan.input_gradients else "not right",
@@ -61,6 +62,11 @@ def _of_plan(plan: Plan) -> Properties:
         "whole update": str(plan.step.whole_update),
         "phase of the memory peak": plan.step.memory.peak_phase,
     }
+
+
+def _of_gathering(gathering: Gathering) -> str:
+    reads = ", ".join(f"{each.variable} as {each.dtype}" for each in gathering.reads)
+    return f"{gathering.layer} ({reads})"
 
 
 def _of_holders(step: Step) -> Properties:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
@@ -75,6 +75,7 @@ class _Running(threading.local):
         self.watching = 0  # how many running calls have their own code watched
         self.scopes: Counter[tuple[int, str]] = Counter()
         self.entered: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.gathered: dict[Hashable, Any] = {}  # what was put together over the batch axis and is not all read yet
         self.values: str = "dtensor"
         self.stream_is_whole = True  # whether every rank has the whole residual stream; in planned calls a shard
         self.indivisible = 0  # the length of a sequence that was to be sharded, and cannot be
@@ -90,6 +91,11 @@ class _Running(threading.local):
         self.converting: Callable[[], AbstractContextManager[None]] = nullcontext  # entered around every conversion
         self.draw: Callable[[Callable[[], torch.Tensor]], torch.Tensor] = run_at_once  # draws a seed
         self.run: Callable[..., torch.Tensor] = run_at_once  # runs what a plan adds to a call: boundaries, reads
+
+    def forget_what_crossed(self) -> None:
+        """Let go of what calls share: no call of a model is open any more."""
+        self.entered.clear()
+        self.gathered.clear()
 
 
 running = _Running()
@@ -119,7 +125,7 @@ def _call_and_end(layer: Any, *args: Any, **kwargs: Any) -> Any:
             running.open.popitem()[1]()
         running.scopes, running.watching = scopes, watching
         if not scopes:
-            running.entered.clear()
+            running.forget_what_crossed()
         raise
     finally:
         running.guarded = False

@@ -39,6 +39,11 @@ class LeftOut:
         self._put_back = 0  # how many of them the running backward pass has asked for
         self._whole: torch.Tensor | None = None  # from the first of these to the last
 
+    @property
+    def is_left_out(self) -> bool:
+        """Whether autograd will ask for the tensor."""
+        return self._left_out > 0
+
     def leave_out(self) -> None:
         """Note that autograd will ask for the tensor once more."""
         self._left_out += 1

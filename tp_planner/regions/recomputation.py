@@ -69,6 +69,7 @@ class OpenCalls:
         """Inside, they are what is running on this thread."""
         frames = [frame.copy() for frame in self.frames]
         before = running.frames, running.scopes, running.entered, running.watching, running.recomputable
+        gathered, running.gathered = running.gathered, {}
         stream, running.stream_is_whole = running.stream_is_whole, self.stream_is_whole
         keeping, running.keeping = running.keeping, self.keeping
         running.frames, running.scopes, running.entered = frames, self.scopes.copy(), WeakTensorKeyDictionary()
@@ -83,7 +84,7 @@ class OpenCalls:
                 yield
         finally:
             running.frames, running.scopes, running.entered, running.watching, running.recomputable = before
-            running.stream_is_whole, running.keeping = stream, keeping
+            running.stream_is_whole, running.keeping, running.gathered = stream, keeping, gathered
 
     @contextlib.contextmanager
     def _known_to_keras(self) -> Iterator[None]:
@@ -157,15 +158,15 @@ class _RunsAgain:
 @contextlib.contextmanager
 def _keeping_nothing_but(inputs: Sequence[torch.Tensor]) -> Iterator[None]:
     """Inside, a function runs for the first time; of what crosses into regions, nothing but ``inputs`` outlives it."""
-    before = running.recomputable, running.entered
+    before = running.recomputable, running.entered, running.gathered
     entered = WeakTensorKeyDictionary()
     for tensor in inputs:
         entered[tensor] = running.entered.setdefault(tensor, {})
-    running.recomputable, running.entered = True, entered
+    running.recomputable, running.entered, running.gathered = True, entered, {}
     try:
         yield
     finally:
-        running.recomputable, running.entered = before
+        running.recomputable, running.entered, running.gathered = before
 
 
 @contextlib.contextmanager

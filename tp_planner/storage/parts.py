@@ -1,76 +1,238 @@
 """Parts: what replicas store in parts is put together for use, and let go after it.
 
-The backward pass puts it together again where it is needed, and leaves each replica its part of the averaged gradient
-(as FSDP and ZeRO-3 do: https://arxiv.org/abs/1910.02054).
+What a block reads is put together in one collective. The backward pass puts together again what it needs of it, and
+leaves each replica its parts of the averaged gradients, when those of all that was read have arrived (as FSDP and
+ZeRO-3 do: https://arxiv.org/abs/1910.02054, https://arxiv.org/abs/2304.11277).
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
-from tp_planner.ir.placement import Shard
+from tp_planner.ir.placement import local_shape
 from tp_planner.job.axes import Axis
-from tp_planner.regions.boundaries import gather, reduce_to_shard
-from tp_planner.regions.calls import Site, standing_at
+from tp_planner.regions.buffers import Cut, Gathered, reduce_to_parts
+from tp_planner.regions.calls import Site, running, standing_at
 from tp_planner.regions.left_out import LeftOut, can_be_made_again
 from tp_planner.regions.replicas import Replicas
 
 
-class Parts:
-    """One use of a tensor that replicas store in parts.
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """What a replica stores of a tensor: its parameter, how that is cut, and the dtype in which it travels."""
+
+    parameter: DTensor
+    cut: Cut
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, variable: Any, dtype: torch.dtype) -> Part:
+        """Return that of a parallel variable."""
+        sharding = variable._stored.sharding
+        model, placement = sharding.axes.model, sharding.batch_placement
+        shape = local_shape(tuple(variable.shape), sharding.placement, model.size, model.rank)
+        return cls(variable._value, Cut(shape, placement), dtype)
+
+    @property
+    def stored(self) -> torch.Tensor:
+        """The tensor that is stored, without gradient history."""
+        stored: torch.Tensor = self.parameter._local_tensor.detach()
+        return stored
+
+
+class ReadTogether:
+    """Variables that calls read one after the other, and that are put together when the first of them is read.
 
     Args:
-        part: this replica's, without gradient history.
-        dim: the dim that is cut.
-        length: of the whole in that dim.
-        axis: the batch axis.
-        replicas: the replicas that average the gradient.
+        variables: parallel variables that replicas store in parts.
+        dtypes: the dtypes in which they travel.
         site: where this stands in the plan.
     """
 
-    def __init__(
-        self, part: torch.Tensor, dim: int, length: int, axis: Axis, replicas: Replicas | None, site: Site | None
-    ) -> None:
-        self.part, self._dim, self._length, self._axis = part, dim, length, axis
-        self._replicas, self._site = replicas, site
-        self.left_out = LeftOut(self)
+    def __init__(self, variables: Sequence[Any], dtypes: Sequence[torch.dtype], site: Site | None) -> None:
+        self._variables, self._dtypes, self._site = variables, dtypes, site
+        self._places = {id(variable): place for place, variable in enumerate(variables)}
+
+    def serves(self, variable: Any, dtype: torch.dtype) -> bool:
+        """Whether what travels has all that is read of a variable in this dtype."""
+        sent = self._dtypes[self._places[id(variable)]]
+        return torch.promote_types(sent, dtype) == sent
+
+    def read(self, variable: Any) -> torch.Tensor:
+        """Return the whole of a variable, gradients flowing back to its parameter."""
+        key, place = (self, torch.is_grad_enabled()), self._places[id(variable)]
+        uses = running.gathered.get(key)
+        if uses is None or place not in uses.left:
+            uses = running.gathered[key] = self.begin()
+        whole: torch.Tensor = uses.take(place)
+        if not uses.left:
+            del running.gathered[key]
+        return whole
+
+    def begin(self) -> Uses:
+        """Put the variables together."""
+        stored = self._variables[0]._stored
+        parts = [Part.of(variable, dtype) for variable, dtype in zip(self._variables, self._dtypes, strict=True)]
+        return Uses(Parts(parts, stored.sharding.axes.batch, stored.replicas, self._site))
+
+    def forget(self, variable: Any) -> None:
+        """Put a variable together anew when it is read next, for it has another value."""
+        for gradients in (True, False):
+            if uses := running.gathered.get((self, gradients)):
+                uses.left.discard(self._places[id(variable)])
+
+
+class Uses:
+    """What the forward pass uses of parts that were put together: each whole is taken once, and is gone when let go."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._wholes = _Wholes(parts, range(len(parts.parts)))
+        self._proxies: dict[int, torch.Tensor] = {}  # by number, of those through which gradients flow
+        if torch.is_grad_enabled() and any(part.parameter.requires_grad for part in parts.parts):
+            proxies = _Together.apply(parts, *(part.parameter for part in parts.parts))
+            self._proxies = {number: proxy for number, proxy in enumerate(proxies) if proxy.requires_grad}
+
+    @property
+    def left(self) -> set[int]:
+        """The numbers of the parts of which the whole was not taken yet."""
+        return self._wholes.left
+
+    def take(self, number: int) -> torch.Tensor:
+        """Return the whole of a part."""
+        proxy, taken = self._proxies.pop(number, None), self._wholes.take(number)
+        whole: torch.Tensor = taken if proxy is None else _Taken.apply(proxy, taken, self._parts, number)
+        can_be_made_again(whole, self._parts.left_out(number))
+        return whole
+
+
+class Parts:
+    """Parts that are put together at once, as the backward pass knows them.
+
+    Args:
+        parts: this replica's.
+        axis: the batch axis.
+        replicas: the replicas that average the gradients.
+        site: where this stands in the plan.
+    """
+
+    def __init__(self, parts: Sequence[Part], axis: Axis, replicas: Replicas | None, site: Site | None) -> None:
+        self.parts = parts
+        self._axis, self._replicas, self._site = axis, replicas, site
+        self._again: _Wholes | None = None
+        self._left_out: dict[int, weakref.ref[LeftOut]] = {}  # by number
+
+    def left_out(self, number: int) -> LeftOut:
+        """Return the note of how the whole of a part that was taken is made again."""
+        left_out = LeftOut(_Again(self.parts[number].stored, self, number))
+        self._left_out[number] = weakref.ref(left_out)
+        return left_out
+
+    def again(self, number: int) -> torch.Tensor:
+        """Return a whole in the backward pass, for which all are put together that it needs."""
+        if self._again is None or number not in self._again.left:
+            needed = [each for each, left_out in self._left_out.items() if (kept := left_out()) and kept.is_left_out]
+            self._again = _Wholes(self, sorted({*needed, number}))
+        return self._again.take(number)
+
+    def sent(self, numbers: Sequence[int]) -> Gathered:
+        """Send these parts, and return what will hold those of all replicas."""
+        with torch.no_grad(), standing_at(self._site):
+            sent = [self.parts[number].stored.to(self.parts[number].dtype) for number in numbers]
+            return Gathered(sent, [self.parts[number].cut for number in numbers], self._axis)
+
+    def own(self, gradients: Sequence[torch.Tensor | None]) -> list[DTensor | None]:
+        """Return this replica's parts of the means of all replicas' gradients."""
+        assert self._replicas is not None
+        self._again = None
+        numbers = [number for number, gradient in enumerate(gradients) if gradient is not None]
+        whole = [gradient for gradient in gradients if gradient is not None]
+        if not whole:
+            return [None] * len(gradients)
+        # Without samples they may be the gradients of the mean of nothing.
+        share = self._replicas.share(whole[0].device)
+        weight = share if self._replicas.samples else None
+        with standing_at(self._site):
+            own = reduce_to_parts(whole, [self.parts[number].cut for number in numbers], self._axis, weight)
+        means: list[DTensor | None] = [None] * len(gradients)
+        for number, mean in zip(numbers, own, strict=True):
+            parameter = self.parts[number].parameter
+            means[number] = DTensor(mean.to(parameter.dtype), parameter._spec, requires_grad=False)
+        return means
+
+    def let_go(self, number: int) -> None:
+        """Note that the gradient of a whole has arrived: where a part of it was left out is in no gradient."""
+        if left_out := self._left_out[number]():
+            left_out.let_go()
+
+
+class _Wholes:
+    """Wholes of one collective: each is taken once, and what holds them goes with the last."""
+
+    def __init__(self, parts: Parts, numbers: Sequence[int]) -> None:
+        self._places = {number: place for place, number in enumerate(numbers)}
+        self.left = set(numbers)
+        self._gathered: Gathered | None = parts.sent(numbers)
+
+    def take(self, number: int) -> torch.Tensor:
+        assert self._gathered is not None
+        whole = self._gathered.whole(self._places[number])
+        self.left.remove(number)
+        if not self.left:
+            self._gathered = None
+        return whole
+
+
+@dataclass(slots=True)
+class _Again:
+    """From which a whole can be made again that is left out of what autograd keeps."""
+
+    part: torch.Tensor
+    parts: Parts
+    number: int
 
     def whole(self) -> torch.Tensor:
-        """Return the whole, gathered."""
-        with torch.no_grad(), standing_at(self._site):
-            return gather(self.part, Shard(self._dim), self._length, self._axis)
-
-    def own(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Return this replica's part of the mean of all replicas' gradients."""
-        assert self._replicas is not None
-        self.left_out.let_go()  # where a part of what was left out is in no gradient
-        share = self._replicas.share(gradient.device)
-        # Without samples it may be the gradient of the mean of nothing.
-        weighed = gradient * share if self._replicas.samples else torch.zeros_like(gradient)
-        with standing_at(self._site):
-            return reduce_to_shard(weighed, Shard(self._dim), self._axis)
+        return self.parts.again(self.number)
 
 
-class _Whole(torch.autograd.Function):
+class _Together(torch.autograd.Function):
+    """Stands between parameters and their wholes: its backward pass runs when the gradients of all have arrived.
+
+    What it returns has the shapes of the wholes, and no content.
+    """
+
     @staticmethod
-    def forward(ctx: Any, part: torch.Tensor, parts: Parts) -> torch.Tensor:
+    def forward(ctx: Any, parts: Parts, *parameters: DTensor) -> tuple[torch.Tensor, ...]:
         ctx.parts = parts
-        return parts.whole()
+        ctx.set_materialize_grads(False)
+        proxies = tuple(part.stored.new_empty((), dtype=part.dtype).expand(part.cut.shape) for part in parts.parts)
+        still = [proxy for proxy, each in zip(proxies, parameters, strict=True) if not each.requires_grad]
+        ctx.mark_non_differentiable(*still)
+        return proxies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.parts.own(gradient), None
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[DTensor | None, ...]:
+        return None, *ctx.parts.own(gradients)
 
 
-def put_together(part: torch.Tensor, parts: Parts) -> torch.Tensor:
-    """Return the whole of which ``part`` is this replica's part, gradients flowing back to the part."""
-    if part.requires_grad and torch.is_grad_enabled():
-        whole: torch.Tensor = _Whole.apply(part, parts)
-    else:
-        whole = parts.whole()
-    can_be_made_again(whole, parts.left_out)
-    return whole
+class _Taken(torch.autograd.Function):
+    """The whole of one part."""
+
+    @staticmethod
+    def forward(ctx: Any, proxy: torch.Tensor, whole: torch.Tensor, parts: Parts, number: int) -> torch.Tensor:
+        ctx.parts, ctx.number = parts, number
+        return whole.view_as(whole)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        ctx.parts.let_go(ctx.number)
+        return gradient, None, None, None

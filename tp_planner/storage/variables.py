@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import keras
@@ -35,9 +35,7 @@ from tp_planner.ir.placement import (
     Placement,
     Replicate,
     SequencePartial,
-    Shape,
     Shard,
-    local_shape,
     parts_of,
 )
 from tp_planner.ir.plan import Boundary, Transition
@@ -47,7 +45,7 @@ from tp_planner.regions.boundaries import cross, gather, reduce_to_shard
 from tp_planner.regions.calls import Reader, Site, running, standing_at
 from tp_planner.regions.replicas import Replicas
 from tp_planner.regions.summands import Summands
-from tp_planner.storage.parts import Parts, put_together
+from tp_planner.storage.parts import ReadTogether
 from tp_planner.storage.sharding import Sharding, own_shard
 
 BackendVariable = type(keras.Variable(0.0, name="probe"))
@@ -64,6 +62,7 @@ class Stored:
     plain_class: type
     replicas: Replicas | None = None  # of a variable whose gradients the batch axis averages
     gathering: Callable[[Any], torch.Tensor] | None = None  # set while ranks save together
+    together: dict[Site, ReadTogether] = field(default_factory=dict)  # what is read with it, by where it is read
     whole: torch.Tensor | None = None  # set while a non-elementwise update works on the whole value
 
     @property
@@ -145,6 +144,8 @@ class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
             target.copy_(value)
         for frame in running.frames:  # what was read before is no longer the value
             frame.forget(id(self))
+        for together in self._stored.together.values():
+            together.forget(self)
 
     def whole(self) -> torch.Tensor:
         """Return the whole value without gradient history; every rank has to call it."""
@@ -296,23 +297,31 @@ def read_shard(variable: Any, site: Site | None) -> torch.Tensor:
 
     ``site`` is where the plan has what the batch axis communicates for it, None where it has nothing.
     """
-    value = variable._value
+    stored, value = variable._stored, variable._value
+    if isinstance(stored.sharding.batch_placement, Shard):
+        with running.converting():
+            return _read_parts(variable, stored, site)
     if isinstance(value, DTensor):
         with running.converting():
             value = _LocalShard.apply(value)
     cast: torch.Tensor = variable._maybe_autocast(value)
-    stored = variable._stored
-    if not isinstance(stored.sharding.batch_placement, Shard):
-        return cast
-    batch = stored.sharding.axes.batch
-    length = _shape_in_replica(stored.sharding, tuple(variable.shape))[stored.sharding.batch_placement.dim]
-    parts = Parts(cast.detach(), stored.sharding.batch_placement.dim, length, batch, stored.replicas, site)
-    with running.converting():
-        return put_together(cast, parts)
+    return cast
 
 
-def _shape_in_replica(sharding: Sharding, shape: Shape) -> Shape:
-    return local_shape(shape, sharding.placement, sharding.axes.model.size, sharding.axes.model.rank)
+def _read_parts(variable: Any, stored: Stored, site: Site | None) -> torch.Tensor:
+    dtype = _dtype_of_reads(variable)
+    together = stored.together.get(site) if site is not None and running.scopes else None
+    if together is None or not together.serves(variable, dtype):
+        return ReadTogether([variable], [dtype], site).begin().take(0)
+    return together.read(variable).to(dtype)
+
+
+def _dtype_of_reads(variable: Any) -> torch.dtype:
+    """Return the dtype as which Keras reads a variable here."""
+    scope, dtype = get_autocast_scope(), variable._value.dtype
+    casts = scope is not None and scope.dtype is not None and variable._autocast and dtype.is_floating_point
+    read: torch.dtype = to_torch_dtype(scope.dtype) if casts else dtype
+    return read
 
 
 class _Gathered(torch.autograd.Function):

@@ -1,0 +1,161 @@
+"""What a block reads in parts is put together in one collective, and its gradients are added and cut in one."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import keras
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+import tp_planner
+from tests.replicas import MODELS, Shape, layout
+from tests.workers import Pools
+from tp_planner.ir.layout import Layout, LayoutRule
+from tp_planner.ir.mesh import Mesh
+from tp_planner.ir.placement import PackedShard, Shard, local_shape
+from tp_planner.ir.plan import Gathering, Plan
+from tp_planner.job.axes import Axis
+from tp_planner.regions.buffers import Cut, Gathered, reduce_to_parts
+from tp_planner.storage.sharding import own_shard
+
+# The plan
+
+
+def plan_of(name: str, rules: str, shape: Shape) -> Plan:
+    return tp_planner.plan(MODELS[name].build(), layout(name, rules, shape), batch_axis="batch")
+
+
+def over_batch(plan: Plan) -> Counter[tuple[str, str]]:
+    return Counter((each.phase, each.kind) for each in plan.collectives if each.axis == "batch")
+
+
+@pytest.mark.parametrize(
+    ("name", "rules", "forward", "backward"),
+    [
+        ("llama", "KerasHub's", 1 + 2, 2),  # the embedding, and two blocks; the embedding's gradient needs no weight
+        ("gemma", "KerasHub's", 1 + 2 + 1, 2 + 1),  # of which the embedding is read again at the end
+        ("gpt", "both axes", 1 + 3 * 2 + 1, 3 * 2 + 1),  # no blocks, but attention, and layers after one another
+        ("stacked", "stacked", 4 + 4 + 1, 4 + 4 + 1),  # blocks, one of which is frozen in part, and a shared layer
+        ("entangled", "stacked", 4 + 4 + 1, 4 + 4 + 1),  # the same with the shared layer inside of the blocks
+    ],
+)
+def test_blocks_gather_once_forward_and_once_backward(name: str, rules: str, forward: int, backward: int) -> None:
+    """And they add their gradients once; what is sent is what the parts are long, short ones filled up."""
+    plan = plan_of(name, rules, (2, 2))
+    found = over_batch(plan)
+    assert found["forward", "all_gather"] == found["backward", "reduce_scatter"] == forward
+    assert found["backward", "all_gather"] == backward
+    sent = {(g.layer, g.place): bytes_of(g, plan) for g in plan.gatherings}
+    ran = {(c.layer, c.place): c.bytes for c in plan.collectives if c.kind == "all_gather" and c.phase == "forward"}
+    assert {key: ran[key] for key in sent} == sent
+    assert tp_planner.Plan.from_json(plan.to_json()) == plan
+
+
+def bytes_of(gathering: Gathering, plan: Plan) -> int:
+    variables = {each.key: each for each in plan.variables}
+    return sum(
+        math.prod(variables[read.variable].local_shape) * getattr(torch, read.dtype).itemsize
+        for read in gathering.reads
+    )
+
+
+class Inner(keras.layers.Layer):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.up = keras.layers.Dense(16, name="up", dtype="mixed_bfloat16")
+        self.down = keras.layers.Dense(8, name="down")
+
+    def build(self, shape: Any) -> None:
+        self.up.build(shape)
+        self.down.build((*shape[:-1], 16))
+
+    def call(self, x: Any) -> Any:
+        return self.down(self.up(x))
+
+
+class Tower(keras.layers.Layer):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.first = keras.layers.Dense(8, name="first")
+        self.inner = [Inner(name=f"inner_{number}") for number in range(2)]
+
+    def build(self, shape: Any) -> None:
+        for each in (self.first, *self.inner):
+            each.build(shape)
+
+    def call(self, x: Any) -> Any:
+        x = self.first(x)
+        for each in self.inner:
+            x = each(x)
+        return x
+
+
+def test_towers_of_blocks_are_taken_block_by_block() -> None:
+    """No rank holds a tower: its blocks are units, and layers around them; weights travel as they are computed with."""
+    inputs = keras.Input((8,))
+    towers = [Tower(name=name) for name in ("left", "right")]
+    outputs = keras.layers.Add()([tower(inputs) for tower in towers])
+    mesh = Mesh((("batch", 2), ("model", 1)))
+    model = keras.Model(inputs, keras.layers.Dense(2, name="head")(outputs))
+    plan = tp_planner.plan(model, Layout(mesh, (LayoutRule(".*kernel", ("batch", None)),)), batch_axis="batch")
+    assert [(each.layer, len(each.reads)) for each in plan.gatherings] == [
+        ("left/first", 1),
+        ("left/inner_0", 2),
+        ("left/inner_1", 2),
+        ("right/first", 1),
+        ("right/inner_0", 2),
+        ("right/inner_1", 2),
+        ("head", 1),
+    ]
+    assert [read.dtype for read in plan.gatherings[1].reads] == ["bfloat16", "float32"]
+    assert bytes_of(plan.gatherings[1], plan) == 8 * 16 * (2 + 4) // 2
+
+
+# What travels
+
+CUTS = [
+    (Cut((8, 3), Shard(0)), torch.float32),
+    (Cut((3, 7), Shard(1)), torch.float64),  # chunks of 2, 2, 2 and 1
+    (Cut((5,), Shard(0)), torch.bfloat16),  # of 2, 2, 1 and 0
+    (Cut((3, 2, 1), Shard(2)), torch.int8),  # of 1, 0, 0 and 0
+    (Cut((2, 8), PackedShard(1, (4, 4))), torch.float32),
+]
+
+
+def travel() -> tuple[list[bool], list[bool]]:
+    """Return whether wholes and sums are those of the tensors that were cut, together, one dtype alone, and alone."""
+    mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("batch",))
+    axis, weight = Axis.of(mesh), torch.tensor(0.5, dtype=torch.float64)
+    gathered, reduced = [], []
+    for chosen in (CUTS, [CUTS[0], CUTS[4]], *([each] for each in CUTS)):
+        cuts, dtypes = [cut for cut, _ in chosen], [dtype for _, dtype in chosen]
+        wholes = [
+            torch.arange(math.prod(cut.shape)).reshape(cut.shape).to(dtype)
+            for cut, dtype in zip(cuts, dtypes, strict=True)
+        ]
+        parts = [own_shard(whole, cut.placement, axis) for whole, cut in zip(wholes, cuts, strict=True)]
+        arriving = Gathered(parts, cuts, axis)
+        gathered += [torch.equal(arriving.whole(number), whole) for number, whole in enumerate(wholes)]
+        floats = [number for number, dtype in enumerate(dtypes) if dtype.is_floating_point]
+        for given, factor in ((weight, 2.0), (None, 0.0)):  # the sum of four halves
+            sums = (
+                reduce_to_parts([wholes[n] for n in floats], [cuts[n] for n in floats], axis, given) if floats else []
+            )
+            reduced += [torch.equal(own, factor * parts[n]) for n, own in zip(floats, sums, strict=True)]
+        assert all(
+            local_shape(cut.shape, cut.placement, 4, axis.rank) == p.shape for cut, p in zip(cuts, parts, strict=True)
+        )
+    return gathered, reduced
+
+
+def test_parts_of_any_dtype_travel_in_one_buffer(pools: Pools) -> None:
+    """Wholes and sums are to the bit those of the tensors that were cut: unequal parts, empty ones, packed dims."""
+    for gathered, reduced in pools(4).run(travel):
+        assert all(gathered)
+        assert len(gathered) == 5 + 2 + 5
+        assert all(reduced)
+        assert len(reduced) == 2 * (4 + 2 + 4)
