@@ -84,15 +84,16 @@ class StackedBlock(keras.layers.Layer):
 
 
 def stacked(dtype: str = "float32", *, seed: int = 0, holds: bool = False) -> keras.Model:
-    """Three blocks, of which one is frozen in part, and a layer used between them, or inside of each of them."""
+    """Four blocks, of which one is frozen in part, and a layer used between them, or inside of each of them."""
     with building(dtype):
         common = keras.layers.Dense(10, name="common")
         inputs = x = keras.Input((10,), name="x")
-        for number in range(4):
-            block = StackedBlock(common, holds, name=f"block_{number}")
+        blocks = [StackedBlock(common, holds, name=f"block_{number}") for number in range(4)]
+        for block in blocks:
             x = block(x) if holds else common(block(x))
-            block.down.trainable = number != 1
-        return randomize(keras.Model(inputs, keras.layers.Dense(8, name="head")(x), name="stacked"), seed)
+        model = randomize(keras.Model(inputs, keras.layers.Dense(8, name="head")(x), name="stacked"), seed)
+        blocks[1].down.trainable = False
+        return model
 
 
 def stacked_batch(rng: np.random.Generator, size: int) -> Batch:
