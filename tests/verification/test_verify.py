@@ -60,6 +60,7 @@ def test_right_model_is_not_blamed(name: str, mesh: dict[str, int]) -> None:
     inputs, targets = CASES[name].batch(np.random.default_rng(0), 8)
     verdict = verify(model, layout_of(name, mesh), inputs, targets, loss_of(name), "adamw", steps=2)
     assert verdict.is_same, str(verdict)
+    assert max(each.units for each in verdict.tensors) < 100
     assert {each.event.kind for each in verdict.tensors} > {"output", "gradient at", "loss", "gradient of", "weight"}
     for array, expected in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(array, expected)
@@ -79,7 +80,7 @@ def test_any_layout_that_is_right_is_not_blamed(name: str, seed: int) -> None:
 
 
 def test_verdict_is_told() -> None:
-    """The report names the layer, both differences and the plan's lines; the JSON has every tensor."""
+    """The report names the layer, both differences, as roundings too, and the plan's lines; JSON has every tensor."""
     model = CASES["gpt"].build()
     plan = next(each for each in FAULTS if each.name == "no sum after attention").plan(
         make_plan(model, layout_of("gpt", {"batch": 1, "model": 2}))
@@ -89,6 +90,8 @@ def test_verdict_is_told() -> None:
     assert "'gpt' on mesh (batch=1, model=2) is NOT the function it is on one device" in text
     assert "it begins to differ at 'block_0_attention/attention_output'" in text
     assert "block_0_attention/attention_output: row: a contracted dim of the weight is sharded" in text
+    assert verdict.begins.first.units > 1e4
+    assert max(each.units for each in verdict.tensors if not each.is_wrong) < 20
     data = json.loads(verdict.to_json())
     assert (data["same"], data["begins"]["layers"]) == (False, ["block_0_attention/attention_output"])
     assert {each["is"] for each in data["tensors"]} >= {"error", "rounding", "equal"}

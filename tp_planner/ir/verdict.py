@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -61,7 +61,9 @@ class Judged:
     """One tensor: its differences, relative to its largest element, and what they are.
 
     ``narrow`` is that in the model's own dtype, whose rounding is ``epsilon``, ``wide`` that in float64, if known.
-    ``disagreement`` is that between ranks which should hold equal values.
+    ``disagreement`` is that between ranks which should hold equal values. ``rounding`` is how far one device in the
+    model's dtype is from one device in float64, if known: what the lengths of this tensor's sums, and of all before it,
+    make of the dtype's epsilon.
     """
 
     event: Event
@@ -70,6 +72,12 @@ class Judged:
     disagreement: float
     placement: str
     epsilon: float
+    rounding: float | None = None
+
+    @property
+    def units(self) -> float | None:
+        """How many times as large as one device's own rounding the difference is; about 1 is as good as it gets."""
+        return None if self.rounding is None else self.narrow / max(self.rounding, self.epsilon)
 
     @property
     def judgement(self) -> Judgement:
@@ -89,8 +97,16 @@ class Judged:
         return self.judgement in ("error", "error in its dtype")
 
 
-def judge(narrow: Iterable[Difference], wide: Iterable[Difference] | None, dtype: str) -> tuple[Judged, ...]:
-    """Return what the differences in ``dtype`` and in float64 come to, in order; those in float64 may be unknown."""
+def judge(
+    narrow: Iterable[Difference],
+    wide: Iterable[Difference] | None,
+    dtype: str,
+    rounding: Mapping[Event, float] | None = None,
+) -> tuple[Judged, ...]:
+    """Return what the differences in ``dtype`` and in float64 come to, in order; those in float64 may be unknown.
+
+    ``rounding`` has that of one device, by event.
+    """
     before = {each.event: each for each in narrow}
     return tuple(
         Judged(
@@ -100,6 +116,7 @@ def judge(narrow: Iterable[Difference], wide: Iterable[Difference] | None, dtype
             disagreement=math.inf if _copies_differ(before[each.event]) else each.disagreement,
             placement=each.placement,
             epsilon=EPSILON[dtype],
+            rounding=None if rounding is None else rounding.get(each.event),
         )
         for each in (before.values() if wide is None else wide)
         if each.event in before
@@ -180,6 +197,7 @@ class Verdict:
                     "own dtype": _number(each.narrow),
                     "float64": _number(each.wide),
                     "between ranks": _number(each.disagreement),
+                    "rounding of one device": _number(each.rounding),
                     "is": each.judgement,
                 }
                 for each in self.tensors

@@ -18,6 +18,7 @@ _COLUMNS = {
     "variables and slots after": ("weight", "slot"),
 }
 BEGINS = "it begins to differ at"
+UNITS = "roundings"  # how many times one device's own
 SHOWN = 12  # wrong tensors that are listed
 
 
@@ -41,6 +42,8 @@ def _heading(verdict: Verdict) -> Section:
     sentences = [f"{len(tensors)} tensors of {ranks} were compared: outputs, gradients, values after the steps"]
     worst = max(tensors, key=lambda each: each.narrow)
     sentences.append(f"largest difference in {verdict.dtype}: {worst.narrow:.1e} ({worst.event})")
+    if most_units := max((each.units for each in tensors if each.units is not None), default=None):
+        sentences.append(f"no difference is more than {most_units:.1f} times the rounding of one device itself")
     wide = [(each.wide, each) for each in tensors if each.wide is not None]
     if wide:
         most, worst = max(wide, key=lambda pair: pair[0])
@@ -105,10 +108,12 @@ def _by_layer(verdict: Verdict) -> Section:
     rows = []
     for folded, found in _folded(verdict):
         cells = (_worst(found, kinds) for kinds in _COLUMNS.values())
-        rows.append((str(folded), *cells, "ERROR" if any(each.is_wrong for each in found) else ""))
+        units = max((each.units for each in found if each.units is not None), default=None)
+        times = "" if units is None else f"{units:.1f}"
+        rows.append((str(folded), *cells, times, "ERROR" if any(each.is_wrong for each in found) else ""))
     return Section(
         f"largest differences by layer, {verdict.dtype} / float64, relative to the largest element",
-        table=Table(("layer", *_COLUMNS, ""), tuple(rows), frozenset(_COLUMNS)),
+        table=Table(("layer", *_COLUMNS, UNITS, ""), tuple(rows), frozenset({*_COLUMNS, UNITS})),
     )
 
 

@@ -41,6 +41,17 @@ def copies_differ(event: Event, ranks: Sequence[Seen]) -> bool:
     return len({seen.digests[event] for seen in ranks if event in seen.digests}) > 1
 
 
+def rounding_of(narrow: Seen, wide: Seen) -> dict[Event, float]:
+    """Return how far one device is from itself in float64, relative to the largest element of each tensor."""
+    floors = _floors(wide)
+    both = ((event, narrow.tensors[event], exact) for event, exact in wide.tensors.items() if event in narrow.tensors)
+    return {event: _distance(tensor, exact) / _scale(event, exact, floors) for event, tensor, exact in both}
+
+
+def _scale(event: Event, expected: np.ndarray, floors: Mapping[tuple[str, str], float]) -> float:
+    return max(_size(expected), floors[event.phase, event.kind], float(np.finfo("float64").tiny))
+
+
 def _floors(single: Seen) -> Mapping[tuple[str, str], float]:
     """Return the smallest scale that a tensor can have, by phase and kind."""
     largest: dict[tuple[str, str], float] = {}
@@ -71,7 +82,7 @@ class _Joining:
         placement = _placement(present[0], self._planned(event), expected)
         whole = [_joined(tensors, placement) for tensors in present]
         apart = [_distance(each, tensors[0]) for tensors in present for each in tensors if placement == WHOLE]
-        scale = max(_size(expected), floors[event.phase, event.kind], np.finfo("float64").tiny)
+        scale = _scale(event, expected, floors)
         error = _error(whole, event, expected)
         disagreement = math.inf if copies_differ(event, self.ranks) else max(apart, default=0.0) / scale
         return Difference(event, error / scale, disagreement, str(placement))

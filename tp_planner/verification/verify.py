@@ -16,16 +16,17 @@ from tp_planner.frontend.trace import require_built
 from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import Layout
-from tp_planner.ir.verdict import Difference, Event, judge
+from tp_planner.ir.verdict import Difference, judge
 from tp_planner.planner import make_plan
 from tp_planner.readable_plan import Plan
 from tp_planner.training.model import applied_to
-from tp_planner.verification.comparison import compare
+from tp_planner.verification.comparison import compare, rounding_of
 from tp_planner.verification.precision import narrowest
 from tp_planner.verification.processes import run_forked
 from tp_planner.verification.readable import Verdict
 from tp_planner.verification.rehearsal import Rehearsal, Scout, Scouted, in_float64
 from tp_planner.verification.values import random_inputs, random_targets
+from tp_planner.verification.watching import Seen
 
 SEED = 0
 ROWS = 4  # of each replica, where a model leaves the batch open
@@ -80,11 +81,11 @@ def verify(
     data, wanted = _data(model, plan, inputs, targets, training_loss)
     rehearsal = Rehearsal(model, plan, data, wanted, given or weighted_mean, weights, metrics, updating, steps)
     dtype = narrowest(model)
-    narrow, readers, failure = _run(rehearsal)
+    single, narrow, failure = _run(rehearsal)
     if failure:
-        return Verdict(plan, dtype, judge(narrow, None, dtype), readers, failure)
-    wide, readers, failure = _run(in_float64(rehearsal))
-    return Verdict(plan, dtype, judge(narrow, wide, dtype), readers, failure)
+        return Verdict(plan, dtype, judge(narrow, None, dtype), single.readers, failure)
+    exact, wide, failure = _run(in_float64(rehearsal))
+    return Verdict(plan, dtype, judge(narrow, wide, dtype, rounding_of(single, exact)), exact.readers, failure)
 
 
 def weighted_mean(targets: Any, outputs: Any) -> Any:
@@ -92,11 +93,11 @@ def weighted_mean(targets: Any, outputs: Any) -> Any:
     return keras.ops.mean(targets * outputs, axis=-1)
 
 
-def _run(rehearsal: Rehearsal) -> tuple[list[Difference], dict[Event, list[str]], str]:
-    """Return the differences, who reads what, and what the first rank that failed has failed with."""
+def _run(rehearsal: Rehearsal) -> tuple[Seen, list[Difference], str]:
+    """Return what one device saw, the differences from it, and what the first rank that failed has failed with."""
     single, *ranks = run_forked(1 + rehearsal.plan.mesh.size, rehearsal)
     failures = [f"rank {rank}: {seen.failure}" for rank, seen in enumerate(ranks) if seen.failure]
-    return compare(single, ranks, rehearsal.plan), single.readers, next(iter(failures), "")
+    return single, compare(single, ranks, rehearsal.plan), next(iter(failures), "")
 
 
 def _loss_of(model: keras.Model, loss: Any) -> tuple[Any, Any]:
