@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import tp_planner
+from tests.keras_distribution.test_model_parallel import model_parallel
 from tests.models import CASES
 from tests.test_any_layout import random_rules
 from tests.verification.faults import FAULTS, Fault
@@ -124,13 +125,40 @@ def verified_while_it_runs(mesh: dict[str, int], fault: str) -> tuple[bool, tupl
     return verdict.is_same, verdict.begins.layers if verdict.begins else (), same
 
 
+def verified_under_keras_distribution() -> list[object]:
+    """Return what is said before the first call, whether the model is right then, and where it is not without a sum."""
+    case = CASES["gpt"]
+    inputs, targets = case.batch(np.random.default_rng(0), 4)
+    with model_parallel(case.rules):
+        model = case.build()
+        model.compile("sgd", loss_of("gpt"), jit_compile=False)
+        try:
+            tp_planner.verify_step(model, inputs, targets)
+        except tp_planner.PlanError as error:
+            said = str(error)
+        model.train_on_batch(inputs, targets)
+        right = tp_planner.verify_step(model, inputs, targets)
+        model.get_layer("block_1_down").kernel._value.data.mul_(1 + 1e-3 * dist.get_rank())  # one rank's alone
+        return [said, right.is_same, tp_planner.verify_step(model, inputs, targets).is_same]
+
+
 # In the parent
+
+
+def test_running_model_is_verified_under_keras_distribution(pools: Pools) -> None:
+    """Models are planned at their first call there, and what each rank has changed of its own shard is the model's."""
+    said = (
+        "model 'gpt' is not parallelized; call tp_planner.parallelize(model, layout_map), or under a "
+        "distribution the model itself, before tp_planner.verify_step"
+    )
+    assert pools(2).run(verified_under_keras_distribution) == [[said, True, True]] * 2
 
 
 @pytest.mark.parametrize(
     ("mesh", "fault", "layers"),
     [
         ({"batch": 2, "model": 1}, "", ()),
+        ({"batch": 1, "model": 2}, "", ()),
         ({"batch": 1, "model": 2}, "a weight of its own", ("final_norm",)),
         ({"batch": 1, "model": 2}, "no sum after attention", ("block_0_attention/attention_output",)),
     ],

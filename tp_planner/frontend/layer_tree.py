@@ -102,6 +102,16 @@ def named_variables(model: keras.Model) -> dict[str, Any]:
     return variables
 
 
+def layers_of_variables(model: keras.Model) -> dict[str, str]:
+    """Return the name of the layer that created each variable, by the variable's key."""
+    keys = {id(variable): key for key, variable in named_variables(model).items()}
+    owners: dict[str, str] = {}
+    for name, layer in named_layers(model).items():
+        for variable in own_variables(layer):
+            owners.setdefault(keys[id(variable)], name)
+    return owners
+
+
 def own_variables(layer: keras.Layer) -> list[Any]:
     """Return the variables that the layer itself created, its seed states last; metrics are left out."""
     own = [*layer._trainable_variables, *layer._non_trainable_variables]

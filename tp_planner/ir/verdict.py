@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -133,13 +133,15 @@ class Verdict:
 
     ``tensors`` has every tensor that was compared: outputs of all layers and gradients at them, loss, metrics,
     gradients of variables, their values and the optimizer's after the steps. ``readers`` are the layers that take a
-    layer's output. ``failure`` is what a rank failed with, after which nothing was compared.
+    layer's output, ``owners`` the layers of variables. ``failure`` is what a rank failed with, after which nothing was
+    compared.
     """
 
     plan: Plan
     dtype: str  # the model's own
     tensors: tuple[Judged, ...]
     readers: dict[Event, list[str]]
+    owners: dict[str, str]
     failure: str = ""
 
     @property
@@ -165,11 +167,7 @@ class Verdict:
 
     def layer_of(self, name: str) -> str:
         """Return the layer that a variable belongs to, and a layer for its own name."""
-        return name if name in self._layers else next((x for x in _prefixes(name) if x in self._layers), name)
-
-    @cached_property
-    def _layers(self) -> frozenset[str]:
-        return frozenset(each.event.name for each in self.tensors if each.event.kind == "output")
+        return self.owners.get(name, name)
 
     def _where_gradients_come_from(self, event: Event) -> tuple[str, ...]:
         """Return the layers that read the output whose gradient this is: those that the plan has do anything to it."""
@@ -220,12 +218,6 @@ _KINDS = ("output", "loss", "metric", "gradient at", "gradient of", "weight", "s
 
 def _phase_order(phase: str) -> int:
     return {BEFORE: -1, INFERENCE: 0}[phase] if phase in (BEFORE, INFERENCE) else int(phase.removeprefix("step "))
-
-
-def _prefixes(name: str) -> Iterator[str]:
-    while "/" in name:
-        name = name.rpartition("/")[0]
-        yield name
 
 
 def _number(value: float | None) -> float | str | None:

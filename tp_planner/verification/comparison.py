@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,19 +13,16 @@ from tp_planner.ir.verdict import IN_LAYERS, Difference, Event
 from tp_planner.verification.rehearsal import replica
 from tp_planner.verification.watching import Seen
 
-# Gradients of a softmax's keys are rounding and nothing else: what is so much smaller than the largest of its kind has
-# no scale of its own.
-SMALLEST_SCALE = 1e-6
+SMALLEST_SCALE = 1e-6  # of the largest tensor of its kind: what is smaller is rounding and has no scale of its own
 
 
 def compare(single: Seen, ranks: Sequence[Seen], plan: Plan) -> list[Difference]:
     """Return the difference of every tensor that one device or a rank saw, in the order of one device."""
-    joining = _Joining(plan, ranks)
-    floors = _floors(single)
+    joining = _Joining(plan, ranks, _Scales(single))
     events = dict.fromkeys([*single.tensors, *(event for seen in ranks for event in seen.tensors)])
     if any(seen.failure for seen in ranks):  # what came after it is nowhere
         events = {event: None for event in events if all(event in seen.tensors for seen in ranks)}
-    return [joining.difference(event, single.tensors.get(event), floors) for event in events]
+    return [joining.difference(event, single.tensors.get(event)) for event in events]
 
 
 def compare_copies(ranks: Sequence[Seen]) -> list[Difference]:
@@ -43,37 +40,50 @@ def copies_differ(event: Event, ranks: Sequence[Seen]) -> bool:
 
 def rounding_of(narrow: Seen, wide: Seen) -> dict[Event, float]:
     """Return how far one device is from itself in float64, relative to the largest element of each tensor."""
-    floors = _floors(wide)
+    scales = _Scales(wide)
     both = ((event, narrow.tensors[event], exact) for event, exact in wide.tensors.items() if event in narrow.tensors)
-    return {event: _distance(tensor, exact) / _scale(event, exact, floors) for event, tensor, exact in both}
+    return {event: _distance(tensor, exact) / scales.of(event, exact) for event, tensor, exact in both}
 
 
-def _scale(event: Event, expected: np.ndarray, floors: Mapping[tuple[str, str], float]) -> float:
-    return max(_size(expected), floors[event.phase, event.kind], float(np.finfo("float64").tiny))
+class _Scales:
+    """What differences are relative to: a tensor's largest element, but where what it sums up is far larger.
+
+    A sum's rounding is relative to what is added, not to what is left of it: in theory the gradient of a bias of
+    softmax's keys is zero. So the gradient of a variable has no smaller scale than those at its layer's outputs.
+    """
+
+    def __init__(self, single: Seen) -> None:
+        self.owners = single.owners
+        self.largest: dict[tuple[str, str], float] = {}  # by phase and kind
+        self.gradients: dict[tuple[str, str], float] = {}  # at outputs, by phase and layer
+        for event, tensor in single.tensors.items():
+            _raise(self.largest, (event.phase, event.kind), _size(tensor))
+            if event.kind == "gradient at":
+                _raise(self.gradients, (event.phase, event.name), _size(tensor))
+
+    def of(self, event: Event, expected: np.ndarray) -> float:
+        """Return the scale of a tensor."""
+        scales = [_size(expected), SMALLEST_SCALE * self.largest[event.phase, event.kind]]
+        if event.kind == "gradient of":
+            scales.append(self.gradients.get((event.phase, self.owners.get(event.name, "")), 0.0))
+        return max(*scales, float(np.finfo("float64").tiny))
 
 
-def _floors(single: Seen) -> Mapping[tuple[str, str], float]:
-    """Return the smallest scale that a tensor can have, by phase and kind."""
-    largest: dict[tuple[str, str], float] = {}
-    for event, tensor in single.tensors.items():
-        kind = (event.phase, event.kind)
-        largest[kind] = max(largest.get(kind, 0.0), _size(tensor))
-    return {kind: SMALLEST_SCALE * size for kind, size in largest.items()}
+def _raise(largest: dict[tuple[str, str], float], key: tuple[str, str], size: float) -> None:
+    largest[key] = max(largest.get(key, 0.0), size)
 
 
 class _Joining:
     """Puts together what the ranks of each replica hold of a tensor, and compares it."""
 
-    def __init__(self, plan: Plan, ranks: Sequence[Seen]) -> None:
-        self.ranks = ranks
+    def __init__(self, plan: Plan, ranks: Sequence[Seen], scales: _Scales) -> None:
+        self.ranks, self.scales = ranks, scales
         self.layers = {(layer.layer, layer.mode): layer for layer in plan.layers}
         self.replicas: dict[int, list[Seen]] = {}
         for rank, seen in enumerate(ranks):
             self.replicas.setdefault(replica(rank, plan.mesh), []).append(seen)
 
-    def difference(
-        self, event: Event, expected: np.ndarray | None, floors: Mapping[tuple[str, str], float]
-    ) -> Difference:
+    def difference(self, event: Event, expected: np.ndarray | None) -> Difference:
         """Return how far the ranks' tensors are from the expected one."""
         held = [[seen.tensors.get(event) for seen in seens] for seens in self._holders(event)]
         present = [[each for each in tensors if each is not None] for tensors in held]
@@ -82,7 +92,7 @@ class _Joining:
         placement = _placement(present[0], self._planned(event), expected)
         whole = [_joined(tensors, placement) for tensors in present]
         apart = [_distance(each, tensors[0]) for tensors in present for each in tensors if placement == WHOLE]
-        scale = _scale(event, expected, floors)
+        scale = self.scales.of(event, expected)
         error = _error(whole, event, expected)
         disagreement = math.inf if copies_differ(event, self.ranks) else max(apart, default=0.0) / scale
         return Difference(event, error / scale, disagreement, str(placement))

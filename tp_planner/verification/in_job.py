@@ -44,7 +44,10 @@ def verify_step(model: keras.Model, inputs: Any, targets: Any, reference: bool =
     """
     applied = applied_to(model)
     if applied is None:
-        raise PlanError(f"model {model.name!r} is not parallelized; verify it by tp_planner.verify(model, layout_map)")
+        raise PlanError(
+            f"model {model.name!r} is not parallelized; call tp_planner.parallelize(model, layout_map), or under a "
+            f"distribution the model itself, before tp_planner.verify_step"
+        )
     if not getattr(model, "compiled", False):
         raise PlanError(f"model {model.name!r} has no loss; call compile before tp_planner.verify_step")
     meet("tp_planner.verify_step")
@@ -54,7 +57,7 @@ def verify_step(model: keras.Model, inputs: Any, targets: Any, reference: bool =
     (single,) = references[:1]
     found = compare_copies(everything) if single is None else compare(single, everything, applied.plan)
     dtype = narrowest(model)
-    return Verdict(applied.plan, dtype, judge(found, None, dtype), {} if single is None else single.readers)
+    return Verdict(applied.plan, dtype, judge(found, None, dtype), (single or seen).readers, seen.owners)
 
 
 def _step(model: keras.Model, inputs: Any, targets: Any, keep: bool, in_job: bool) -> Seen:
@@ -98,27 +101,36 @@ def _of_copy(model: keras.Model, plan: Plan, inputs: Any, targets: Any) -> Seen 
     if not copied:
         return None
     inputs, targets = keras.tree.map_structure(lambda *parts: np.concatenate(parts), *shares)
-    return _step(copied[0], inputs, targets, keep=True, in_job=False)
+    with _without_distribution():
+        return _step(copied[0], inputs, targets, keep=True, in_job=False)
+
+
+@contextlib.contextmanager
+def _without_distribution() -> Iterator[None]:
+    """Inside, models are those of one device."""
+    distribution = keras.distribution.distribution()
+    keras.distribution.set_distribution(None)
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(distribution)
 
 
 def _copy(model: keras.Model) -> Iterator[keras.Model]:
     """Yield a plain copy of the model with its loss, on rank 0."""
     if dist.get_rank():
         return
-    distribution = keras.distribution.distribution()
-    keras.distribution.set_distribution(None)
     try:
         config = keras.saving.serialize_keras_object(model)
         config.pop("compile_config", None)  # the optimizer has slots in shards, and is not needed
         classes = {type(layer).__name__: type(layer) for layer in named_layers(model).values()}
-        copy = keras.saving.deserialize_keras_object(config, custom_objects=classes)
+        with _without_distribution():
+            copy = keras.saving.deserialize_keras_object(config, custom_objects=classes)
     except Exception as error:  # layers may raise anything
         raise PlanError(
             f"model {model.name!r} cannot be copied by its configuration ({in_one_line(error)}); "
             f"register its classes with keras.saving, or give reference=False"
         ) from None
-    finally:
-        keras.distribution.set_distribution(distribution)
     losses = model._compile_loss
     copy.compile(loss=losses and losses._user_loss, loss_weights=losses and losses._user_loss_weights)
     yield copy

@@ -83,9 +83,10 @@ def verify(
     dtype = narrowest(model)
     single, narrow, failure = _run(rehearsal)
     if failure:
-        return Verdict(plan, dtype, judge(narrow, None, dtype), single.readers, failure)
+        return Verdict(plan, dtype, judge(narrow, None, dtype), single.readers, single.owners, failure)
     exact, wide, failure = _run(in_float64(rehearsal))
-    return Verdict(plan, dtype, judge(narrow, wide, dtype, rounding_of(single, exact)), exact.readers, failure)
+    judged = judge(narrow, wide, dtype, rounding_of(single, exact))
+    return Verdict(plan, dtype, judged, exact.readers, exact.owners, failure)
 
 
 def weighted_mean(targets: Any, outputs: Any) -> Any:

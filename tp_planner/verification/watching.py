@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from tp_planner.frontend.contractions import call_mode
-from tp_planner.frontend.layer_tree import named_layers, named_variables
+from tp_planner.frontend.layer_tree import layers_of_variables, named_layers, named_variables
 from tp_planner.ir.verdict import Event
 
 
@@ -27,7 +27,7 @@ class Seen:
 
     Of what all ranks hold whole the first has the tensor, all have ``digests``. ``modes`` are those of layers' calls,
     which have plans of their own; ``readers`` are the layers that take a layer's output, by the event of the output.
-    ``failure`` is what ended the run.
+    ``owners`` are the layers of variables. ``failure`` is what ended the run.
     """
 
     tensors: dict[Event, np.ndarray] = field(default_factory=dict)
@@ -35,6 +35,7 @@ class Seen:
     failure: str = ""
     modes: dict[Event, str] = field(default_factory=dict)
     readers: dict[Event, list[str]] = field(default_factory=dict)
+    owners: dict[str, str] = field(default_factory=dict)
 
     def note(self, event: Event, tensor: Any) -> None:
         """Keep a copy of the tensor; of equal events the first."""
@@ -57,7 +58,7 @@ class Watch:
     """Watches a model's layers. ``phase`` names what runs now; outside of phases nothing is watched."""
 
     def __init__(self, model: keras.Model) -> None:
-        self.model, self.seen = model, Seen()
+        self.model, self.seen = model, Seen(owners=layers_of_variables(model))
         self._phase: str | None = None
         self._calls: Counter[str] = Counter()
         self._made: dict[int, tuple[torch.Tensor, list[Event]]] = {}  # by id, kept alive so that ids stay theirs
