@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"keras", "torch"},
     ),
     "checkpoints": (
-        {"checkpoints", "frontend", "ir", "job", "layers", "patches", "storage", "training"},
+        {"checkpoints", "files", "frontend", "ir", "job", "layers", "patches", "storage", "training"},
         {"h5py", "keras", "numpy", "torch"},
     ),
     "readable_plan": ({"ir", "report"}, set()),

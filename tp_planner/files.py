@@ -19,7 +19,8 @@ from typing import IO
 def written_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield where to write the file ``path``; afterwards it is in place, and files that were written beside it too.
 
-    These are in place before it. If writing fails, all that was there before is as it was.
+    These are in place before it. A folder that is not there yet may be written, too. If writing fails, all that was
+    there before is as it was.
     """
     final = Path(os.path.realpath(path))  # what a link points to is replaced, and not the link
     if final.exists() and not (final.is_file() or final.is_dir()):  # a pipe, a terminal
@@ -46,7 +47,26 @@ def opened_aside(path: str | os.PathLike[str]) -> Iterator[IO[str]]:
         yield file
 
 
+def write_new(path: Path, text: str) -> None:
+    """Write a text file that is not there yet, to the disk itself; in a folder that gets its name when it is whole."""
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
+    _sync(path)
+
+
+def name_folder(aside: Path, final: Path) -> None:
+    """Give a folder that is whole its final name, once all in it has reached the disk."""
+    for each in aside.rglob("*"):
+        _sync(each)
+    _sync(aside)
+    os.rename(aside, final)
+    _sync(final.parent)
+
+
 def _put_in_place(aside: Path, final: Path) -> None:
+    if (aside / final.name).is_dir():
+        name_folder(aside / final.name, final)
+        return
     written = [each for each in aside.rglob("*") if each.is_file()]
     for each in written:
         _sync(each)
@@ -60,7 +80,7 @@ def _put_in_place(aside: Path, final: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Let what was written reach the disk."""
+    """Let what was written, or the names in a folder, reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

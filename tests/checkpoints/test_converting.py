@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,6 +16,7 @@ import tp_planner
 from tests.checkpoints.files import tensors_of
 from tests.models import CASES
 from tp_planner.cli import app
+from tp_planner.patches import wrapped
 
 
 def small() -> keras.Model:
@@ -60,6 +63,29 @@ def test_refusals(destination: str, expected: str, tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert result.stderr == f"error: {tmp_path / destination}: {expected}\n"
     assert (tmp_path / "there.safetensors").read_text() == "kept"
+
+
+@pytest.mark.parametrize("destination", ["new.safetensors", "new.weights.h5", "new"])
+def test_names_are_given_to_what_is_on_the_disk(destination: str, tmp_path: Path) -> None:
+    """What is converted, or checkpointed, is synced, then named; then the folder that has the name is synced."""
+    events: list[tuple[str, int]] = []
+
+    def synced(plain: Any) -> Any:
+        return lambda file: (events.append(("synced", os.fstat(file).st_ino)), plain(file))
+
+    def named(plain: Any) -> Any:
+        return lambda old, new: (events.append(("named", os.stat(old).st_ino)), plain(old, new))
+
+    why, file = "it is noted", tmp_path / "model.keras"
+    small().save(file)
+    with wrapped(os, "fsync", synced, why), wrapped(os, "rename", named, why), wrapped(os, "replace", named, why):
+        path = tp_planner.save_checkpoint(small(), tmp_path / "checkpoints")
+        run("convert", str(path), str(tmp_path / destination), "--model", str(file))
+    for place in (path, tmp_path / destination):
+        name = events.index(("named", place.stat().st_ino))
+        for each in (place, *place.rglob("*")):
+            assert ("synced", each.stat().st_ino) in events[:name], each
+        assert ("synced", place.parent.stat().st_ino) in events[name:]
 
 
 def test_show(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from tp_planner.checkpoints.formats import safetensors, stored
 from tp_planner.checkpoints.formats.stored import StoredTensor
+from tp_planner.files import written_aside
 from tp_planner.ir.errors import PlanError
 
 Tensors = Mapping[str, StoredTensor]
@@ -31,10 +31,9 @@ def convert(tensors: Tensors, destination: Path) -> None:
     """
     if destination.exists():
         raise PlanError(f"{destination}: exists already; remove it first, or give another name")
-    aside = destination.with_name(f".writing-{destination.name}")
-    writer = _writer(destination)
-    writer(tensors, aside)
-    os.rename(aside, destination)
+    write = _writer(destination)
+    with written_aside(destination) as aside:
+        write(tensors, aside)
 
 
 def _writer(destination: Path) -> Callable[[Tensors, Path], None]:
@@ -80,8 +79,6 @@ def _write_safetensors(tensors: Tensors, path: Path) -> None:
         for _, tensor in sorted(tensors.items()):
             for _, _, block in _blocks(tensor):
                 file.write(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _write_hdf5(tensors: Tensors, path: Path) -> None:

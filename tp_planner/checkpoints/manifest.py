@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tp_planner.files import write_new
 from tp_planner.ir.errors import PlanError
 
 NAME = "manifest.json"
@@ -33,24 +33,7 @@ def hashed(paths: Iterable[Path]) -> dict[str, tuple[int, str]]:
 def write_manifest(folder: Path, files: Files) -> None:
     """Write the manifest, to the disk itself."""
     body = {"format": FORMAT, "files": {name: list(files[name]) for name in sorted(files)}}
-    write_durably(folder / NAME, json.dumps({**body, "sha256": _hash_of(body)}, indent=1))
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a new file, to the disk itself."""
-    with path.open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Let names of files in a folder be on the disk itself."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_new(folder / NAME, json.dumps({**body, "sha256": _hash_of(body)}, indent=1))
 
 
 def read_manifest(folder: Path) -> Files:

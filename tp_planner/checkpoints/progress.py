@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import torch
 
-from tp_planner.checkpoints.manifest import write_durably
+from tp_planner.files import write_new
 from tp_planner.ir.errors import PlanError
 
 NAME = "progress.json"
@@ -45,7 +45,7 @@ class About:
 
     def write(self, folder: Path) -> None:
         """Write a file of this."""
-        write_durably(folder / NAME, json.dumps(asdict(self), indent=1))
+        write_new(folder / NAME, json.dumps(asdict(self), indent=1))
 
 
 def read_about(folder: Path) -> About:

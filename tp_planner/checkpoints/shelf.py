@@ -10,7 +10,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from tp_planner.checkpoints.manifest import NAME, read_manifest, sync_folder
+from tp_planner.checkpoints.manifest import NAME, read_manifest
+from tp_planner.files import name_folder
 from tp_planner.ir.errors import PlanError
 
 LOCK = ".lock"
@@ -78,9 +79,7 @@ def begin(shelf: Path, step: int) -> str:
 
 def finish(shelf: Path, name: str) -> Path:
     """Give a checkpoint its final name."""
-    sync_folder(shelf / (ASIDE + name))
-    os.rename(shelf / (ASIDE + name), shelf / name)
-    sync_folder(shelf)
+    name_folder(shelf / (ASIDE + name), shelf / name)
     return shelf / name
 
 
