@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import keras
+import torch
 import torch.distributed as dist
 
 from tp_planner.agreement import agree, agree_on_mesh, as_on_rank_zero
-from tp_planner.checkpoints.initial import initial_values
+from tp_planner.checkpoints.initial import READING, Values, initial_values, read_and_initialize
 from tp_planner.checkpoints.values import lacks_values, values_from
+from tp_planner.checkpoints.waiting_loads import loads_for
 from tp_planner.frontend.fingerprint import fingerprint
+from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.frontend.layout_map import read_layout_map
 from tp_planner.frontend.optimizer import read_optimizer
 from tp_planner.frontend.trace import require_built
@@ -38,6 +41,7 @@ from tp_planner.planner import make_plan
 from tp_planner.readable_plan import Plan
 from tp_planner.search.door import find_layout
 from tp_planner.storage.log import log_sharding, logger
+from tp_planner.storage.sharding import Sharding
 from tp_planner.training.checking import Recorder, check_first_step, recording
 from tp_planner.training.model import adopt_its_optimizer, applied_to, let_go, take_over
 from tp_planner.training.torch_optimizers import gather_states
@@ -120,7 +124,8 @@ def parallelize(
     random number generators of all ranks continue from rank 0's state.
 
     A model that fits nowhere is built under ``keras.device("meta")``, and its weights come from a file; or it is built
-    under ``deferred_init``, and its initializers run. Each rank makes its own shards and never holds the model whole.
+    under ``deferred_init``, and its initializers run, or what it was to load there is read. Each rank makes its own
+    shards and never holds the model whole.
 
     Args:
         model: a built, plain Keras model.
@@ -261,21 +266,41 @@ def _apply(
 ) -> Applied:
     """Apply the plan with values from the file, the initializers, or rank 0; on all ranks or none."""
     scatter = scatter_from_rank_zero(this_device(), chosen.mesh)
+    if weights is None and lacks_values(model):
+        if loads_for(named_variables(model).values()):
+            return _apply_and_read(model, chosen, axes, scatter)
+        return apply_layers(model, chosen, axes, initial_values(model, scatter, this_device()))
     if weights is None:
-        return apply_layers(
-            model, chosen, axes, initial_values(model, scatter, this_device()) if lacks_values(model) else scatter
-        )
-    what = "reading weights in tp_planner.parallelize"
+        return apply_layers(model, chosen, axes, scatter)
     with contextlib.ExitStack() as opened:
-        values = together(what, lambda: opened.enter_context(values_from(model, Path(weights), names, this_device())))
+        values = together(
+            READING, lambda: opened.enter_context(values_from(model, Path(weights), names, this_device()))
+        )
         applied: list[Applied] = []
         try:
-            together(what, lambda: applied.append(apply_layers(model, chosen, axes, values)))
+            together(READING, lambda: applied.append(apply_layers(model, chosen, axes, values)))
         except BaseException:
             for each in applied:
                 each.revert(model, old_value)
             raise
     return applied[0]
+
+
+def _apply_and_read(model: keras.Model, chosen: Plan, axes: Axes, scatter: Values) -> Applied:
+    """Apply the plan with room for values, and fill it with what waits to be read, or the initializers."""
+
+    def room(variable: Any, sharding: Sharding) -> torch.Tensor:
+        shape = sharding.local_shape(tuple(variable.shape))
+        return torch.empty(shape, dtype=variable._value.dtype, device=this_device())
+
+    applied = apply_layers(model, chosen, axes, room)
+    try:
+        shardings = {each.key: Sharding(axes, each.placement, each.batch_placement) for each in chosen.variables}
+        read_and_initialize(model, shardings, scatter, this_device())
+    except BaseException:
+        applied.revert(model, old_value)
+        raise
+    return applied
 
 
 def _choose(model: keras.Model, layout_or_plan: Layout | Plan | Mesh, inputs: Any) -> Plan:
