@@ -13,6 +13,7 @@ from keras.src import backend as keras_backend
 from keras.src.backend import torch as torch_backend
 from keras.src.backend.torch import trainer as torch_trainer
 from keras.src.distribution import distribution_lib
+from keras.src.saving import saving_lib
 from keras.src.trainers import data_adapters
 
 from tp_planner.frontend.calling import without_distribution
@@ -77,6 +78,7 @@ def _patches() -> Iterator[Patch]:
     yield wrapped(torch_trainer.TorchTrainer, "__init__", creation, "models have entries of their own")
     for module, name in writing.FUNCTIONS:
         yield wrapped(module, name, writing.written_by_rank_zero, "one rank writes")
+    yield wrapped(saving_lib, "is_memory_sufficient", writing.through_the_disk, writing.IN_MEMORY)
     shared = "every replica sees its own share of the data"
     for name in ("train_on_batch", "test_on_batch", "predict_on_batch"):
         yield wrapped(keras.Model, name, data.sharing_its_batch, shared)

@@ -42,6 +42,8 @@ FUNCTIONS = (
     (legacy_h5_format, "save_model_to_hdf5"),
 )
 
+IN_MEMORY = "a model in shards may be larger than the memory of any process"
+
 WHOLE = "_tp_planner_whole"  # attribute of each layer of a parallel model
 
 
@@ -56,6 +58,7 @@ def write_together(model: keras.Model, undo: list[Callable[[], None]]) -> None:
     """Let rank 0 write for all, whatever method of a parallel model or its layers is called; add what undoes it."""
     for module, name in FUNCTIONS:
         wrap_for_good(module, name, written_by_rank_zero, "one rank writes what belongs to all")
+    wrap_for_good(saving_lib, "is_memory_sufficient", through_the_disk, IN_MEMORY)
     for layer in named_layers(model).values():
         layer.__dict__[WHOLE] = Whole(model)
         undo.append(functools.partial(layer.__dict__.pop, WHOLE, None))
@@ -84,6 +87,16 @@ def written_by_rank_zero(plain: Callable[..., Any]) -> Callable[..., Any]:
 
     write.by_tp_planner = True  # type: ignore[attr-defined]
     return write
+
+
+def through_the_disk(plain: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Return Keras's question whether a model's weights, on their way from or to a file, may all be in memory."""
+
+    @functools.wraps(plain)
+    def is_memory_sufficient(model: Any) -> bool:
+        return not is_distributed(model) and plain(model)
+
+    return is_memory_sufficient
 
 
 def _write_aside(write: Callable[..., Any], filepath: Any, *args: Any, **kwargs: Any) -> Any:
