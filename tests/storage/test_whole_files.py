@@ -6,9 +6,12 @@ import errno
 import functools
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,6 +124,43 @@ def kill_while_writing(folder: str) -> None:
         assert os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGKILL
 
 
+def kill_at_random_moments(folder: str, times: int) -> None:
+    """Kill a process that writes all files again and again; each is one of those that it wrote, and none is older."""
+    model, rng, number = tp_planner.parallelize(pair(), layout_map(RULES)), random.Random(0), 0.0
+    for name, each in WRITES.items():
+        assign(model, number)
+        each(model, f"{folder}/{name}")
+    before = dict.fromkeys(WRITES, number)
+    for _ in range(times):
+        if (writer := os.fork()) == 0:
+            while True:
+                number += 1
+                assign(model, number)
+                for name, each in WRITES.items():
+                    each(model, f"{folder}/{name}")
+        time.sleep(rng.uniform(0.02, 0.3))
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+        found = {name: read_back(f"{folder}/{name}") for name in WRITES}
+        assert all(found[name] >= before[name] for name in WRITES), (before, found)
+        before, number = found, max(found.values())
+        for hidden in Path(folder).glob(".*"):
+            shutil.rmtree(hidden)
+
+
+def assign(model: keras.Model, value: float) -> None:
+    for variable in model.variables:
+        variable.assign(np.full(variable.shape, value, "float32"))
+
+
+def read_back(path: str) -> float:
+    """Return the one value that all weights in a file have."""
+    model = pair()
+    model.load_weights(path)
+    (value,) = {float(each) for array in model.get_weights() for each in array.ravel()}
+    return value
+
+
 # In the parent
 
 
@@ -142,6 +182,20 @@ def test_a_killed_writer_leaves_the_files_before(tmp_path: Path) -> None:
     assert len(hidden) == len(WRITES)
     before = {name: bytes.fromhex(content) for name, content in json.loads(run.stdout).items()}
     assert {each.name: each.read_bytes() for each in tmp_path.iterdir() if each not in hidden} == before
+
+
+@pytest.mark.slow
+def test_writers_killed_at_random_moments(tmp_path: Path, record_property: Any) -> None:
+    """Whenever a writer is killed, every file is whole."""
+    times = 200
+    code = (
+        "import torch.distributed as dist; from tests.storage.test_whole_files import kill_at_random_moments; "
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1); "
+        f"kill_at_random_moments({str(tmp_path)!r}, {times})"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1200)
+    assert run.returncode == 0, run.stderr
+    record_property("counted", f"{times} writers of Keras's files killed at random moments: every file whole each time")
 
 
 def _write_half(path: Path) -> None:

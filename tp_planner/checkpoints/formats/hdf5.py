@@ -23,6 +23,7 @@ from tp_planner.checkpoints.formats.stored import (
     Weights,
     Window,
     path_in,
+    require_apart,
     require_extent,
 )
 from tp_planner.ir.errors import PlanError
@@ -99,6 +100,7 @@ def _open(path: Path, parts: list[tuple[Path, int]]) -> Weights:
             for name, dataset in _datasets(file, "", 0):
                 if (tensor := _stored(part, raw, begin, name, dataset)) is not None:
                     tensors[name] = tensor
+        require_apart(path, tensors)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         _close(opened)
         if isinstance(error, PlanError | FileNotFoundError):
@@ -164,6 +166,13 @@ class _Dataset:
     dtype: torch.dtype
 
     def read(self, start: int, stop: int) -> torch.Tensor:
+        try:
+            return self._read(start, stop)
+        except OSError as error:
+            place = f"{self.dataset.file.filename}: {self.dataset.name!r}"
+            raise PlanError(f"{place} cannot be read ({error}); copy it again") from None
+
+    def _read(self, start: int, stop: int) -> torch.Tensor:
         if not self.shape:
             return self._tensor(np.asarray(self.dataset[()]).reshape(1))
         row = max(1, int(np.prod(self.shape[1:], dtype=np.int64)))

@@ -14,6 +14,7 @@ from tp_planner.checkpoints.formats.stored import (
     StoredTensor,
     Weights,
     path_in,
+    require_apart,
     require_extent,
 )
 from tp_planner.ir.errors import PlanError
@@ -67,6 +68,7 @@ def _open(path: Path, parts: list[Path]) -> Weights:
         for part in parts:
             files.append(RawFile(part))
             tensors |= _tensors(files[-1])
+        require_apart(path, tensors)
     except BaseException:
         for file in files:
             file.close()

@@ -8,6 +8,7 @@ are read and cut.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -106,6 +107,11 @@ class Extent:
     shape: Shape
     dtype: torch.dtype
 
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     def read(self, start: int, stop: int) -> torch.Tensor:
         size = self.dtype.itemsize
         return torch.from_numpy(self.file.read(self.offset + start * size, (stop - start) * size)).view(self.dtype)
@@ -197,11 +203,26 @@ def path_in(folder: Path, name: str) -> Path:
 
 def require_extent(path: Path, name: str, extent: Extent, length: int) -> None:
     """Raise PlanError unless ``length`` bytes of the tensor fit its shape, and lie within its file."""
-    wanted = math.prod(extent.shape) * extent.dtype.itemsize
-    if min(extent.shape, default=0) < 0 or length != wanted:
-        raise PlanError(f"{path}: tensor {name!r} of shape {extent.shape} takes {wanted} bytes, the file has {length}")
+    if min(extent.shape, default=0) < 0 or length != extent.size:
+        raise PlanError(
+            f"{path}: tensor {name!r} of shape {extent.shape} takes {extent.size} bytes, the file has {length}"
+        )
     if extent.offset < 0 or extent.offset + length > extent.file.size:
         raise PlanError(
             f"{path}: tensor {name!r} ends at byte {extent.offset + length}, the file at {extent.file.size}; "
             f"it is cut off: copy it again"
         )
+
+
+def require_apart(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise PlanError if two tensors share bytes of a file, but not all of them: then a place is damaged."""
+    extents = [
+        (chunk.stored.offset, name, chunk.stored)
+        for name, tensor in tensors.items()
+        for chunk in tensor.chunks
+        if isinstance(chunk.stored, Extent) and chunk.stored.size
+    ]
+    extents.sort(key=lambda each: (id(each[2].file), *each[:2]))
+    for (begin, name, one), (other_begin, other_name, other) in itertools.pairwise(extents):
+        if one.file is other.file and other_begin < begin + one.size and (begin, one.size) != (other_begin, other.size):
+            raise PlanError(f"{path}: tensors {name!r} and {other_name!r} lie on the same bytes; copy it again")
