@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import pytest
 import torch.distributed as dist
 
 import tp_planner
@@ -122,6 +123,7 @@ def test_files_are_equal_to_those_of_one_device(pools: Pools, tmp_path: Path) ->
     np.testing.assert_equal(one, other)
 
 
+@pytest.mark.slow
 def test_no_call_holds_the_model(pools: Pools, tmp_path: Path) -> None:
     """Saving, loading and assigning take a few copies of one weight, of a model of 18 such weights."""
     for answer in pools(2).run(peaks_of_calls, str(tmp_path)):
