@@ -218,3 +218,21 @@ def test_killed_while_writing_200_times(tmp_path: Path, record_property: Any) ->
     """As above, 200 times."""
     killed(200, tmp_path)
     record_property("counted", "200 writers of checkpoints killed at random moments: the newest was whole each time")
+
+
+def test_a_checkpoint_from_before_the_first_step(tmp_path: Path) -> None:
+    """It has no slots of the optimizer; a model whose optimizer has none takes it, one that has made steps does not."""
+    x, y = np.ones((2, 3)), np.ones((2, 4))
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, name="dense")], name="plain")
+    model.compile("adam", "mse")
+    path, kernel = tp_planner.save_checkpoint(model, tmp_path), model.get_weights()[0]
+    model.set_weights([each + 1 for each in model.get_weights()])
+    tp_planner.load_checkpoint(model, tmp_path)
+    np.testing.assert_array_equal(model.get_weights()[0], kernel)
+    model.train_on_batch(x, y)
+    with pytest.raises(tp_planner.PlanError) as refusal:
+        tp_planner.load_checkpoint(model, tmp_path)
+    assert str(refusal.value) == (
+        f"{path} was written before the optimizer's first step, and the model's optimizer has state of steps; compile "
+        f"the model again, and load it then"
+    )

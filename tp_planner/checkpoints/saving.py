@@ -11,7 +11,7 @@ import functools
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +175,10 @@ def load_checkpoint(model: keras.Model, folder: str | Path) -> Progress:
     for problem in problems:
         logger.warning("[ModelParallel] passed over a checkpoint: %s", problem)
     about = together(LOADING, lambda: read_about(path), _tell)
-    _build_optimizer(model)
     with contextlib.ExitStack() as opened:
         tensors = together(LOADING, lambda: opened.enter_context(open_dcp(path)).tensors, _tell)
-        found = together(LOADING, lambda: _match(model, tensors, path), _tell)
+        _build_optimizer(model, tensors)
+        found = together(LOADING, lambda: _match(model, tensors, path, about.step), _tell)
         together(LOADING, lambda: _fill(found), _tell)
     set_random_state(about.random_state, _device())
     return Progress(about.step, about.epoch, about.batch, path)
@@ -204,17 +204,29 @@ def _check(path: Path, rank: int, size: int) -> None:
     check_hashes(path, files, lambda number: number % size == rank)
 
 
-def _build_optimizer(model: keras.Model) -> None:
-    """Let the slots exist that a checkpoint has values for."""
+def _build_optimizer(model: keras.Model, tensors: Collection[str]) -> None:
+    """Let the slots exist that a checkpoint has values for; one that was written before the first step has none."""
     optimizer = getattr(model, "optimizer", None)
-    if optimizer is not None and not optimizer.built:
+    if optimizer is not None and not optimizer.built and _slots(tensors, contents_of(model)):
         optimizer.build(model.trainable_variables)
 
 
-def _match(model: keras.Model, tensors: dict[str, StoredTensor] | Any, path: Path) -> list[tuple[Any, StoredTensor]]:
+def _slots(names: Collection[str], others: Collection[str]) -> set[str]:
+    """Return the names of an optimizer's variables that are not among the others."""
+    return {name for name in names if name.startswith(OPTIMIZER)} - set(others)
+
+
+def _match(
+    model: keras.Model, tensors: dict[str, StoredTensor] | Any, path: Path, step: int
+) -> list[tuple[Any, StoredTensor]]:
     """Return the model's variables with what the checkpoint has of them; raise PlanError with all that does not fit."""
     contents, problems, found = contents_of(model), [], []
     trained = any(name.startswith(OPTIMIZER) for name in tensors)
+    if step == 0 and trained and _slots(contents, tensors) and not _slots(tensors, contents):
+        raise PlanError(
+            f"{path} was written before the optimizer's first step, and the model's optimizer has state of steps; "
+            f"compile the model again, and load it then"
+        )
     for name, variable in contents.items():
         if name not in tensors:
             if name.startswith(MODEL) or trained:
