@@ -169,6 +169,43 @@ CHANGES: dict[str, Callable[[keras.Model], object]] = {
 }
 
 
+class Table(keras.layers.Layer):
+    """Makes a table when it is built."""
+
+    def build(self, shape: Any) -> None:
+        self.table = torch.arange(1.0, shape[-1] + 1)
+
+    def call(self, x: Any) -> Any:
+        return x * self.table
+
+
+class Late(keras.layers.Layer):
+    """Has a layer that is built in its first call on data."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.table = Table(name="table")
+
+    def build(self, shape: Any) -> None:
+        pass
+
+    def compute_output_shape(self, shape: Any) -> Any:
+        return shape
+
+    def call(self, x: Any) -> Any:
+        return self.table(x)
+
+
+def built_late() -> tuple[np.ndarray, np.ndarray]:
+    """Return what a model with a layer that is built in its first call makes on one device and sharded."""
+    found = []
+    for shard in (lambda model: model, sharded):
+        inner = pair()
+        model = keras.Model(inner.inputs, Late(name="late")(inner.outputs[0]), name="pair")
+        found.append(shard(model)(batch()).detach().numpy())
+    return found[0], found[1]
+
+
 def changed() -> tuple[dict[str, str], bool, bool]:
     """Return what each change is refused with, and whether the model is as before, and can be changed once restored."""
     model = sharded(pair())
@@ -231,3 +268,9 @@ def test_changes_are_refused(pools: Pools) -> None:
         assert said == expected
         assert same
         assert again
+
+
+def test_layers_are_built_in_their_first_call(pools: Pools) -> None:
+    """A layer that adds no variables may be built once the model is parallel, as one that makes tables."""
+    for expected, found in pools(2).run(built_late):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -26,11 +26,19 @@ def kept_tensors(layer: keras.Layer) -> Iterator[torch.Tensor]:
 
 @contextlib.contextmanager
 def no_fakes_left(model: keras.Model) -> Iterator[None]:
-    """Inside, the model runs on fake tensors; afterwards its layers keep none of them, but what they kept before."""
+    """Inside, the model runs on fake tensors; afterwards its layers keep none of them, but what they kept before.
+
+    A layer that was built there, and has kept some, is to be built again.
+    """
+    unbuilt = [layer for layer in named_layers(model).values() if not layer.built]
     before = [(holder, holder.copy()) for layer in named_layers(model).values() for holder in _holders(layer)]
     try:
         yield
     finally:
+        for layer in unbuilt:
+            if layer.built and any(isinstance(tensor, FakeTensor) for tensor in kept_tensors(layer)):
+                layer.built = False
+                layer._tracker.unlock()
         for holder, kept in before:
             _put_back(holder, kept)
 

@@ -20,8 +20,8 @@ CHANGES = ("enable_lora", "quantize", "add_weight")
 def refuse_changes(model: keras.Model, undo: list[Callable[[], None]]) -> None:
     """Refuse what changes the variables of a parallel model's layers; add what undoes this."""
     for layer in named_layers(model).values():
-        # A model that is built again builds none of its layers again.
-        names = CHANGES if isinstance(layer, keras.Model) else (*CHANGES, "build")
+        # A model that is built again builds none of its layers again; one that its first call builds adds no variables.
+        names = CHANGES if isinstance(layer, keras.Model) or not layer.built else (*CHANGES, "build")
         for name in (each for each in names if hasattr(type(layer), each)):
             layer.__dict__[name] = functools.partial(_refuse, name, layer.name, model.name)
             undo.append(functools.partial(layer.__dict__.pop, name, None))
