@@ -39,6 +39,7 @@ READING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "switch": lambda x: ops.switch(_numbers(1), [lambda v: v, lambda v: v[:, :1]], x),
     "fori_loop": lambda x: ops.fori_loop(0, _numbers(1) + 1, lambda i, v: ops.concatenate([v, v]), x),
     "while_loop": lambda x: ops.while_loop(lambda i, v: i < 2, lambda i, v: (i + 1, v[:, 1:]), (_numbers(0), x))[1],
+    "floor_divide of numbers": lambda x: ops.slice(x, (0, ops.cast(ops.floor_divide(3, 2), "int32"), 0), (2, 1, 8)),
     "bincount": lambda x: ops.bincount(_numbers([0, 1, 5])),
     "code of one's own": lambda x: x[:, : int(torch.cumsum(_numbers([1, 2]), 0)[-1].item())],
     "code that writes": lambda x: x[:, : _written_to(_numbers([1, 2]) * 2)],

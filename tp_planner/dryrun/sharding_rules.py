@@ -298,6 +298,19 @@ def _follow_addition(
     return Followed((Partial(),), _constants(op))
 
 
+def _follow_squeeze(
+    op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement], parts: int
+) -> Followed | Refused:
+    """A dim of length 1 goes, those behind it move up; DTensor answers for this op by running another one."""
+    placement, shape = inputs[op.inputs[0]], tensors[op.inputs[0]].shape
+    dim = op.arguments[0][1] % len(shape)
+    if isinstance(placement, Shard) and placement.dim == dim:
+        return Refused("may take away a dim that is longer than a shard of it")
+    if isinstance(placement, Shard) and shape[dim] == 1 and placement.dim > dim:
+        placement = replace(placement, dim=placement.dim - 1)
+    return Followed((placement,), _constants(op))
+
+
 def _constants(op: Op) -> tuple[Any, ...]:
     return tuple(leaf for leaf in tree_flatten(op.arguments)[0] if not isinstance(leaf, TensorRef))
 
@@ -308,6 +321,7 @@ OWN_RULES: Mapping[str, Callable[..., Followed | Refused]] = {
     FLASH_ATTENTION: _follow_attention,
     EFFICIENT_ATTENTION: _follow_attention,
     "aten.convolution.default": _follow_convolution,
+    "aten.squeeze.dim": _follow_squeeze,
 }
 # Rules for ops of several tensors of which one is a summand on every rank.
 SUM_RULES: Mapping[str, Callable[..., Followed | Refused]] = {

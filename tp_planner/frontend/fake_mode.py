@@ -41,6 +41,8 @@ class FakeCpuMode(FakeTensorMode):
                 return view
         if func in _UPDATES:
             return None
+        if self.allow_non_fake_inputs and _is_of_numbers(func, args):
+            return self._compute(func, args, kwargs or {})
         if any(map(_is_real, args)):
             if self.allow_non_fake_inputs and self._is_of_constants(func, tuple(tensors_in((args, kwargs)))):
                 return self._compute(func, args, kwargs or {})
@@ -97,6 +99,14 @@ def _is_plain_view(func: Any) -> bool:
     taken, made = func._schema.arguments, func._schema.returns
     one_tensor = ["Tensor" in str(each.type) for each in taken] == [True] + [False] * (len(taken) - 1)
     return one_tensor and [str(each.type) for each in made] == ["Tensor"]
+
+
+def _is_of_numbers(func: Any, args: Any) -> bool:
+    """Whether an op that takes tensors is called on Python's whole numbers alone, as ``torch.floor_divide`` may be."""
+    if not args or type(args[0]) is not int or not isinstance(func, torch._ops.OpOverload):
+        return False
+    taken = [str(each.type) for each in func._schema.arguments[: len(args)]]
+    return taken[0] == "Tensor" and all(type(each) is int for each in args) and not _writes(func)
 
 
 def _writes(func: Any) -> bool:
