@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def table(ranks: int) -> list[str]:
     """Return the table's lines for a model axis of ``ranks``."""
-    from tests.families import FAMILIES, TABLE_HEAD, plan_of, table_rows
+    from tests.families import EVERY, TABLE_HEAD, plan_of, table_rows
 
-    rows = [row for name, family in FAMILIES.items() for row in table_rows(family, plan_of(name, ranks))]
+    rows = [row for name, family in EVERY.items() for row in table_rows(family, plan_of(name, ranks))]
     return [*TABLE_HEAD, *rows]
 
 

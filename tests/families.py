@@ -1,147 +1,43 @@
-"""KerasHub's model families, tiny: how to build and feed each, the preset that shards it, and published sizes.
+"""KerasHub's model families, tiny, with the presets that shard them, and published sizes.
 
 The models are KerasHub's own tasks where it has one, so that the output head is there too. Each has heads,
-key-value heads and experts enough for four ranks.
+key-value heads and experts enough for four ranks. What a block of each communicates is a table in plans/README.md.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-import keras
-import keras_hub
 import numpy as np
 
-from tests.models import Axes, Batch, Case, building, randomize
-from tp_planner.frontend.layout_file import find_layout_file, read_layout_file
-from tp_planner.ir.layout import Layout
-from tp_planner.ir.mesh import Mesh
+from tests.family import (
+    LENGTH,
+    VOCABULARY,
+    WIDTH,
+    Family,
+    Sizes,
+    causal_lm,
+    image_batch,
+    image_classifier,
+    language_batch,
+    segment_batch,
+    speech_batch,
+    text_class_batch,
+    text_classifier,
+    tied_logits,
+    translation_batch,
+)
+from tests.more_families import MORE, PUBLISHED_OF_MORE
 from tp_planner.ir.plan import Plan
 from tp_planner.ir.step import Collective
 from tp_planner.planner import make_plan
 
-Sizes = Mapping[str, Any]
-
-VOCABULARY, LENGTH, CLASSES, WIDTH = 64, 12, 4, 32
-SECOND_BLOCK = re.compile(r"(?P<stack>.*?)_(layer|block)_1/.*")
+SECOND_BLOCK = re.compile(r"(?P<stack>.*?)([_/](layers?|blocks?|encoder)_1|_1_inner_layer_0)(/.*|$)")
 TABLE_HEAD = ("| family | preset | forward | backward |", "|---|---|---|---|")
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One family: its backbone's class and tiny sizes, what makes a model of it, batches, and its preset."""
-
-    name: str
-    title: str
-    backbone: str
-    sizes: Sizes
-    head: Callable[[keras.Model], keras.Model]
-    batch: Callable[[np.random.Generator, int], Batch]
-    preset: str
-
-    @property
-    def case(self) -> Case:
-        """Return the family as a case of the zoo, with the preset as its rules."""
-        rules: dict[str, Axes] = {rule.pattern: rule.axes for rule in self.layout(1).rules}  # type: ignore[misc]
-        return Case(self.name, self.build, self.batch, "SparseCategoricalCrossentropy", rules, self.preset)
-
-    def layout(self, parts: int) -> Layout:
-        """Return the preset on a mesh of so many ranks."""
-        return read_layout_file(find_layout_file(self.preset)).on(Mesh((("batch", 1), ("model", parts))))
-
-    def build(self, dtype: str = "float32", *, seed: int = 0, **sizes: Any) -> keras.Model:
-        """Return the model with its head and random weights; ``sizes`` replace those of the backbone."""
-        with building(dtype):
-            backbone = self.make_backbone(dtype, **sizes)
-            model = randomize(self.head(backbone), seed)
-        for variable in model.non_trainable_variables:
-            if variable.name == "embeddings":  # Whisper's positions of the encoder, random in each build
-                variable.assign(np.random.default_rng(seed).standard_normal(tuple(variable.shape)))
-        return model
-
-    def make_backbone(self, dtype: str = "float32", **sizes: Any) -> keras.Model:
-        """Return the backbone alone, as KerasHub initialises it."""
-        return getattr(keras_hub.models, self.backbone)(**{**self.sizes, **sizes}, dtype=dtype, name=self.name)
-
-
-# Heads
-
-
-def _causal_lm(backbone: keras.Model) -> keras.Model:
-    """Return KerasHub's task of the backbone's family: logits per token."""
-    task = getattr(keras_hub.models, type(backbone).__name__.replace("Backbone", "CausalLM"))
-    return task(backbone=backbone, preprocessor=None, name=f"{backbone.name}_lm")
-
-
-def _text_classifier(backbone: keras.Model) -> keras.Model:
-    """Return KerasHub's task of the backbone's family: logits per class."""
-    task = getattr(keras_hub.models, type(backbone).__name__.replace("Backbone", "TextClassifier"))
-    return task(
-        backbone=backbone, num_classes=CLASSES, preprocessor=None, dropout=0.0, name=f"{backbone.name}_classifier"
-    )
-
-
-def _image_classifier(backbone: keras.Model) -> keras.Model:
-    """Return KerasHub's task of the backbone's family: logits per class."""
-    return keras_hub.models.ViTImageClassifier(
-        backbone=backbone, num_classes=CLASSES, preprocessor=None, name=f"{backbone.name}_classifier"
-    )
-
-
-def _tied_logits(backbone: keras.Model) -> keras.Model:
-    """Return the model that multiplies the decoder's output by the token embedding, as these families do."""
-    logits = backbone.token_embedding(backbone.output["decoder_sequence_output"], reverse=True)
-    return keras.Model(backbone.input, logits, name=f"{backbone.name}_lm")
-
-
-# Batches
-
-
-def _text(rng: np.random.Generator, size: int, prefix: str = "") -> dict[str, np.ndarray]:
-    """Return tokens and padding mask; each row has two real positions or more, row 0 some padding."""
-    lengths = rng.integers(2, LENGTH + 1, size)
-    lengths[0] = min(lengths[0], LENGTH - 1)
-    mask = np.arange(LENGTH) < lengths[:, None]
-    return {
-        f"{prefix}token_ids": _integers(rng, VOCABULARY, size, LENGTH),
-        f"{prefix}padding_mask": mask.astype("int32"),
-    }
-
-
-def _language_batch(rng: np.random.Generator, size: int) -> Batch:
-    return _text(rng, size), _integers(rng, VOCABULARY, size, LENGTH)
-
-
-def _text_class_batch(rng: np.random.Generator, size: int) -> Batch:
-    return _text(rng, size), _integers(rng, CLASSES, size)
-
-
-def _segment_batch(rng: np.random.Generator, size: int) -> Batch:
-    segments = {"segment_ids": _integers(rng, 2, size, LENGTH)}
-    return {**_text(rng, size), **segments}, _integers(rng, CLASSES, size)
-
-
-def _image_batch(rng: np.random.Generator, size: int) -> Batch:
-    return rng.standard_normal((size, 8, 8, 3)).astype("float32"), _integers(rng, CLASSES, size)
-
-
-def _translation_batch(rng: np.random.Generator, size: int) -> Batch:
-    texts = {**_text(rng, size, "encoder_"), **_text(rng, size, "decoder_")}
-    return texts, _integers(rng, VOCABULARY, size, LENGTH)
-
-
-def _speech_batch(rng: np.random.Generator, size: int) -> Batch:
-    features = {"encoder_features": rng.standard_normal((size, 16, 8)).astype("float32")}
-    return {**features, **_text(rng, size, "decoder_")}, _integers(rng, VOCABULARY, size, LENGTH)
-
-
-def _integers(rng: np.random.Generator, end: int, *shape: int) -> np.ndarray:
-    return rng.integers(0, end, shape).astype("int32")
 
 
 # The registry
@@ -171,40 +67,40 @@ _WHISPER = {"num_mels": 8, "max_encoder_sequence_length": 16, "max_decoder_seque
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("gpt2", "GPT-2", "GPT2Backbone", {**_PLAIN, **_POSITIONS}, _causal_lm, _language_batch, "gpt2"),
-        Family("opt", "OPT", "OPTBackbone", {**_PLAIN, **_POSITIONS}, _causal_lm, _language_batch, "opt"),
-        Family("bert", "BERT", "BertBackbone", {**_PLAIN, **_POSITIONS}, _text_classifier, _segment_batch, "bert"),
+        Family("gpt2", "GPT-2", "GPT2Backbone", {**_PLAIN, **_POSITIONS}, causal_lm, language_batch, "gpt2"),
+        Family("opt", "OPT", "OPTBackbone", {**_PLAIN, **_POSITIONS}, causal_lm, language_batch, "opt"),
+        Family("bert", "BERT", "BertBackbone", {**_PLAIN, **_POSITIONS}, text_classifier, segment_batch, "bert"),
         Family(
             "roberta",
             "RoBERTa",
             "RobertaBackbone",
             {**_PLAIN, **_POSITIONS},
-            _text_classifier,
-            _text_class_batch,
+            text_classifier,
+            text_class_batch,
             "roberta",
         ),
-        Family("vit", "ViT", "ViTBackbone", _VIT, _image_classifier, _image_batch, "vit"),
-        Family("llama3", "Llama 3", "Llama3Backbone", _GROUPED, _causal_lm, _language_batch, "llama"),
+        Family("vit", "ViT", "ViTBackbone", _VIT, image_classifier, image_batch, "vit"),
+        Family("llama3", "Llama 3", "Llama3Backbone", _GROUPED, causal_lm, language_batch, "llama"),
         Family(
             "mistral",
             "Mistral",
             "MistralBackbone",
             {**_GROUPED, "sliding_window": 4},
-            _causal_lm,
-            _language_batch,
+            causal_lm,
+            language_batch,
             "mistral",
         ),
-        Family("phi3", "Phi-3", "Phi3Backbone", _GROUPED, _causal_lm, _language_batch, "phi3"),
-        Family("qwen2.5", "Qwen 2.5", "QwenBackbone", _GROUPED, _causal_lm, _language_batch, "qwen"),
-        Family("qwen3", "Qwen 3", "Qwen3Backbone", {**_GROUPED, "head_dim": 8}, _causal_lm, _language_batch, "qwen3"),
-        Family("gemma", "Gemma", "GemmaBackbone", {**_GROUPED, "head_dim": 8}, _causal_lm, _language_batch, "gemma"),
+        Family("phi3", "Phi-3", "Phi3Backbone", _GROUPED, causal_lm, language_batch, "phi3"),
+        Family("qwen2.5", "Qwen 2.5", "QwenBackbone", _GROUPED, causal_lm, language_batch, "qwen"),
+        Family("qwen3", "Qwen 3", "Qwen3Backbone", {**_GROUPED, "head_dim": 8}, causal_lm, language_batch, "qwen3"),
+        Family("gemma", "Gemma", "GemmaBackbone", {**_GROUPED, "head_dim": 8}, causal_lm, language_batch, "gemma"),
         Family(
             "gemma2",
             "Gemma 2",
             "GemmaBackbone",
             {**_GROUPED, "head_dim": 8, **_GEMMA_2},
-            _causal_lm,
-            _language_batch,
+            causal_lm,
+            language_batch,
             "gemma",
         ),
         Family(
@@ -212,19 +108,19 @@ FAMILIES: dict[str, Family] = {
             "Gemma 3",
             "Gemma3Backbone",
             {**_GROUPED, "head_dim": 8, **_GEMMA_3},
-            _causal_lm,
-            _language_batch,
+            causal_lm,
+            language_batch,
             "gemma",
         ),
-        Family("t5", "T5", "T5Backbone", _PLAIN, _tied_logits, _translation_batch, "t5"),
-        Family("whisper", "Whisper", "WhisperBackbone", {**_PLAIN, **_WHISPER}, _tied_logits, _speech_batch, "whisper"),
+        Family("t5", "T5", "T5Backbone", _PLAIN, tied_logits, translation_batch, "t5"),
+        Family("whisper", "Whisper", "WhisperBackbone", {**_PLAIN, **_WHISPER}, tied_logits, speech_batch, "whisper"),
         Family(
             "mixtral",
             "Mixtral",
             "MixtralBackbone",
             {**_GROUPED, "num_experts": 4},
-            _causal_lm,
-            _language_batch,
+            causal_lm,
+            language_batch,
             "mixtral",
         ),
         Family(
@@ -232,12 +128,15 @@ FAMILIES: dict[str, Family] = {
             "Qwen 3 MoE",
             "Qwen3MoeBackbone",
             {**_GROUPED, "head_dim": 8, "num_experts": 4, "top_k": 2, "moe_intermediate_dim": WIDTH},
-            _causal_lm,
-            _language_batch,
+            causal_lm,
+            language_batch,
             "qwen3_moe",
         ),
     )
 }
+
+
+EVERY = {**FAMILIES, **MORE}  # also those of which only the layout and the training are tested
 
 
 # What a block communicates
@@ -246,7 +145,7 @@ FAMILIES: dict[str, Family] = {
 @cache
 def plan_of(name: str, parts: int) -> Plan:
     """Return the tiny family's plan by its preset on so many ranks; any process plans for all of them."""
-    family = FAMILIES[name]
+    family = EVERY[name]
     inputs, _ = family.batch(np.random.default_rng(0), 2)
     return make_plan(family.build(), family.layout(parts), inputs)
 
@@ -258,9 +157,15 @@ def table_rows(family: Family, plan: Plan) -> Iterator[str]:
         if block := SECOND_BLOCK.match(each.layer):
             stacks.setdefault(block["stack"], []).append(each)
     for stack, collectives in sorted(stacks.items(), reverse=True):
-        title = family.title if len(stacks) == 1 else f"{family.title} {stack.rpartition('_')[2]}"
+        title = family.title if len(stacks) == 1 else f"{family.title} {_apart(stack, list(stacks))}"
         forward, backward = (_counted(collectives, phase) for phase in ("forward", "backward"))
         yield f"| {title} | `{family.preset}` | {forward} | {backward} |"
+
+
+def _apart(stack: str, stacks: list[str]) -> str:
+    """Return the words of a stack's name that not all stacks have."""
+    words = {each: each.rpartition("/")[2].split("_") for each in stacks}
+    return " ".join(word for word in words[stack] if not all(word in others for others in words.values()))
 
 
 def _counted(collectives: list[Collective], phase: str) -> str:
@@ -423,4 +328,5 @@ PUBLISHED: dict[str, tuple[tuple[str, ...], dict[str, tuple[Any, ...]]]] = {
             "235B": (64, 4, 4096, 12288, 151936, 128, 1536, 128),
         },
     ),
+    **PUBLISHED_OF_MORE,
 }

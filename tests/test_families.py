@@ -13,10 +13,9 @@ import keras_hub
 import numpy as np
 import pytest
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 import tp_planner
-from tests.families import FAMILIES, PUBLISHED, plan_of, table_rows
+from tests.families import EVERY, FAMILIES, PUBLISHED, plan_of, table_rows
 from tests.models import Batch
 from tests.test_parity import Arrays, Record, begin, differences, largest
 from tests.workers import Pools
@@ -26,19 +25,24 @@ from tp_planner.ir.plan import Plan
 from tp_planner.passes.choose_styles import choose_styles
 from tp_planner.passes.resolve_rules import resolve_rules
 from tp_planner.planner import make_plan
+from tp_planner.storage.variables import whole_tensor
 
 TOLERANCE = 1e-5
+OF_ITS_OWN = {"pali_gemma": 4e-5}  # whose gradients on one device are as far from those in float64
 STEPS = 3
 BATCH_SIZE = 2
 # Families that the usual run trains; `make sweep` trains the others, too.
-ON_TWO = {"gpt2", "llama3", "t5"}
+ON_TWO = {"gpt2", "llama3", "t5", "siglip"}
+PLANNED = {*FAMILIES, "siglip"}  # those of which the usual run plans the collectives of a block
 
 
 def usual(names: set[str]) -> list[Any]:
     """Return all families, those not among ``names`` marked as slow."""
-    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in EVERY]
 
 
+STACK = "(?:(?:en|de)coder|vision|text|double|single)"  # what tells the stacks of a family apart
+KEY_BIAS = re.compile(r".*/key(_dense|_proj)?/bias")
 README = Path(__file__).parent.parent / "plans" / "README.md"
 
 
@@ -53,7 +57,7 @@ class Trained:
 def batches(name: str) -> list[Batch]:
     """Return one batch for each step, the same in every process."""
     rng = np.random.default_rng(1)
-    return [FAMILIES[name].batch(rng, BATCH_SIZE) for _ in range(STEPS)]
+    return [EVERY[name].batch(rng, BATCH_SIZE) for _ in range(STEPS)]
 
 
 # On the ranks
@@ -79,60 +83,55 @@ def train_by_hub_map(name: str, backbone: str) -> Trained:
 def _train_both(name: str, sizes: Mapping[str, Any], layout_or_plan: Any) -> Trained:
     single = None
     if dist.get_rank() == 0:
-        single = train(FAMILIES[name].build(**sizes), name)
-    model = FAMILIES[name].build(seed=dist.get_rank(), **sizes)  # rank 0's weights are the truth
+        single = train(EVERY[name].build(**sizes), name)
+    model = EVERY[name].build(seed=dist.get_rank(), **sizes)  # rank 0's weights are the truth
     tp_planner.parallelize(model, layout_or_plan, inputs=batches(name)[0][0], check="first_step")
     return Trained(single, train(model, name))
 
 
 def train(model: keras.Model, name: str) -> Record:
     """Record output, loss and gradients for one batch, then losses and weights of steps of AdamW."""
-    case = FAMILIES[name].case
+    case = EVERY[name].case
     record = begin(model, case, "float32", batches(name)[0])
     optimizer = keras.optimizers.AdamW(learning_rate=0.01, weight_decay=0.1, epsilon=1e-3, name="adamw")
     model.compile(optimizer, case.make_loss(), jit_compile=False)
     record.losses += [float(np.ravel(model.train_on_batch(x, y))[0]) for x, y in batches(name)]
-    record.weights = {key: _whole(variable) for key, variable in named_variables(model).items()}
+    record.weights = {key: whole_tensor(variable).numpy().copy() for key, variable in named_variables(model).items()}
     return record
-
-
-def _whole(variable: keras.Variable) -> np.ndarray:
-    value = variable._value
-    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().numpy().copy()
 
 
 # In the parent
 
 
-def assert_same_function(ranks: list[Trained]) -> None:
+def assert_same_function(ranks: list[Trained], tolerance: float = TOLERANCE) -> None:
     """Output, loss, gradients, losses of the steps and weights after them are those of the single device."""
     single = ranks[0].single
     assert single is not None
     for each in ranks:
-        assert differences(each.sharded.outputs, single.outputs, TOLERANCE) == {}
-        assert gradient_differences(each.sharded.gradients, single.gradients) == {}
-        assert each.sharded.losses == pytest.approx(single.losses, rel=TOLERANCE)
-        assert differences(each.sharded.weights, single.weights, TOLERANCE) == {}
+        assert differences(each.sharded.outputs, single.outputs, tolerance) == {}
+        assert gradient_differences(each.sharded.gradients, single.gradients, tolerance) == {}
+        assert each.sharded.losses == pytest.approx(single.losses, rel=tolerance)
+        assert differences(each.sharded.weights, single.weights, tolerance) == {}
 
 
-def gradient_differences(found: Arrays, expected: Arrays) -> dict[str, float]:
+def gradient_differences(found: Arrays, expected: Arrays, tolerance: float) -> dict[str, float]:
     """Return the variables whose gradients differ, and by how much.
 
     The gradient of a key's bias is zero, because softmax subtracts what all keys share: what is left of it is
     rounding, which is only compared with the largest gradient of all.
     """
-    zero = TOLERANCE * largest(expected)
+    zero = tolerance * largest(expected)
     return {
         key: error
-        for key, error in differences(found, expected, TOLERANCE).items()
-        if not (key.endswith("/key/bias") and np.max(np.abs((found[key], expected[key]))) <= zero)
+        for key, error in differences(found, expected, tolerance).items()
+        if not (KEY_BIAS.fullmatch(key) and np.max(np.abs((found[key], expected[key]))) <= zero)
     }
 
 
 @pytest.mark.parametrize("name", usual(ON_TWO))
 def test_same_function(pools: Pools, name: str) -> None:
     """A sharded family trains as on a single device, and its first step communicates what the plan says."""
-    assert_same_function(pools(2).run(train_both, name, plan_of(name, 2)))
+    assert_same_function(pools(2).run(train_both, name, plan_of(name, 2)), OF_ITS_OWN.get(name, TOLERANCE))
 
 
 @pytest.mark.slow
@@ -185,11 +184,11 @@ def test_same_function_by_the_layout_maps_of_keras_hub(pools: Pools, name: str, 
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", usual(PLANNED))
 def test_collectives_of_a_block(name: str, ranks: int) -> None:
     """A block communicates what plans/README.md says, on any number of ranks, and nothing in a plan is implicit."""
-    family, plan = FAMILIES[name], plan_of(name, ranks)
-    rows = re.findall(rf"^\| {family.title}(?: encoder| decoder)? \| `.*$", README.read_text(encoding="utf-8"), re.M)
+    family, plan = EVERY[name], plan_of(name, ranks)
+    rows = re.findall(rf"^\| {family.title}(?: {STACK})? \| `.*$", README.read_text(encoding="utf-8"), re.M)
 
     assert rows == list(table_rows(family, plan))
     assert [each for each in plan.collectives if not each.is_planned] == []
@@ -198,8 +197,10 @@ def test_collectives_of_a_block(name: str, ranks: int) -> None:
 # Published sizes
 
 RANKS = 8
-WHOLE = re.compile(r".*/sparse_feedforward_gate_dense/kernel")  # the router of a mixture of experts
-BLOCK = re.compile(r"(.*/)?(transformer|decoder)_(\w+_)?(layer|block)_\d+/.*|.*self_attention/embeddings")
+WHOLE = re.compile(r".*/(sparse_feedforward_gate_dense|router_dense)/kernel")  # the router of a mixture of experts
+BLOCK = re.compile(
+    r"(.*/)?(transformer|decoder|inner|disentangled)_(\w+_)?(layer|block)_\d+/.*|.*self_attention/embeddings"
+)
 
 
 @pytest.mark.parametrize(
@@ -212,9 +213,9 @@ BLOCK = re.compile(r"(.*/)?(transformer|decoder)_(\w+_)?(layer|block)_\d+/.*|.*s
 )
 def test_published_size(name: str, sizes: dict[str, Any]) -> None:
     """The preset names every matrix in the blocks, no rule is left over, and what does not divide is gathered."""
-    family = FAMILIES[name]
+    family = EVERY[name]
     with keras.device("meta"):
-        model = family.make_backbone(num_layers=1, **sizes)
+        model = family.make_backbone(**{"num_layers": 1, **sizes})
     layers, variables = survey(model)
     resolution = resolve_rules(family.layout(RANKS), variables, {key: layer.path for key, layer in layers.items()})
     stored = {key: resolved.placement for key, resolved in resolution.variables.items()}
@@ -241,10 +242,12 @@ def uneven(name: str, sizes: Mapping[str, Any]) -> set[str]:
 
     GPT-2's 50257 tokens do not: later passes compute its lookups and head in unequal parts.
     """
-    heads = sizes.get("num_heads", sizes.get("num_query_heads"))
+    heads = next(sizes[key] for key in ("num_heads", "num_query_heads", "num_attention_heads") if key in sizes)
     by_heads, by_kv_heads = {"query", "attention_output"}, {"key", "value"}
     if name == "t5":  # whose projections have heads and head size in one dim
         by_heads, by_kv_heads = {"self_attention"}, set()
+    if name == "deberta":  # whose output projection has heads and head size in one dim
+        by_heads = {"query"}
     too_few = set() if heads % RANKS == 0 else by_heads
     too_few = too_few | ({"token_embedding"} if name == "gpt2" else set())
     return too_few | (set() if sizes.get("num_key_value_heads", heads) % RANKS == 0 else by_kv_heads)

@@ -23,7 +23,7 @@ from tests.models import CASES, Batch, Case
 from tests.workers import Pools, WorkerPool, layout_map
 from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.ir.plan import LayerPlan, Plan
-from tp_planner.storage.variables import ParallelVariable
+from tp_planner.storage.variables import ParallelVariable, is_sharded, whole_tensor
 from tp_planner.training.optimizer import ParallelOptimizer
 
 Arrays = Mapping[str, np.ndarray]
@@ -152,7 +152,7 @@ def begin(model: keras.Model, case: Case, dtype: str, batch: Batch) -> Record:
     output = model(x, training=True)
     loss = case.make_loss(dtype)(y, output)
     loss.backward()
-    gradients = {key: _whole(v.value.grad) for key, v in named_variables(model).items() if v.trainable}
+    gradients = {key: _whole_gradient(v) for key, v in named_variables(model).items() if v.trainable}
     model.zero_grad()
     return Record({"output": _whole(output), "loss": _whole(loss)}, gradients)
 
@@ -179,12 +179,20 @@ def _train_on(model: keras.Model, batches: list[Batch], record: Record) -> None:
 
 
 def _weights(model: keras.Model) -> Arrays:
-    return {key: _whole(variable._value) for key, variable in named_variables(model).items()}
+    return {key: whole_tensor(variable).numpy().copy() for key, variable in named_variables(model).items()}
 
 
 def _whole(tensor: torch.Tensor) -> np.ndarray:
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.detach().numpy().copy()
+
+
+def _whole_gradient(variable: keras.Variable) -> np.ndarray:
+    """Return a gradient in the order of the whole variable; torch's has that in which it is stored."""
+    gradient = variable.value.grad
+    if is_sharded(variable):
+        gradient = variable._stored.sharding.whole(gradient._local_tensor, tuple(variable.shape))
+    return gradient.detach().numpy().copy()
 
 
 def _replicas(model: keras.Model) -> dict[str, bytes]:

@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 
 import tp_planner
-from tests.families import FAMILIES, LENGTH, VOCABULARY
+from tests.families import EVERY, FAMILIES, LENGTH, VOCABULARY
+from tests.family import causal_lm, language_batch
 from tests.models import Axes
 from tests.workers import Pools, WorkerPool, layout_map
 from tp_planner.ir.errors import ParallelRuntimeError
 from tp_planner.ir.step import Collective
 
-GENERATING = [name for name, family in FAMILIES.items() if family.head.__name__ == "_causal_lm"]
+GENERATING = [name for name, family in EVERY.items() if family.head is causal_lm and family.batch is language_batch]
 USUAL = ("gpt2", "gemma", "llama3")
 STOP = 3
 
@@ -56,11 +57,11 @@ def _sampler(name: str, seed: int) -> Any:
 def both(name: str, sampler: str, stop: Any = None, kv_heads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return what one device and all ranks generate, from seeds that differ until they agree."""
     keras.utils.set_random_seed(dist.get_rank())
-    model = FAMILIES[name].build(**({} if kv_heads is None else {"num_key_value_heads": kv_heads}))
+    model = EVERY[name].build(**({} if kv_heads is None else {"num_key_value_heads": kv_heads}))
     seeds = (0, 0 if name == "gemma3" else dist.get_rank())
     samplers = [_sampler(sampler, seed) for seed in seeds]
     plain = generated(model, samplers[0], stop)
-    tp_planner.parallelize(model, FAMILIES[name].layout(dist.get_world_size()), inputs=prompts())
+    tp_planner.parallelize(model, EVERY[name].layout(dist.get_world_size()), inputs=prompts())
     return plain, generated(model, samplers[1], stop)
 
 
