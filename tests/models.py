@@ -756,6 +756,10 @@ USUAL = frozenset(
 )
 
 
+# Of these, what tests take that need long for each.
+FEWEST = frozenset({"convnet", "gpt", "llama"})
+
+
 def usual(names: Iterable[str]) -> list[Any]:
     """Return the names as parameters of a test, those not in USUAL marked as slow."""
     return [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in names]

@@ -88,6 +88,7 @@ def test_python_runs_on_two_processes(pools: Pools, page: str, tmp_path: Path) -
     pools(2).run(run_page, page, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [block for block in ALL if block.how == "alone"], ids=str)
 def test_scripts_run_alone(block: Block, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(block.text)

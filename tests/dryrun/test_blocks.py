@@ -330,6 +330,7 @@ T5_INPUTS = {
 }
 
 
+@pytest.mark.slow
 def test_plan_of_blocks_that_share_a_sharded_tensor() -> None:
     """Blocks stand for one another across shards that they are all given, as T5's are."""
     layout = read_layout_file(find_layout_file("t5")).on(Mesh((("model", 2),)))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tp_planner
-from tests.models import CASES, USUAL
+from tests.models import CASES, FEWEST
 from tests.workers import Pools, WorkerPool, layout_map
 from tp_planner.dryrun.collector import without_collector
 from tp_planner.dryrun.metering import StepMeter
@@ -98,7 +98,7 @@ def metered_training(model: keras.Model, x: Any, y: Any) -> Memory:
 # In the parent
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama"])
+@pytest.mark.parametrize("name", ["gpt", pytest.param("llama", marks=pytest.mark.slow)])
 def test_memory_is_within_five_percent_of_what_is_measured(workers: WorkerPool, name: str) -> None:
     """The peak of training by Keras, with its loss and metrics, on rank 0 and on the last."""
     for each in workers.run(measure, name, "float32", "AdamW"):
@@ -108,8 +108,8 @@ def test_memory_is_within_five_percent_of_what_is_measured(workers: WorkerPool, 
 @pytest.mark.parametrize(
     ("name", "sequence_parallel"),
     [
-        *(pytest.param(name, False, marks=[] if name in USUAL else pytest.mark.slow) for name in CASES),
-        *(pytest.param(name, True, marks=[] if name in SIZES else pytest.mark.slow) for name in CASES),
+        *(pytest.param(name, False, marks=[] if name in FEWEST else pytest.mark.slow) for name in CASES),
+        *(pytest.param(name, True, marks=[] if name == "gpt" else pytest.mark.slow) for name in CASES),
     ],
 )
 def test_simulated_step_is_the_real_one(pools: Pools, name: str, sequence_parallel: bool) -> None:

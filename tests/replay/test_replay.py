@@ -352,13 +352,13 @@ def test_replayed_steps_are_those_of_the_layers(pools: Callable[[int], WorkerPoo
     assert [jit["warnings"] for _, jit in results] == [[], []]
 
 
-@pytest.mark.parametrize("seeded", [True, False])
+@pytest.mark.parametrize("seeded", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_dropout_is_replayed(pools: Callable[[int], WorkerPool], seeded: bool) -> None:
     """With the masks that the layers would have drawn next, from seeds of theirs or from torch's random state."""
     check(pools(2).run(both, "gpt", seeded, 0.3), replayed=STEPS - 1)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_replicas_are_replayed(pools: Callable[[int], WorkerPool], dropout: float) -> None:
     """Gradients are averaged, and shares counted, outside the calls that are replayed; each replica draws its own."""
     check(pools(2).run(both_as_replicas, dropout), replayed=STEPS - 1)

@@ -227,7 +227,7 @@ def test_layers_that_share_a_generator(pools: Pools) -> None:
     assert pools(2).run(restore_with_a_shared_generator) == [True, True]
 
 
-@pytest.mark.parametrize("rules", ["model axis", "both axes"])
+@pytest.mark.parametrize("rules", [pytest.param("model axis", marks=pytest.mark.slow), "both axes"])
 def test_optimizers(pools: Pools, rules: str) -> None:
     """Weights and slots after four steps are those of one process, whole gradients needed or not."""
     for errors in pools(4).run(train_with, rules, ASKING):
