@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models import CASES
+from tests.models import CASES, usual
 from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.frontend.trace import trace
 from tp_planner.ir.graph import ModelGraph
@@ -65,7 +65,7 @@ def test_gradients_are_known() -> None:
 
 
 # Gemma keeps a number as a tensor, which Keras moves off the meta device: more ops.
-@pytest.mark.parametrize("name", sorted(set(CASES) - {"gemma"}))
+@pytest.mark.parametrize("name", usual(sorted(set(CASES) - {"gemma"})))
 def test_any_device_gives_the_same_graph(name: str) -> None:
     """A model on the meta device traces like one with values."""
     with keras.device("meta"):

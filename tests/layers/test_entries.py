@@ -198,7 +198,9 @@ def test_entries(pools: Pools, ranks: int, way: str) -> None:
                 np.testing.assert_allclose(other, array, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [each if each == "distribution" else pytest.param(each, marks=pytest.mark.slow) for each in WAYS]
+)
 def test_generating_and_scoring(pools: Pools, way: str) -> None:
     """KerasHub's own methods give one device's tokens and scores: before the first call, after it, after training."""
     for alone, here in pools(2).run(use_causal_lm, way):

@@ -281,6 +281,7 @@ def test_checkpoint_that_was_imported_by_name(pools: Pools) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_block_is_let_go_before_the_next_runs_again(pools: Pools) -> None:
     """Also where Python's collector does not run by itself: reference cycles of Keras would keep all of them."""
     for planned, peak in pools(2).run(peak_without_collector):

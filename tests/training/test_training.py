@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import tp_planner
-from tests.models import CASES, usual
+from tests.models import CASES
 from tests.workers import WorkerPool, layout_map
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.ir.mesh import Mesh
@@ -342,7 +342,7 @@ def test_loop_of_ones_own(workers: WorkerPool) -> None:
     check_equal(workers.run(loop_of_ones_own)[0], 1e-12)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_fit_evaluate_predict(workers: WorkerPool, weighted: bool) -> None:
     """Keras's own loops report the same logs on every rank as on a single device."""
     for both in workers.run(fit_all, weighted):
@@ -370,7 +370,7 @@ def test_random_state_is_rank_zeros(workers: WorkerPool) -> None:
     assert all(each == losses[0] for each in losses)
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)])
 def test_mixed_precision(pools: Callable[[int], WorkerPool], policy: str) -> None:
     """Under a mixed policy losses agree to the rounding of the compute dtype, and float16 scales the loss."""
     single, sharded, optimizer = pools(2).run(mixed_precision, policy)[0]
@@ -390,7 +390,9 @@ def test_regularizers_and_constraints(pools: Callable[[int], WorkerPool]) -> Non
     check_equal(pools(2).run(penalized)[0], 1e-12)
 
 
-@pytest.mark.parametrize("name", usual(["mlp", "gpt", "llama", "tied"]))
+@pytest.mark.parametrize(
+    "name", ["gpt", *(pytest.param(each, marks=pytest.mark.slow) for each in ("mlp", "llama", "tied"))]
+)
 def test_lora(pools: Callable[[int], WorkerPool], name: str) -> None:
     """Adapters of sharded layers train as on a single device."""
     check_equal(pools(2).run(with_lora, name)[0], 1e-5, floor=1e-4)

@@ -51,6 +51,7 @@ def test_slices_of_variables(pools: Pools) -> None:
         check_equal(both, 1e-12)
 
 
+@pytest.mark.slow
 def test_slices_in_the_plan(pools: Pools) -> None:
     """The simulated update of blocks that stand for others is the real one."""
     for each in pools(2).run(measure_in_slices):
