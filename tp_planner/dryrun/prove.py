@@ -57,7 +57,6 @@ def prove(
         walks: the placements found on them.
         axes: those of a mesh of the planned size, fake or real.
     """
-    conflicts: list[Conflict] = []
     with fake_tensors():
         arguments = fake_inputs(model, inputs)
         # Made before the variables are fake: a torch module inside the model reads its own parameters.
@@ -65,8 +64,10 @@ def prove(
         with applied_for_simulation(model, plan, axes, repeated_layers(graphs)):
             for graph, walk, recorder in zip(graphs, walks, recorders, strict=True):
                 recorder.know(named_variables(model))
-                conflicts += _compare_run(model, arguments, graph, walk, recorder, axes.model.size)
-    return conflicts
+                conflicts = _compare_run(model, arguments, graph, walk, recorder, axes.model.size)
+                if conflicts:  # most of those of other graphs are the same, and go with these
+                    return conflicts
+    return []
 
 
 def repeated_layers(graphs: Sequence[ModelGraph]) -> frozenset[str]:

@@ -195,8 +195,11 @@ class TrainingStep:
             trained = [variable for variable in trainable if variable._value.grad is not None]
             self.trained = {keys[id(variable)] for variable in trained}
             meter.hold((variable._value.grad for variable in trained), "gradients")
+            slots: dict[int, list[Any]] = {}
+            for owner, slot in self._slots:
+                slots.setdefault(id(owner), []).append(slot)
             for variable in trained:
-                self._stand_for(variable, 1 + others.get(keys[id(variable)], 0))
+                self._stand_for(variable, slots.get(id(variable), []), 1 + others.get(keys[id(variable)], 0))
             if self.optimizer is not None and trained:
                 self._update(self.optimizer, trained)
 
@@ -253,11 +256,10 @@ class TrainingStep:
                     local_tensor(slot).untyped_storage().nbytes(), "optimizer", others[id(variable)]
                 )
 
-    def _stand_for(self, variable: Any, number: int) -> None:
+    def _stand_for(self, variable: Any, slots: list[Any], number: int) -> None:
         """Let a variable, its gradient and its slots count for ``number`` equal ones in the update."""
         gradient = variable._value.grad
-        tensors = [local_tensor(variable), getattr(gradient, "_local_tensor", gradient)]
-        tensors += [local_tensor(slot) for owner, slot in self._slots if owner is variable]
+        tensors = [local_tensor(variable), getattr(gradient, "_local_tensor", gradient), *map(local_tensor, slots)]
         self.meter.stands_for.update({self.meter.storage(tensor): number for tensor in tensors})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cache
 from typing import Any
 
@@ -20,6 +20,17 @@ _UPDATES = {
     for overload in ("default", "tensor_lr")
 }
 CONSTANT_SIZE = 64  # how many whole numbers are few
+_UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+_CPU = torch.device("cpu")
+_VALUES = frozenset(
+    (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
+)
+# What ops make: shape, strides and dtype, by all that these depend on.
+_ANSWERS: dict[Hashable, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
+
+
+class _NotDescribed(Exception):
+    """What an op makes may depend on more than the sizes and types of its arguments."""
 
 
 class FakeCpuMode(FakeTensorMode):
@@ -39,6 +50,9 @@ class FakeCpuMode(FakeTensorMode):
             view = self._view(func, args)
             if view is not None:
                 return view
+        question = self._question(func, args, kwargs) if _makes_a_tensor(func) else None
+        if question is not None:
+            return self._answer(question, func, types, args, kwargs or {})
         if func in _UPDATES:
             return None
         if self.allow_non_fake_inputs and _is_of_numbers(func, args):
@@ -52,6 +66,40 @@ class FakeCpuMode(FakeTensorMode):
             # Of numbers and real tensors alone FakeTensorMode computes some ops, and writes to what the model keeps.
             args, kwargs = with_tensors_replaced((args, kwargs or {}), self._without_value)
         return self.dispatch(func, types, args, kwargs or {})
+
+    def _question(self, func: Any, args: Any, kwargs: Any) -> Hashable | None:
+        """Return all that what an op makes depends on; None where that is more than sizes, types and numbers."""
+        try:
+            taken = tuple(map(self._described, args))
+            named = tuple((name, self._described(value)) for name, value in kwargs.items()) if kwargs else ()
+        except _NotDescribed:
+            return None
+        return func, taken, named, torch.get_default_dtype()
+
+    def _described(self, argument: Any) -> Hashable:
+        kind = type(argument)
+        if kind is FakeTensor and argument.fake_mode is self and argument.constant is None:
+            if argument.layout is not torch.strided or argument.dtype.is_complex:
+                raise _NotDescribed
+            return argument.shape, argument.stride(), argument.dtype
+        if kind is tuple or kind is list:
+            return kind, tuple(map(self._described, argument))
+        if kind in _VALUES:
+            return kind, argument  # for 1, 1.0 and True are equal
+        raise _NotDescribed
+
+    def _answer(self, question: Hashable, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """Return what an op makes; from the second time on as it was, where FakeTensorMode's own memory is slower."""
+        known = _ANSWERS.get(question)
+        if known is not None:
+            shape, stride, dtype = known
+            with in_kernel_invocation_manager(self):
+                made = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+            return FakeTensor(self, made, _CPU)
+        made = self.dispatch(func, types, args, kwargs)
+        if type(made) is FakeTensor and made.constant is None and made.fake_device == _CPU:
+            _ANSWERS[question] = made.shape, made.stride(), made.dtype
+        return made
 
     def _is_of_constants(self, func: Any, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether an op makes its result of a few whole numbers alone, and changes none that others may have."""
@@ -88,8 +136,23 @@ class FakeCpuMode(FakeTensorMode):
 
 
 @cache
+def _makes_a_tensor(func: Any) -> bool:
+    """Whether an op makes one new tensor, and its kind follows from those of its arguments."""
+    if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten" or func in FakeTensorMode.lift_fns:
+        return False
+    depends_on_values = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    if func.is_view or func._schema.is_mutable or depends_on_values.intersection(func.tags):
+        return False
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        return False  # may return its argument
+    return [str(each.type) for each in func._schema.returns] == ["Tensor"] and func is not _UNSAFE_VIEW
+
+
+@cache
 def _is_plain_view(func: Any) -> bool:
     """Whether an op makes one view of its first argument, its only tensor."""
+    if func is _UNSAFE_VIEW:  # a view to all but autograd
+        return True
     if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten" or not func.is_view:
         return False
     if func in FakeTensorMode.lift_fns or torch.Tag.inplace_view in func.tags:

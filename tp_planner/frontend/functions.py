@@ -6,13 +6,17 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from tp_planner.frontend.dispatch import tensors_in
 from tp_planner.frontend.recorder import Recorder
 from tp_planner.ir.graph import FunctionCall
 
 CONSTANT = int | float | str
+_LEAVES = frozenset((torch.Tensor, torch.nn.Parameter, FakeTensor, torch.dtype, int, float, bool, str, type(None)))
 
 
 def function_name(function: Callable[..., Any]) -> str:
@@ -29,6 +33,12 @@ class _Slice(NamedTuple):
 def flatten_arguments(args: Any, kwargs: Any) -> tuple[list[Any], Any]:
     """Return the flattened arguments of a function, ends of slices one by one, and what puts them together again."""
     return tree_flatten((_with_open_slices(args), kwargs))
+
+
+def _leaves(args: Any, kwargs: Any) -> list[Any]:
+    """Return the arguments as ``flatten_arguments`` takes them apart; most are leaves themselves."""
+    leaves = [*args, *kwargs.values()]
+    return leaves if all(type(leaf) in _LEAVES for leaf in leaves) else flatten_arguments(args, kwargs)[0]
 
 
 def put_arguments_together(leaves: list[Any], structure: Any) -> tuple[Any, Any]:
@@ -64,14 +74,14 @@ class FunctionRecorder(TorchFunctionMode):
             return func(*args, **kwargs)
         self._counts[call, name] += 1
         number, first = self._counts[call, name], len(self.recorder.ops)
-        leaves = flatten_arguments(args, kwargs)[0]
+        leaves = _leaves(args, kwargs)
         before = [self.recorder.known_id(leaf) for leaf in leaves]
         result = func(*args, **kwargs)
         ops = self.recorder.ops[first:]
         if ops and all(op.call == call for op in ops):
             after = [self.recorder.known_id(leaf) for leaf in leaves]
             ids = [later if known is None else known for known, later in zip(before, after, strict=True)]
-            returned = [self.recorder.known_id(leaf) for leaf in tree_flatten(result)[0]]
+            returned = [self.recorder.known_id(tensor) for tensor in tensors_in(result)]
             self.functions.append(
                 FunctionCall(
                     name,

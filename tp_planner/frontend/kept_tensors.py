@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,12 +45,16 @@ def no_fakes_left(model: keras.Model) -> Iterator[None]:
 
 
 def _put_back(holder: Holder, kept: Holder) -> None:
+    """Take fakes out of a holder. What it held before is as it was, for containers in it are holders, too."""
     if isinstance(holder, list):
-        if any(map(_has_fakes, holder)):
+        assert isinstance(kept, list)
+        is_same = len(holder) == len(kept) and all(map(operator.is_, holder, kept))
+        if not is_same and any(map(_has_fakes, holder)):
             holder[:] = kept
         return
     assert isinstance(kept, dict)
-    for key in [key for key, value in holder.items() if key not in BOOKKEEPING and _has_fakes(value)]:
+    new = [(key, value) for key, value in holder.items() if key not in kept or value is not kept[key]]
+    for key in [key for key, value in new if key not in BOOKKEEPING and _has_fakes(value)]:
         if key in kept:
             holder[key] = kept[key]
         else:
