@@ -1,6 +1,6 @@
-"""Time and memory of planning tensor parallelism for Llama models that fit no device, on one core.
+"""Time and memory of planning tensor parallelism for published models, most of which fit no device, on one core.
 
-    python benchmarks/plan_time.py [--sizes 8b,70b,405b] [--curve] [--repeat 5] [--output FOLDER]
+    python benchmarks/plan_time.py [--sizes 8b,70b,t5-xxl,...] [--curve] [--repeat 5] [--output FOLDER]
 
 Every repetition is a fresh process; see benchmarks/README.md for what they measure.
 """
@@ -26,7 +26,6 @@ from showing import machine
 
 HERE = Path(__file__).resolve().parent
 MESH = "model=8"
-PRESET = "llama"
 CURVE_LAYERS = (2, 8, 16, 32, 64, 96, 126)
 GIB = 2**30
 
@@ -40,25 +39,92 @@ layout: the plan with nothing sharded, the integer program, the plan of what it 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """The shape of a Llama model, and what planning it may take."""
+    """The shape of a published model, and what planning it may take; finding a layout is timed where it has a target.
+
+    ``takes`` are the arguments of KerasHub's ``backbone``; without one it is so many Dense layers in a row. A
+    ``with_loss`` model has the head and a cross-entropy that takes logits in shards.
+    """
 
     name: str
     layers: int
-    width: int
-    heads: int
-    hidden: int
+    takes: Mapping[str, Any]
     target_s: float
-    search_target_s: float
-    key_value_heads: int = 8
-    vocabulary: int = 128256
+    search_target_s: float | None = None
+    preset: str = "llama"
+    backbone: str = "LlamaBackbone"
+    sequence_parallel: bool = False
+    with_loss: bool = False
 
 
+def _llama(width: int, heads: int, hidden: int) -> dict[str, Any]:
+    return {
+        "vocabulary_size": 128256,
+        "hidden_dim": width,
+        "num_query_heads": heads,
+        "num_key_value_heads": 8,
+        "intermediate_dim": hidden,
+    }
+
+
+_8B, _70B, _405B = _llama(4096, 32, 14336), _llama(8192, 64, 28672), _llama(16384, 128, 53248)
+_T5 = {
+    "vocabulary_size": 32128,
+    "hidden_dim": 4096,
+    "num_heads": 64,
+    "key_value_dim": 64,
+    "intermediate_dim": 10240,
+    "use_gated_activation": True,
+}
+_MIXTRAL = {**_8B, "vocabulary_size": 32000, "num_experts": 8}
+_QWEN3_MOE = {
+    "vocabulary_size": 151936,
+    "hidden_dim": 2048,
+    "num_query_heads": 32,
+    "num_key_value_heads": 4,
+    "intermediate_dim": 6144,
+    "head_dim": 128,
+    "num_experts": 128,
+    "top_k": 8,
+    "moe_intermediate_dim": 768,
+}
+_GEMMA3 = {
+    "vocabulary_size": 262144,
+    "hidden_dim": 5376,
+    "num_query_heads": 32,
+    "num_key_value_heads": 16,
+    "intermediate_dim": 21504,
+    "head_dim": 128,
+    "image_size": None,
+    "use_post_ffw_norm": True,
+    "use_post_attention_norm": True,
+    "use_sliding_window_attention": True,
+    "sliding_window_size": 1024,
+}
+_WHISPER = {
+    "vocabulary_size": 51865,
+    "hidden_dim": 1280,
+    "num_heads": 20,
+    "intermediate_dim": 5120,
+    "num_mels": 80,
+    "max_encoder_sequence_length": 3000,
+    "max_decoder_sequence_length": 448,
+}
+_VIT = {"image_shape": (224, 224, 3), "patch_size": 14, "hidden_dim": 1280, "num_heads": 16, "mlp_dim": 5120}
 SIZES = {
     size.name: size
     for size in (
-        Size("8b", 32, 4096, 32, 14336, target_s=1.0, search_target_s=3.0),
-        Size("70b", 80, 8192, 64, 28672, target_s=2.0, search_target_s=5.0),
-        Size("405b", 126, 16384, 128, 53248, target_s=3.0, search_target_s=6.0),
+        Size("8b", 32, _8B, 1.0, 3.0),
+        Size("70b", 80, _70B, 2.0, 5.0),
+        Size("405b", 126, _405B, 3.0, 6.0),
+        Size("8b-sequence", 32, _8B, 1.0, sequence_parallel=True, with_loss=True),
+        Size("405b-sequence", 126, _405B, 3.0, sequence_parallel=True),
+        Size("t5-xxl", 24, _T5, 5.0, preset="t5", backbone="T5Backbone"),
+        Size("mixtral-8x7b", 32, _MIXTRAL, 3.0, preset="mixtral", backbone="MixtralBackbone"),
+        Size("qwen3-moe-30b", 48, _QWEN3_MOE, 4.0, preset="qwen3_moe", backbone="Qwen3MoeBackbone"),
+        Size("gemma3-27b", 62, _GEMMA3, 2.0, preset="gemma", backbone="Gemma3Backbone"),
+        Size("whisper-large", 32, _WHISPER, 2.0, preset="whisper", backbone="WhisperBackbone"),
+        Size("vit-huge", 32, _VIT, 1.0, preset="vit", backbone="ViTBackbone"),
+        Size("dense-2000", 2000, {"width": 1024, "hidden": 4096}, 10.0, preset="mlp", backbone=""),
     )
 }
 TARGET_BYTES = 2 * GIB
@@ -76,24 +142,17 @@ def measure(size: Size) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     import keras
-    import keras_hub
 
     from tp_planner.frontend.layout_file import find_layout_file, read_layout_file
     from tp_planner.ir.mesh import parse_mesh
 
     keras.config.set_dtype_policy("bfloat16")
     with keras.device("meta"):
-        model = keras_hub.models.LlamaBackbone(
-            vocabulary_size=size.vocabulary,
-            num_layers=size.layers,
-            num_query_heads=size.heads,
-            num_key_value_heads=size.key_value_heads,
-            hidden_dim=size.width,
-            intermediate_dim=size.hidden,
-        )
-    layout = read_layout_file(find_layout_file(PRESET)).on(parse_mesh(MESH))
+        model = _build(size)
+    layout = read_layout_file(find_layout_file(size.preset)).on(parse_mesh(MESH))
+    layout = replace(layout, sequence_parallel=size.sequence_parallel)
     before = _peak_bytes()
-    first, again = (_plan(model, layout) for _ in range(2))
+    first, again = (_plan(model, layout, size.with_loss) for _ in range(2))
     if first["plan_sha256"] != again["plan_sha256"]:
         raise AssertionError(f"two plans of {size.name} in one process differ")
     return {
@@ -102,18 +161,34 @@ def measure(size: Size) -> dict[str, Any]:
         "bytes_peak": _peak_bytes(),
         "first": first,
         "again": again,
-        "search": _search(model),
+        "search": None if size.search_target_s is None else _search(model),
     }
 
 
-def _plan(model: Any, layout: Any) -> dict[str, Any]:
+def _build(size: Size) -> Any:
+    import keras
+    import keras_hub
+
+    if size.backbone:
+        backbone = getattr(keras_hub.models, size.backbone)(num_layers=size.layers, **size.takes)
+        return keras_hub.models.LlamaCausalLM(backbone, preprocessor=None) if size.with_loss else backbone
+    inputs = outputs = keras.Input((size.takes["width"],))
+    for pair in range(size.layers // 2):
+        outputs = keras.layers.Dense(size.takes["hidden"], "relu", name=f"pair_{pair}_up")(outputs)
+        outputs = keras.layers.Dense(size.takes["width"], name=f"pair_{pair}_down")(outputs)
+    return keras.Model(inputs, outputs)
+
+
+def _plan(model: Any, layout: Any, with_loss: bool) -> dict[str, Any]:
     """Plan the model as users do, with a clock around the whole and one around the simulation."""
     from unittest import mock
 
     import keras
 
     from tp_planner import planner
+    from tp_planner.frontend.training_loss import TrainingLoss
 
+    loss = TrainingLoss(keras.losses.SparseCategoricalCrossentropy(from_logits=True)) if with_loss else None
     simulations = []
 
     def simulate(*args: Any, **kwargs: Any) -> Any:
@@ -126,7 +201,7 @@ def _plan(model: Any, layout: Any) -> dict[str, Any]:
     original = planner.simulate
     with mock.patch.object(planner, "simulate", simulate):
         start, start_cpu = time.perf_counter(), time.process_time()
-        plan = planner.make_plan(model, layout, optimizer=keras.optimizers.Adam())
+        plan = planner.make_plan(model, layout, optimizer=keras.optimizers.Adam(), loss=loss)
         wall, cpu = time.perf_counter() - start, time.process_time() - start_cpu
     return {
         "total_s": wall,
@@ -163,7 +238,7 @@ def repeat(size: Size, repetitions: int) -> list[dict[str, Any]]:
     measured = [_measure_in_process(size) for _ in range(repetitions)]
     if len({each["first"]["plan_sha256"] for each in measured}) > 1:
         raise AssertionError(f"plans of {size.name} with {size.layers} layers differ between processes")
-    if len({each["search"]["layout"] for each in measured}) > 1:
+    if size.search_target_s is not None and len({each["search"]["layout"] for each in measured}) > 1:
         raise AssertionError(f"layouts found for {size.name} differ between processes")
     return measured
 
@@ -197,7 +272,6 @@ def facts(repetitions: int) -> dict[str, Any]:
         "threads": 1,
         "processes for each size": repetitions,
         "mesh": MESH,
-        "preset": PRESET,
         "dtype policy": "bfloat16",
     }
 
@@ -208,17 +282,21 @@ def facts(repetitions: int) -> dict[str, Any]:
 def table(rows: Rows) -> Iterator[str]:
     """Yield the lines of a table with one line for each size."""
     yield (
-        f"  {'model':>6}{'layers':>8}{'parameters':>13}{'first s':>10}{'quartiles':>16}{'CPU s':>8}"
+        f"  {'model':>14}{'layers':>8}{'parameters':>13}{'first s':>10}{'quartiles':>16}{'CPU s':>8}"
         f"{'simulation':>12}{'again s':>9}{'search s':>10}{'gap':>7}{'collectives':>13}{'peak GiB':>10}{'before':>8}"
     )
     for size, measured in rows:
         lower, median, upper = statistics.quantiles(_each(measured, "first", "total_s"), n=4, method="inclusive")
         quartiles = f"{lower:.2f} to {upper:.2f}"
+        search, gap = "", ""
+        if size.search_target_s is not None:
+            search = f"{_median(measured, 'search', 'total_s'):.2f}"
+            gap = f"{max(_each(measured, 'search', 'gap')):.2%}"
         yield (
-            f"  {size.name:>6}{size.layers:8}{measured[0]['parameters'] / 1e9:11.1f} B{median:10.2f}{quartiles:>16}"
+            f"  {size.name:>14}{size.layers:8}{measured[0]['parameters'] / 1e9:11.1f} B{median:10.2f}{quartiles:>16}"
             f"{_median(measured, 'first', 'cpu_s'):8.2f}{_median(measured, 'first', 'simulation_s'):12.2f}"
-            f"{_median(measured, 'again', 'total_s'):9.2f}{_median(measured, 'search', 'total_s'):10.2f}"
-            f"{max(_each(measured, 'search', 'gap')):7.2%}{measured[0]['first']['collectives']:13}"
+            f"{_median(measured, 'again', 'total_s'):9.2f}{search:>10}"
+            f"{gap:>7}{measured[0]['first']['collectives']:13}"
             f"{_memory(measured, 'bytes_peak'):10.2f}{_memory(measured, 'bytes_before'):8.2f}"
         )
 
@@ -232,11 +310,12 @@ def verdicts(rows: Rows) -> Iterator[str]:
             f"  {size.name}: {seconds:.2f} s of {size.target_s:g} s, {memory:.2f} GiB of {TARGET_BYTES / GIB:g} GiB: "
             f"{'within the target' if met else 'MISSED'}"
         )
-        search = _median(measured, "search", "total_s")
-        yield (
-            f"  {size.name}: a layout found in {search:.2f} s of {size.search_target_s:g} s: "
-            f"{'within the target' if search < size.search_target_s else 'MISSED'}"
-        )
+        if size.search_target_s is not None:
+            search = _median(measured, "search", "total_s")
+            yield (
+                f"  {size.name}: a layout found in {search:.2f} s of {size.search_target_s:g} s: "
+                f"{'within the target' if search < size.search_target_s else 'MISSED'}"
+            )
 
 
 def _each(measured: Measured, which: str, figure: str) -> list[float]:

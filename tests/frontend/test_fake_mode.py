@@ -58,6 +58,49 @@ def test_view_is_that_of_a_real_tensor(name: str) -> None:
         assert found.untyped_storage()._cdata == base.untyped_storage()._cdata
 
 
+OPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "with a whole number": lambda x: x.int() + 1,
+    "with a real number": lambda x: x.int() + 1.0,
+    "with a truth value": lambda x: x.bool() + True,
+    "with a tensor": lambda x: x * x[:1],
+    "of other strides": lambda x: x.t() * 2,
+    "into another type": lambda x: x.to(torch.bfloat16),
+    "product": lambda x: x @ x.t(),
+    "of a list": lambda x: torch.cat([x, x], dim=1),
+    "sum over a dim": lambda x: x.sum(1),
+    "sum that keeps the dim": lambda x: x.sum(1, keepdim=True),
+    "made like another": lambda x: torch.zeros_like(x.t()),
+    "view without autograd": lambda x: torch.ops.aten._unsafe_view(x, (6,)),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_what_an_op_makes_is_remembered_by_all_that_it_depends_on(name: str) -> None:
+    """What an op makes is like what it makes of real tensors, the first time and the second."""
+    op = OPS[name]
+    expected = described(op(torch.empty(2, 3)))
+    for _ in range(2):
+        with FakeCpuMode():
+            found = op(torch.empty(2, 3))
+        assert isinstance(found, FakeTensor)
+        assert described(found) == expected
+
+
+def test_numbers_that_are_equal_are_not_taken_for_each_other() -> None:
+    """1, 1.0 and True are equal, and an op makes other types of them."""
+    with FakeCpuMode():
+        whole = torch.empty(3, dtype=torch.int32)
+        types = [(whole * number).dtype for number in (1, 1.0, True, 1.0, 1)]
+    assert types == [torch.int32, torch.float32, torch.int32, torch.float32, torch.int32]
+
+
+def test_what_ops_make_has_storages_of_its_own() -> None:
+    with FakeCpuMode():
+        base = torch.empty(5, 7)
+        made = [base + 2 for _ in range(3)]
+    assert len({each.untyped_storage()._cdata for each in (base, *made)}) == 4
+
+
 def test_view_has_a_gradient() -> None:
     with FakeCpuMode():
         base = torch.empty(2, 3, requires_grad=True)
