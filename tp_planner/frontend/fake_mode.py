@@ -94,9 +94,9 @@ class FakeCpuMode(FakeTensorMode):
         if known is not None:
             shape, stride, dtype = known
             with in_kernel_invocation_manager(self):
-                made = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-            return FakeTensor(self, made, _CPU)
-        made = self.dispatch(func, types, args, kwargs)
+                empty = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+            return FakeTensor(self, empty, _CPU)
+        made: Any = self.dispatch(func, types, args, kwargs)
         if type(made) is FakeTensor and made.constant is None and made.fake_device == _CPU:
             _ANSWERS[question] = made.shape, made.stride(), made.dtype
         return made
