@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from keras import layers, ops
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Replicate as TorchReplicate
 
 import tp_planner
 from tests.keras_distribution.test_model_parallel import model_parallel
@@ -244,3 +246,60 @@ def test_same_as_on_one_device_of_four(pools: Pools) -> None:
     """The same with every way of taking projections apart, on four ranks."""
     for found in pools(4).run(train_all, [*WAYS]):
         assert found == {way: {} for way in WAYS}
+
+
+# What torch makes of a kernel of unequal parts: the whole in its own order, or a refusal.
+MADE: dict[str, Callable[[Any], Any]] = {
+    "whole": lambda tensor: tensor,
+    "a copy": lambda tensor: tensor.detach().clone(),
+    "a product": lambda tensor: 2 * tensor.detach(),
+    "another order of dims": lambda tensor: tensor.detach().T,
+    "some rows": lambda tensor: tensor.detach()[:4],
+}
+REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "redistribute": (lambda tensor: tensor.redistribute(placements=[TorchReplicate()]), "torch cannot redistribute it"),
+    "some columns": (
+        lambda tensor: tensor.detach()[:, 20:40],
+        "an op of torch's on it would have to redistribute it",
+    ),
+    "a file of torch's": (
+        lambda tensor: tensor.__create_write_items__("kernel", tensor),
+        "torch.distributed.checkpoint would write it in the order in which it is stored",
+    ),
+}
+
+
+def seen_by_torch() -> tuple[list[str], list[str]]:
+    """Return what torch has in another order than a plain model, and what refusals say."""
+    plain, model = model_of("slices"), model_of("slices")
+    tp_planner.parallelize(model, layout_map(RULES))
+    x = torch.as_tensor(np.random.default_rng(0).normal(size=(2, 6, WIDTH)))
+    kernels = []
+    for each in (plain, model):
+        (each(x) ** 2).mean().backward()
+        kernels.append(named_variables(each)["block/qkv/kernel"]._value)
+    expected, kernel = kernels
+    pairs = {name: (make(kernel).full_tensor(), make(expected)) for name, make in MADE.items()}
+    pairs["gradient"] = (kernel.grad.full_tensor(), expected.grad)
+    pairs["sum"] = (kernel.detach().sum().full_tensor(), expected.detach().sum())
+    states = plain.state_dict()
+    for name, value in model.state_dict().items():
+        pairs[name] = (value.full_tensor() if isinstance(value, DTensor) else value, states[name])
+    wrong = [name for name, pair in pairs.items() if not torch.allclose(*pair, rtol=1e-12)]
+    said = []
+    for act, _ in REFUSED.values():
+        with pytest.raises(tp_planner.PlanError) as refusal:
+            act(kernel)
+        said.append(str(refusal.value))
+    return wrong, said
+
+
+def test_torch_sees_unequal_parts_in_order_or_not_at_all(pools: Pools) -> None:
+    """Gradients, copies and ``state_dict()`` of an unequally packed kernel are whole in the model's own order."""
+    for wrong, said in pools(2).run(seen_by_torch):
+        assert wrong == []
+        assert said == [
+            f"a tensor is stored in parts of 32, 16, 16 side by side, for which torch has no placement; {why}; take "
+            f"its full_tensor(), variable.numpy(), model.save_weights or tp_planner.save_checkpoint"
+            for _, why in REFUSED.values()
+        ]

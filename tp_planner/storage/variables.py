@@ -47,6 +47,7 @@ from tp_planner.regions.replicas import Replicas
 from tp_planner.regions.summands import Summands
 from tp_planner.storage.parts import ReadTogether
 from tp_planner.storage.sharding import Sharding, own_shard
+from tp_planner.storage.unequal_parts import has_unequal_parts, mesh_of_parts
 
 BackendVariable = type(keras.Variable(0.0, name="probe"))
 
@@ -130,7 +131,7 @@ class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
         if self._stored.whole is not None and tuple(value.shape) == tuple(self.shape):
             target = self._stored.whole
         elif isinstance(value, DTensor):
-            value = value.redistribute(placements=self._value.placements).to_local()
+            value = self._part_of(value)
         elif tuple(value.shape) == tuple(self.shape):
             value = self._stored.sharding.own(value)
         elif tuple(value.shape) != tuple(target.shape) or not (running.values == "local" or running.frames):
@@ -146,6 +147,15 @@ class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
             frame.forget(id(self))
         for together in self._stored.together.values():
             together.forget(self)
+
+    def _part_of(self, value: DTensor) -> torch.Tensor:
+        """Return what this rank stores of a value that is a DTensor; nothing moves if it is cut as the variable is."""
+        own = self._value
+        alike = isinstance(own, DTensor) and value.device_mesh == own.device_mesh and value.placements == own.placements
+        if not alike and parts_of(self._stored.placement):
+            part: torch.Tensor = self._stored.sharding.own(value.full_tensor())
+            return part
+        return value.redistribute(placements=own.placements).to_local()
 
     def whole(self) -> torch.Tensor:
         """Return the whole value without gradient history; every rank has to call it."""
@@ -220,6 +230,8 @@ def sharded_parameter(
     mesh = sharding.axes.mesh
     if not isinstance(sharding.batch_placement, Shard):
         mesh, placements = sharding.axes.model.mesh, placements[:1]
+    if has_unequal_parts(sharding.placement):
+        mesh = mesh_of_parts(mesh, parts_of(sharding.placement))
     whole = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
     return torch.nn.Parameter(whole, requires_grad=requires_grad)
 
@@ -227,12 +239,11 @@ def sharded_parameter(
 def _torch_placement(placement: Placement) -> Any:
     """Return what DTensor calls a placement.
 
-    Of equal parts side by side it has a name. Unequal ones it has none for: such a DTensor is of the tensor as stored,
-    the shards of all ranks one after the other.
+    Of equal parts side by side it has a name. Unequal ones it has none for: their mesh has; see ``unequal_parts``.
     """
     if not isinstance(placement, Shard):
         return TorchReplicate()
-    if len(set(parts_of(placement))) == 1:
+    if parts_of(placement) and not has_unequal_parts(placement):
         return _StridedShard(placement.dim, split_factor=len(parts_of(placement)))
     return TorchShard(placement.dim)
 

@@ -23,6 +23,7 @@ from tp_planner.job.axes import Axes
 from tp_planner.patches import wrap_for_good
 from tp_planner.regions.calls import standing_at
 from tp_planner.storage.forwarding import current
+from tp_planner.storage.unequal_parts import is_in_unequal_parts
 from tp_planner.training.optimizer import CLIPPING
 
 _meshes: set[DeviceMesh] = set()  # those of parallel models: DTensors of others are none of ours
@@ -37,7 +38,7 @@ def help_with_parameters_of(axes: Axes) -> None:
 
 
 def _is_ours(tensor: Any) -> bool:
-    return isinstance(tensor, DTensor) and tensor.device_mesh in _meshes
+    return isinstance(tensor, DTensor) and (tensor.device_mesh in _meshes or is_in_unequal_parts(tensor))
 
 
 def _total_norm(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -40,8 +40,7 @@ def _look_at_parameters(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
                 optimizer.state[parameter] = optimizer.state.pop(former)
             if isinstance(parameter, DTensor):
                 seen, in_parts = _known.setdefault(optimizer, {}), stored_in_parts(parameter)
-                changed = seen.get(id(parameter)) != in_parts
-                _cut_as(parameter, optimizer.state.get(parameter, {}), in_parts if changed else None)
+                _cut_as(parameter, optimizer.state.get(parameter, {}), in_parts)
                 seen[id(parameter)] = in_parts
         _update_one_by_one(group)
 
@@ -58,11 +57,13 @@ def _update_one_by_one(group: dict[str, Any]) -> None:
 def _cut_as(parameter: DTensor, state: dict[str, Any], sharding: Sharding | None) -> None:
     """Cut what is remembered of a parameter, and as large as it, as the parameter is cut.
 
-    ``sharding`` is given if the parameter is stored in parts since, so that its order is another.
+    ``sharding`` is given if the parameter is stored in parts, so that its order is another.
     """
     spec = parameter._spec
     for name, value in state.items():
         if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.shape != parameter.shape:
+            continue
+        if isinstance(value, DTensor) and value._spec.mesh == spec.mesh and value._spec.placements == spec.placements:
             continue
         if sharding is not None:
             with torch.no_grad():
@@ -70,8 +71,6 @@ def _cut_as(parameter: DTensor, state: dict[str, Any], sharding: Sharding | None
                 state[name] = sharded_parameter(local, tuple(value.shape), sharding, requires_grad=False).detach()
             continue
         if isinstance(value, DTensor):
-            if value._spec.mesh == spec.mesh and value._spec.placements == spec.placements:
-                continue
             value = value.full_tensor()
         with torch.no_grad():
             state[name] = distribute_tensor(value, spec.mesh, spec.placements, src_data_rank=None).clone()
