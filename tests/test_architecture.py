@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "frontend": ({"ir", "frontend", "patches"}, {"keras", "torch"}),
     "job": ({"ir", "job"}, {"keras", "numpy", "torch"}),
     "regions": ({"frontend", "ir", "job", "patches", "regions"}, {"keras", "torch"}),
-    "storage": ({"frontend", "ir", "job", "regions", "storage"}, {"keras", "numpy", "torch"}),
+    "storage": ({"frontend", "ir", "job", "patches", "regions", "storage"}, {"keras", "numpy", "torch"}),
     "layers": ({"frontend", "ir", "job", "layers", "regions", "storage"}, {"keras", "numpy", "torch"}),
     "replay": ({"frontend", "ir", "patches", "regions", "replay", "storage"}, {"keras", "numpy", "torch"}),
     "training": (

@@ -248,7 +248,11 @@ def unfreeze(side: Side) -> None:
 
 def add_lora(side: Side) -> None:
     keras.utils.set_random_seed(6)
-    side.first.enable_lora(2)
+    keras.config.set_floatx("float32" if side.kind == "text" else "float64")  # of which Keras makes its weights
+    try:
+        side.first.enable_lora(2)
+    finally:
+        keras.config.set_floatx("float32")
 
 
 def quantize(side: Side) -> None:
