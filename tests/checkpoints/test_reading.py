@@ -81,6 +81,16 @@ def initialize() -> tuple[Arrays, dict[str, tuple[int, ...]], Arrays]:
     return values, shapes
 
 
+def waiting(path: str) -> tuple[Arrays, Arrays]:
+    """Return the weights of a model that was loaded, and of one that was assigned to, before they had values."""
+    with tp_planner.deferred_init():
+        loaded, assigned = seeded(7), seeded(7)
+        assigned.get_layer("up").kernel.assign(np.full((16, 24), 2.0))
+    loaded.load_weights(path)
+    assigned.get_layer("up").bias.assign(keras.ops.ones(24))
+    return tuple(whole(tp_planner.parallelize(each, layout_map(RULES))) for each in (loaded, assigned))  # type: ignore[return-value]
+
+
 def memory(path: str) -> tuple[int, int, int]:
     """Return in bytes how much memory loading took at its peak, this rank's shards, and the largest of them."""
     with keras.device("meta"):
@@ -164,6 +174,45 @@ def test_initializers_run_in_shards(workers: WorkerPool) -> None:
     for values, shapes in workers.run(initialize):
         np.testing.assert_equal(values, expected)
         assert shapes["up/kernel"] == (16, 24 // size)
+
+
+def test_what_is_given_to_models_without_values_is_not_lost(pools: Any, tmp_path: Path) -> None:
+    """Files are read, and arrays kept, until the model has its shards; the rest begins as on one device."""
+    other, plain = seeded(7), seeded(7)
+    seeded(8).save_weights(tmp_path / "other.weights.h5")
+    other.load_weights(tmp_path / "other.weights.h5")
+    plain.get_layer("up").kernel.assign(np.full((16, 24), 2.0))
+    plain.get_layer("up").bias.assign(np.ones(24))
+    for loaded, assigned in pools(2).run(waiting, str(tmp_path / "other.weights.h5")):
+        np.testing.assert_equal(loaded, {key: each.numpy() for key, each in tensors_of(other).items()})
+        np.testing.assert_equal(assigned, {key: each.numpy() for key, each in tensors_of(plain).items()})
+
+
+def test_what_models_without_values_cannot_be_given(tmp_path: Path) -> None:
+    """Each is an error that says what to do instead."""
+    file, old = str(tmp_path / "model.keras"), str(tmp_path / "old.h5")
+    seeded(8).save(file)
+    seeded(8).save(old)
+    with tp_planner.deferred_init():
+        model = seeded(7)
+        refusals = {
+            f"{file}: keras.saving.load_model reads all values inside of tp_planner.deferred_init(); call it under "
+            f"keras.device('meta') with compile=False, and give parallelize weights={file!r}": lambda: (
+                keras.saving.load_model(file)
+            ),
+            f"model {model.name!r} was built without values, and .h5 files of old are read whole; "
+            "call load_weights once tp_planner.parallelize has made the values": lambda: model.load_weights(old),
+            "variable 'up/bias' was built without a value, and so was what is assigned to it; "
+            "assign it once tp_planner.parallelize has made the values": lambda: model.get_layer("up").bias.assign(
+                keras.ops.ones(24)
+            ),
+            f"tp_planner.load_checkpoint: model {model.name!r} was built without values; call tp_planner.parallelize "
+            "first, which makes them": lambda: tp_planner.load_checkpoint(model, tmp_path),
+        }
+        for message, act in refusals.items():
+            with pytest.raises(tp_planner.PlanError) as refusal:
+                act()
+            assert str(refusal.value) == message
 
 
 @pytest.mark.parametrize("kind", ["h5", "safetensors", "torch"])

@@ -36,7 +36,7 @@ from tp_planner.checkpoints.progress import (
     set_random_state,
     steps_made,
 )
-from tp_planner.checkpoints.values import misfit
+from tp_planner.checkpoints.values import lacks_values, misfit
 from tp_planner.ir.errors import PlanError
 from tp_planner.job.process_group import this_device
 from tp_planner.job.rendezvous import exchange
@@ -65,6 +65,7 @@ def save_checkpoint(
     Raises:
         PlanError: if another job writes to the folder, or a rank cannot write; the checkpoints before are as they were.
     """
+    _require_values(model, SAVING)
     write = prepare(model, Path(folder), epoch, batch, keep, copied=False)
     return write(_tell, None)
 
@@ -79,6 +80,14 @@ def prepare(
     contents = contents_of(model)
     parts = {name: Part.of(variable, copied) for name, variable in contents.items()}
     return functools.partial(_write, parts, _about(model, contents, epoch, batch), shelf, keep)
+
+
+def _require_values(model: keras.Model, what: str) -> None:
+    if lacks_values(model):
+        raise PlanError(
+            f"{what}: model {model.name!r} was built without values; "
+            f"call tp_planner.parallelize first, which makes them"
+        )
 
 
 def _tell(what: str, text: str) -> list[str]:
@@ -171,6 +180,7 @@ def load_checkpoint(model: keras.Model, folder: str | Path) -> Progress:
     Raises:
         PlanError: if there is no complete checkpoint, or it is one of another model; with all that does not fit.
     """
+    _require_values(model, LOADING)
     path, problems = _newest_whole(Path(folder))
     for problem in problems:
         logger.warning("[ModelParallel] passed over a checkpoint: %s", problem)
