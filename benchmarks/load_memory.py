@@ -1,9 +1,10 @@
-"""Loading a large model, per format: seconds, bytes read and host memory above its own shards on each rank.
+"""Loading and saving a large model: seconds, bytes, and host memory above a rank's own shards, by format and way.
 
     python benchmarks/load_memory.py --gib 1 --processes 2
 
-The naive way, for comparison, is what is done without tp_planner's readers: each rank builds the model on the CPU with
-Keras, loads the whole file, and keeps its shards. Each figure is of a process of its own, for peaks do not fall.
+The naive way, for comparison, is what is done without tp_planner's readers and writers: each rank builds the model on
+the CPU with Keras, loads the whole file, and keeps its shards; to save it, each rank gathers the whole model, and rank
+0 writes that. Each figure is of processes of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 FORMATS = {"h5": "w.weights.h5", "keras": "w.keras", "safetensors": "w.safetensors", "torch": "dcp"}
+SAVINGS = ("checkpoint", "checkpoint, asynchronous", "one file", "one file, model gathered")
 WIDTH = 4096  # a kernel of 64 MiB
 
 
@@ -29,7 +30,9 @@ def build(gib: float) -> Any:
     layers = max(1, round(gib * 2**30 / (4 * WIDTH * WIDTH)))
     x = inputs = keras.Input((WIDTH,), name="x")
     for number in range(layers):
-        x = keras.layers.Dense(WIDTH, use_bias=False, name=f"{'down' if number % 2 else 'up'}_{number}")(x)
+        x = keras.layers.Dense(
+            WIDTH, use_bias=False, kernel_initializer="ones", name=f"{'down' if number % 2 else 'up'}_{number}"
+        )(x)
     return keras.Model(inputs, x, name="large")
 
 
@@ -47,30 +50,46 @@ def write(folder: Path, gib: float) -> None:
     dcp.save(tensors, checkpoint_id=folder / FORMATS["torch"], no_dist=True)
 
 
-def bytes_read() -> int:
+def moved() -> dict[str, int]:
+    """Return the bytes that this process has read and written."""
     lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(lines["rchar"])
+    return {"read_mib": int(lines["rchar"]), "written_mib": int(lines["wchar"])}
 
 
-def load(folder: Path, gib: float, kind: str, naive: bool) -> None:
-    """Load on this rank, and print what it took as JSON, from rank 0."""
+def used() -> int:
+    """Return the memory in use; from now on the peak is counted."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _memory("VmRSS")
+
+
+def _memory(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+
+
+def layout_map() -> Any:
     import keras
     import torch.distributed as dist
 
-    import tp_planner
-    from tp_planner.api import parallelize
-    from tp_planner.storage.variables import local_tensor
-
-    dist.init_process_group("gloo")
     size = dist.get_world_size()
     mesh = keras.distribution.DeviceMesh((1, size), ("batch", "model"), [f"cpu:{rank}" for rank in range(size)])
     layouts = keras.distribution.LayoutMap(mesh)
     layouts["up_.*kernel"] = (None, "model")
     layouts["down_.*kernel"] = ("model", None)
+    return layouts
+
+
+def load(folder: Path, gib: float, kind: str, naive: bool) -> None:
+    """Load on this rank, and print what it took as JSON, from rank 0."""
+    import keras
+
+    import tp_planner
+    from tp_planner.api import parallelize
+
     with keras.device("meta"):
         model = build(gib)
-    plan = tp_planner.plan(model, layouts)
-    before, read, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, bytes_read(), time.perf_counter()
+    plan = tp_planner.plan(model, layout_map())
+    before, bytes_before, began = used(), moved(), time.perf_counter()
     if naive:
         model = build(gib)
         path = folder / FORMATS[kind]
@@ -82,47 +101,101 @@ def load(folder: Path, gib: float, kind: str, naive: bool) -> None:
     else:
         parallelize(model, plan, weights=folder / FORMATS[kind])
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    own = sum(local_tensor(variable).nbytes for variable in model.variables)
-    figures = {
-        "format": kind,
-        "way": "whole file" if naive else "slices",
-        "processes": size,
-        "seconds": round(seconds, 2),
-        "own_mib": own >> 20,
-        "above_own_mib": (peak >> 10) - (own >> 20),
-        "read_mib": (bytes_read() - read) >> 20,
-    }
+    way = "whole file" if naive else "slices"
+    figures = {"loads": kind, "way": way, "seconds": round(seconds, 2)}
+    say(figures, own(model), _memory("VmHWM") - before - own(model), bytes_before)
+
+
+def save(folder: Path, gib: float, way: str) -> None:
+    """Save on this rank, and print what it took as JSON, from rank 0; training waits for ``seconds``."""
+    import torch.distributed as dist
+
+    import tp_planner
+
+    with tp_planner.deferred_init():
+        model = build(gib)
+    tp_planner.parallelize(model, layout_map())
+    shards, waits = own(model), None
+    before, bytes_before, began = used(), moved(), time.perf_counter()
+    if way == "one file":
+        model.save_weights(folder / "saved.weights.h5")
+    elif way == "one file, model gathered":
+        tp_planner.restore(model)
+        if dist.get_rank() == 0:
+            model.save_weights(folder / "saved.weights.h5")
+        dist.barrier()
+    elif way == "checkpoint":
+        tp_planner.save_checkpoint(model, folder / "saved")
+    else:
+        callback = tp_planner.Checkpoint(folder / "saved", resume=False, asynchronous=True)
+        callback.set_model(model)
+        callback.on_epoch_end(0)
+        waits = time.perf_counter() - began
+        callback.on_train_end()
+    seconds = time.perf_counter() - began
+    figures = {"saves": way, "seconds": round(seconds, 2), "training_waits": round(waits or seconds, 2)}
+    say(figures, shards, _memory("VmHWM") - before, bytes_before)
+
+
+def own(model: Any) -> int:
+    """Return how many bytes of the model this rank stores."""
+    from tp_planner.storage.variables import local_tensor
+
+    return sum(local_tensor(variable).nbytes for variable in model.variables)
+
+
+def say(figures: dict[str, Any], shards: int, above: int, before: dict[str, int]) -> None:
+    """Print the figures of the rank that took most, on rank 0."""
+    import torch.distributed as dist
+
+    size = dist.get_world_size()
+    figures |= {"processes": size, "own_mib": shards >> 20, "above_own_mib": above >> 20}
+    figures |= {name: (count - before[name]) >> 20 for name, count in moved().items()}
     answers: list[Any] = [None] * size
     dist.all_gather_object(answers, figures)
     if dist.get_rank() == 0:
         print(json.dumps(max(answers, key=lambda each: each["above_own_mib"])), flush=True)
-    dist.destroy_process_group()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gib", type=float, default=1.0)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--folder", type=Path)
-    parser.add_argument("--format")
-    parser.add_argument("--naive", action="store_true")
+    parser.add_argument("--formats", default=",".join(FORMATS), help="those to load")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--load", choices=FORMATS, help=argparse.SUPPRESS)
+    parser.add_argument("--save", choices=SAVINGS, help=argparse.SUPPRESS)
+    parser.add_argument("--naive", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ.setdefault("KERAS_BACKEND", "torch")
-    if options.format:
-        load(options.folder, options.gib, options.format, options.naive)
+    if options.load or options.save:
+        run_here(options)
         return
     with tempfile.TemporaryDirectory() as name:
         write(Path(name), options.gib)
-        for kind in FORMATS:
+        for kind in options.formats.split(","):
             if kind in ("h5", "keras"):  # which Keras itself reads
-                run(options, name, kind, ["--naive"])
-            run(options, name, kind, [])
+                start(options, name, "--load", kind, "--naive")
+            start(options, name, "--load", kind)
+    for way in SAVINGS:
+        with tempfile.TemporaryDirectory() as name:
+            start(options, name, "--save", way)
 
 
-def run(options: argparse.Namespace, folder: str, kind: str, naive: list[str]) -> None:
+def run_here(options: argparse.Namespace) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    if options.load:
+        load(options.folder, options.gib, options.load, options.naive)
+    else:
+        save(options.folder, options.gib, options.save)
+    dist.destroy_process_group()
+
+
+def start(options: argparse.Namespace, folder: str, *what: str) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.processes}", __file__]
-    arguments = ["--folder", folder, "--gib", str(options.gib), "--format", kind, *naive]
+    arguments = ["--folder", folder, "--gib", str(options.gib), *what]
     done = subprocess.run([sys.executable, *launcher, *arguments], check=True, text=True, stdout=subprocess.PIPE)
     print(done.stdout.strip().splitlines()[-1], flush=True)
 
