@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -391,7 +392,29 @@ def _next_model() -> list[str]:
     return [] if np.allclose(*losses, rtol=1e-9) else [f"the next model is wrong: {losses}"]
 
 
+# Found to matter: a checkpoint from before the first step, LoRA before and after sharding, what is refused and goes on.
+CHOSEN = (
+    (("parallelize", "compile_adam", "save_and_load_checkpoint", "fit", "add_lora", "restore", "fit"), "nested"),
+    (("add_lora", "call", "freeze", "compile_adam", "fit", "save_weights", "load_weights", "predict"), "functional"),
+    (("parallelize", "torch_loop", "build_another", "parallelize", "call_a_layer", "evaluate"), "sequential"),
+)
+
+
+def do_chosen(folder: str) -> list[str]:
+    return [
+        f"{kind}, {way}: {each}"
+        for number, (actions, kind) in enumerate(CHOSEN)
+        for way in WAYS
+        for each in do(actions, kind, way, f"{folder}/{number} {way}")
+    ]
+
+
 # In the parent
+
+
+def test_chosen_actions(pools: Pools, tmp_path: Path) -> None:
+    """Each sequence, in both ways of use, does what it does on one device; so does the next model."""
+    assert pools(2).run(do_chosen, str(tmp_path)) == [[], []]
 
 
 @pytest.mark.slow
