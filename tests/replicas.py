@@ -179,8 +179,11 @@ LAYOUTS: dict[str, Callable[[str], Rules]] = {
 
 
 def layout(name: str, rules: str, shape: Shape) -> Layout:
+    """Return a layout by the name of its rules, which may end in ", 2 ahead" for what is gathered early."""
+    rules, _, ahead = rules.partition(", ")
     mesh = Mesh((("batch", shape[0]), ("model", shape[1])))
-    return Layout(mesh, tuple(LayoutRule(pattern, axes) for pattern, axes in LAYOUTS[rules](name).items()))
+    made = tuple(LayoutRule(pattern, axes) for pattern, axes in LAYOUTS[rules](name).items())
+    return Layout(mesh, made, gathers_ahead=int(ahead.removesuffix(" ahead") or 1))
 
 
 # On the ranks

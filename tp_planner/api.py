@@ -57,6 +57,7 @@ def plan(
     sequence_parallel: bool | None = None,
     gather_again: bool | None = None,
     device: DeviceType | None = None,
+    gathers_ahead: int | None = None,
 ) -> Plan:
     """Return how ``model`` would be sharded under ``layout_map``; needs no device and changes nothing.
 
@@ -80,6 +81,8 @@ def plan(
             but gathered again there: less memory, more communication. By default it is.
         device: "cpu" or "cuda", whose kernels count in memory and work. By default that of the mesh's devices,
             as their names say, else "cpu". Layers and collectives are the same.
+        gathers_ahead: of what replicas store in parts, how many gathers before its own use each is started, forward
+            and backward, so that it runs behind what is computed: more of them take more memory. By default 1.
 
     Raises:
         PlanError: with every problem of the model, the mesh and the rules.
@@ -92,7 +95,10 @@ def plan(
     layout = _with_stream(read_layout(layout_map, batch_axis), sequence_parallel, gather_again)
     if device not in (None, "cpu", "cuda"):
         raise PlanError(f"device is {device!r}; it is 'cpu' or 'cuda', or None for that of the mesh")
-    layout = replace(layout, devices=device or layout.devices)
+    if gathers_ahead is not None and (type(gathers_ahead) is not int or gathers_ahead < 0):
+        raise PlanError(f"gathers_ahead is {gathers_ahead!r}; it is a number of gathers, 0 for none")
+    ahead = layout.gathers_ahead if gathers_ahead is None else gathers_ahead
+    layout = replace(layout, devices=device or layout.devices, gathers_ahead=ahead)
     return make_plan(model, layout, inputs, read_optimizer(optimizer, model), TrainingLoss.of(model, loss))
 
 

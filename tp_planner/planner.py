@@ -224,6 +224,7 @@ class _Job:
             sequence_parallel=self.layout.sequence_parallel,
             device=self.layout.devices or "cpu",
             guessed=self.guessed,
+            gathers_ahead=self.layout.gathers_ahead,
         )
 
 

@@ -7,19 +7,25 @@ from collections import Counter
 from typing import Any
 
 import keras
+import numpy as np
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tp_planner
 from tests.replicas import MODELS, Shape, layout
 from tests.workers import Pools
+from tp_planner.frontend.hardware_file import find_hardware_file, read_hardware_file
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.placement import PackedShard, Shard, local_shape
 from tp_planner.ir.plan import Gathering, Plan
 from tp_planner.job.axes import Axis
+from tp_planner.passes.estimate_time import estimate_time
+from tp_planner.planner import make_plan
 from tp_planner.regions.buffers import Cut, Gathered, reduce_to_parts
+from tp_planner.regions.calls import running
 from tp_planner.storage.sharding import own_shard
 
 # The plan
@@ -113,6 +119,84 @@ def test_towers_of_blocks_are_taken_block_by_block() -> None:
     ]
     assert [read.dtype for read in plan.gatherings[1].reads] == ["bfloat16", "float32"]
     assert bytes_of(plan.gatherings[1], plan) == 8 * 16 * (2 + 4) // 2
+
+
+# What runs meanwhile
+
+
+class Started(TorchDispatchMode):
+    """Counts the matrix products between the start of each gather and the first wait for it, in order of starts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: list[int] = []
+        self._open: dict[int, int] = {}  # by storage, the place of what is not waited for
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result, name = func(*args, **(kwargs or {})), func.__name__.partition(".")[0]
+        if name == "all_gather_into_tensor":
+            self._open[result.untyped_storage()._cdata] = len(self.products)
+            self.products.append(0)
+        elif name == "wait_tensor":
+            self._open.pop(args[0].untyped_storage()._cdata, None)
+        elif name in ("mm", "addmm", "bmm"):
+            for place in self._open.values():
+                self.products[place] += 1
+        return result
+
+
+def step_with_gathers(rules: str) -> tuple[list[int], list[int], int, int]:
+    """Return the products behind the gathers of a forward and a backward pass, and of a call without gradients."""
+    case = MODELS["stacked"]
+    model = case.build("float32")
+    x, _ = case.batch(np.random.default_rng(0), 4)
+    tp_planner.parallelize(model, layout("stacked", rules, (4, 1)))
+    with Started() as forward:
+        loss = model(x, training=True).sum()
+    with Started() as backward:
+        loss.backward()
+    with Started() as alone, torch.no_grad():
+        model(x)
+    return forward.products, backward.products, sum(alone.products), len(running.started)
+
+
+def test_gathers_run_while_the_block_before_computes(pools: Pools) -> None:
+    """Between start and wait of a gather the products of a block run, or of two; without, none do.
+
+    A block has two products, and four backward but for the first, whose input needs no gradient; the shared layer has
+    one, two backward, and is not gathered early.
+    """
+    none, one, two = (pools(4).run(step_with_gathers, f"stacked, {ahead} ahead")[0] for ahead in range(3))
+    assert none == ([0] * 9, [0] * 9, 0, 0)
+    forward, backward, alone, left = one
+    # block 0, block 1, common, block 2, common, block 3, common, head, common
+    assert forward == [0, 3, 0, 3, 0, 3, 0, 3, 0]
+    assert [bool(each) for each in backward] == [False, True, False, True, False, True, False, True, False]
+    assert alone == sum(forward)
+    assert two[0] == [0, 3, 6, 0, 6, 0, 6, 0, 0]
+    assert left == two[3] == 0
+
+
+def test_early_gathers_take_memory_and_hide_time() -> None:
+    """The buffers of as many gathers as are ahead are in the plan's memory; at best their time is not seen."""
+    plans = [make_plan(MODELS["stacked"].build(), layout("stacked", f"stacked, {n} ahead", (4, 1))) for n in range(3)]
+    block = max(bytes_of(each, plans[0]) for each in plans[0].gatherings) * 4
+    peaks = [plan.step.memory.largest.temporaries for plan in plans]
+    assert [sum(each.early for each in plan.collectives) for plan in plans] == [0, 8, 8]
+    assert 0.5 * block < peaks[1] - peaks[0] <= 1.5 * block
+    assert 0.5 * block < peaks[2] - peaks[1] <= 1.5 * block
+    seen = [
+        estimate_time(plan, read_hardware_file(find_hardware_file("h100"))).phases[0].communication for plan in plans
+    ]
+    assert seen[1].low < seen[0].low
+    assert seen[1].high == seen[0].high
+
+
+@pytest.mark.parametrize("ahead", [-1, True, 1.5])
+def test_only_numbers_of_gathers_are_taken(ahead: Any) -> None:
+    with pytest.raises(tp_planner.PlanError) as refusal:
+        tp_planner.plan(MODELS["mlp"].build(), layout("mlp", "both axes", (2, 1)), gathers_ahead=ahead)
+    assert str(refusal.value) == f"gathers_ahead is {ahead!r}; it is a number of gathers, 0 for none"
 
 
 # What travels

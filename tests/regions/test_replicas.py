@@ -129,7 +129,7 @@ TRAININGS: list[Training] = [
     ("mlp", "model axis", (2, 1), "float64", [8, 5, 1], "adamw"),
     ("mlp", "both axes", (2, 1), "float32", [8, 8], "adamw"),
     ("tied", "both axes", (2, 2), "float64", [4, 3], "adamw"),
-    ("stacked", "stacked", (2, 2), "float64", [4, 3], "adamw"),
+    ("stacked", "stacked, 2 ahead", (2, 2), "float64", [4, 3], "adamw"),
     ("entangled", "stacked", (4, 1), "float64", [8, 7], "adamw"),
 ]
 MORE: list[Training] = [
@@ -152,6 +152,8 @@ MORE: list[Training] = [
     ("encoder", "random 1", (2, 2), "float64", [4, 4], "adamw"),
     ("llama", "random 2", (2, 2), "float64", [4, 4], "sgd"),
     ("tied", "random 4", (2, 2), "float64", [4, 3], "sgd"),
+    ("gpt", "both axes, 0 ahead", (4, 1), "float64", [4, 4], "adamw"),
+    ("recomputed", "both axes, 2 ahead", (2, 2), "float64", [4, 3], "adamw"),
 ]
 
 
@@ -179,6 +181,7 @@ MEMORY: list[tuple[str, str, Shape]] = [
     ("llama", "KerasHub's", (2, 2)),
     ("mlp", "batch axis alone", (4, 1)),
     ("recomputed", "both axes", (2, 2)),
+    ("stacked", "stacked, 2 ahead", (4, 1)),
 ]
 OTHERS = {"gpt", "recomputed"}  # which `make sweep` measures
 MEASURED = [pytest.param(each, marks=pytest.mark.slow) if each[0] in OTHERS else each for each in MEMORY]

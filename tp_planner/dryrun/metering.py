@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from tp_planner.frontend.dispatch import tensors_in
 from tp_planner.frontend.layer_tree import named_layers
 from tp_planner.ir.step import Collective, Phase, StorageKind
-from tp_planner.ir.step_log import Began, Freed, Kernel, Origin, StepLog
+from tp_planner.ir.step_log import Began, Early, Freed, Kernel, Origin, StepLog
 from tp_planner.job.axes import Axes
 from tp_planner.regions.calls import running
 from tp_planner.regions.recording import LOCAL_OPS, CollectiveRecorder
@@ -43,6 +43,7 @@ class StepMeter(CollectiveRecorder):
         self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}
         self._began: Phase = "forward"
         self._counting = True
+        self._early = False  # whether what is noted may happen before the log says
         self._in_call: list[str] = []  # the layers whose calls run
         self._nodes: list[tuple[int, str]] = [(0, "")]  # numbers of autograd nodes, and the layer of those from there
 
@@ -97,6 +98,7 @@ class StepMeter(CollectiveRecorder):
 
     def _gone(self, key: int, number: int, _: Any) -> None:
         if self._alive.pop(key, None) is not None:
+            self._mark_what_is_early()
             self.log.events.append(Freed(number))
 
     def hold(self, tensors: Iterable[Any], kind: StorageKind) -> None:
@@ -133,6 +135,13 @@ class StepMeter(CollectiveRecorder):
         if phase != self._began:
             self._began = phase
             self.log.events.append(Began(phase))
+        self._mark_what_is_early()
+
+    def _mark_what_is_early(self) -> None:
+        early = running.site is not None and running.site.early
+        if early != self._early:
+            self._early = early
+            self.log.events.append(Early(early))
 
     def watch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         if func.namespace == "_c10d_functional" and func.__name__.partition(".")[0] in LOCAL_OPS:

@@ -26,6 +26,7 @@ from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.frontend.trace import conditions_need_values, fake_tensors
 from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.caching_allocator import BLOCK, reserved_for
+from tp_planner.ir.early import start_early
 from tp_planner.ir.errors import PlanError, in_one_line
 from tp_planner.ir.graph import ModelGraph
 from tp_planner.ir.holders import holders_of
@@ -112,6 +113,8 @@ def simulate(
         call: Twin(each.twin, dict(each.layers) | tensor_names_again(each, graph)) for call, each in repeats.items()
     }
     log = unfold(meter.log, twins)
+    in_turn = {(each.layer, each.place) for each in plan.gatherings if each.once}
+    log.events = start_early(log.events, in_turn, plan.gathers_ahead)
     _add_gradients(log, plan, step.trained, stand_ins(repeats))
     name = "" if optimizer is None else type(optimizer).__name__
     memory = memory_of(log)

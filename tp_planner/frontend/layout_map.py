@@ -17,8 +17,9 @@ def read_layout_map(layout_map: Any) -> Layout:
     """Return the rules of a ``keras.distribution.LayoutMap`` and its device mesh as plain data.
 
     A ``Layout``, as ``read_layout_file(path).on(mesh)`` makes it, is that already. Of a LayoutMap the attributes
-    ``sequence_parallel`` and ``gather_again`` count too, which users set where Keras has no argument. Raises PlanError
-    for anything else, for a map without a device mesh, and for a mesh of CPUs and CUDA devices together.
+    ``sequence_parallel``, ``gather_again`` and ``gathers_ahead`` count too, which users set where Keras has no
+    argument. Raises PlanError for anything else, for a map without a device mesh, and for a mesh of CPUs and CUDA
+    devices together.
     """
     if isinstance(layout_map, Layout):
         return layout_map
@@ -39,6 +40,7 @@ def read_layout_map(layout_map: Any) -> Layout:
         device_type_of(mesh),
         sequence_parallel=bool(getattr(layout_map, "sequence_parallel", False)),
         gather_again=bool(getattr(layout_map, "gather_again", True)),
+        gathers_ahead=int(getattr(layout_map, "gathers_ahead", 1)),
     )
 
 

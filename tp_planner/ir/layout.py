@@ -46,7 +46,7 @@ class Layout:
     Where the mesh does not say over which axis the batch is split, the rules do: they name the one of the layers.
     ``devices`` is what the devices of the mesh are, where that is said. With ``sequence_parallel`` tensors between
     regions are shards of the sequence; what is gathered from them for a region is not kept for the backward pass but
-    gathered again there, if ``gather_again``.
+    gathered again there, if ``gather_again``. What replicas store in parts is gathered so many gathers ahead.
     """
 
     mesh: Mesh
@@ -54,6 +54,7 @@ class Layout:
     devices: DeviceType | None = None
     sequence_parallel: bool = False
     gather_again: bool = True
+    gathers_ahead: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mesh", self.mesh.across(self._axis_left_to_the_batch()))

@@ -136,11 +136,12 @@ class Gathering:
     """What is put together over the batch axis in one collective, when the first of its ``reads`` is made.
 
     ``layer`` is the block that makes them, or the first of layers that follow each other. The gradients of the
-    variables are added, and cut, together too.
+    variables are added, and cut, together too. What is read ``once`` in a step can be gathered before it is.
     """
 
     layer: str
     reads: tuple[PartRead, ...]
+    once: bool = True
 
     @property
     def place(self) -> str:
@@ -279,9 +280,10 @@ class Plan:
     ``collectives`` are those of one training step, in order of execution, and ``step`` is what else it takes of one
     rank. ``buckets`` are the keys of variables whose gradients are averaged over the batch axis together, in the
     order in which that begins. ``gatherings`` are what replicas store in parts and read together, in the order of
-    reading. ``sums`` are those of variables that are used on shards of the residual stream: their
-    gradients are added over the model axis together, when the backward pass ends. ``device`` is the one whose kernels
-    ``step`` counts; layers and collectives are the same on all.
+    reading; each gather is started when the one ``gathers_ahead`` places before it is needed. ``sums`` are those of
+    variables that are used on shards of the residual stream: their gradients are added over the model axis together,
+    when the backward pass ends. ``device`` is the one whose kernels ``step`` counts; layers and collectives are the
+    same on all.
     """
 
     model: str
@@ -302,6 +304,7 @@ class Plan:
     device: DeviceType = "cpu"
     guessed: tuple[GuessedDim, ...] = ()
     gatherings: tuple[Gathering, ...] = ()
+    gathers_ahead: int = 1
 
     @property
     def shards_stream(self) -> bool:

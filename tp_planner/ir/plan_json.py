@@ -213,15 +213,15 @@ def _decode_layer(data: Mapping[str, Any]) -> LayerPlan:
 
 def _encode_gathering(gathering: Gathering) -> dict[str, Any]:
     reads = [{"layer": each.layer, "variable": each.variable, "dtype": each.dtype} for each in gathering.reads]
-    return {"layer": gathering.layer, "reads": reads}
+    return {"layer": gathering.layer, "reads": reads, "once": gathering.once}
 
 
 def _decode_gathering(data: Mapping[str, Any]) -> Gathering:
     reads = tuple(PartRead(each["layer"], each["variable"], each["dtype"]) for each in data["reads"])
-    return Gathering(data["layer"], reads)
+    return Gathering(data["layer"], reads, data["once"])
 
 
-_COLLECTIVE_FIELDS = ("kind", "axis", "group_size", "bytes", "layer", "place", "phase", "reason", "cause")
+_COLLECTIVE_FIELDS = ("kind", "axis", "group_size", "bytes", "layer", "place", "phase", "reason", "cause", "early")
 
 
 def _encode_plan(plan: Plan) -> dict[str, Any]:
@@ -251,6 +251,7 @@ def _encode_plan(plan: Plan) -> dict[str, Any]:
         "input_gradients": plan.input_gradients,
         "notes": list(plan.notes),
         "buckets": [list(bucket) for bucket in plan.buckets],
+        "gathers_ahead": plan.gathers_ahead,
         "gatherings": [_encode_gathering(each) for each in plan.gatherings],
         "sequence_parallel": plan.sequence_parallel,
         "sums": [list(bucket) for bucket in plan.sums],
@@ -295,4 +296,5 @@ def _decode_plan(data: Mapping[str, Any]) -> Plan:
         device=_decode_device(data["device"]),
         guessed=tuple(GuessedDim(each["input"], each["dim"], each["size"]) for each in data["guessed"]),
         gatherings=tuple(map(_decode_gathering, data["gatherings"])),
+        gathers_ahead=data["gathers_ahead"],
     )

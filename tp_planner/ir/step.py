@@ -16,7 +16,8 @@ class Collective:
     """One collective of a training step.
 
     ``bytes`` is the size of each rank's input to it. ``cause`` is the op for which DTensor or the model's own code
-    communicates; it is empty for a collective that a boundary of the plan makes.
+    communicates; it is empty for a collective that a boundary of the plan makes. One that is ``early`` is started
+    before others need what it brings, and waited for then.
     """
 
     kind: CollectiveKind
@@ -28,6 +29,7 @@ class Collective:
     phase: Phase
     reason: str
     cause: str = ""
+    early: bool = False
 
     @property
     def is_planned(self) -> bool:

@@ -57,6 +57,13 @@ class Began:
 
 
 @dataclass(frozen=True, slots=True)
+class Early:
+    """What is started early begins or ends here: in a real step it happens before the log says."""
+
+    begins: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Edge:
     """The forward or backward pass of a block begins or ends; ``call`` is the block's call.
 
@@ -81,7 +88,7 @@ class Again:
     made: tuple[tuple[int, int], ...] = ()
 
 
-Event = Allocated | Freed | Kernel | Collective | Began | Edge | Again
+Event = Allocated | Freed | Kernel | Collective | Began | Early | Edge | Again
 
 
 @dataclass(frozen=True, slots=True)

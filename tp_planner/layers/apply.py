@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from tp_planner.frontend.layer_tree import named_layers, named_variables, own_variables
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.placement import Replicate, Shard, parts_of
-from tp_planner.ir.plan import Boundary, LayerPlan, Plan, VariablePlan
+from tp_planner.ir.plan import Boundary, Gathering, LayerPlan, Plan, VariablePlan
 from tp_planner.job.axes import Axes, Axis
 from tp_planner.job.scattering import scatter_parts
 from tp_planner.layers.generation import follow_caches
@@ -33,7 +33,7 @@ from tp_planner.regions.recomputation import follow_recomputation
 from tp_planner.regions.replicas import Replicas
 from tp_planner.regions.summands import Summands
 from tp_planner.storage.forwarding import Content, forward, revive
-from tp_planner.storage.parts import ReadTogether
+from tp_planner.storage.parts import ReadTogether, Turn
 from tp_planner.storage.regularization import parallel_constraint, parallel_regularizer
 from tp_planner.storage.sharding import Sharding
 from tp_planner.storage.torch_modules import follow_variables
@@ -138,7 +138,12 @@ def gathered_value(key: str, placed: PlacedVariable) -> torch.nn.Parameter:
 
 
 def apply_layers(
-    model: keras.Model, plan: Plan, axes: Axes, scatter: Scatter, left_out: frozenset[str] = frozenset()
+    model: keras.Model,
+    plan: Plan,
+    axes: Axes,
+    scatter: Scatter,
+    left_out: frozenset[str] = frozenset(),
+    starting: bool = True,
 ) -> Applied:
     """Place the model's variables and hook its layers as ``plan`` says.
 
@@ -148,6 +153,7 @@ def apply_layers(
         axes: the axes of the plan's mesh.
         scatter: makes this rank's stored tensor of a variable.
         left_out: layers that stay as they are, by name.
+        starting: whether gathers are started before they are needed; else only those that would be are known.
 
     If anything fails, the model is as before.
     """
@@ -181,20 +187,20 @@ def apply_layers(
         if plan.shards_stream:
             applied.undo.append(shard_stream(model, axes.model.size))
         if applied.replicas is not None:
-            _join_replicas(model, applied, applied.replicas, placer)
+            _join_replicas(model, applied, applied.replicas, placer, starting)
     except BaseException:
         applied.revert(model, old_value)
         raise
     return applied
 
 
-def _join_replicas(model: keras.Model, applied: Applied, replicas: Replicas, placer: _Placer) -> None:
+def _join_replicas(model: keras.Model, applied: Applied, replicas: Replicas, placer: _Placer, starting: bool) -> None:
     """Let replicas count their samples, put their parts of variables together for use, and share statistics."""
     hook = model.register_forward_pre_hook(replicas.see, with_kwargs=True)
     applied.undo.append(hook.remove)
     for layer in placer.layers_with_parts():
         applied.undo += [handle.remove for handle in watch_calls(layer)]
-    _read_together(applied, placer)
+    _read_together(applied, placer, starting)
     for layer in placer.layers:
         name = placer.names[id(layer)]
         if isinstance(layer, OF_THE_BATCH):
@@ -202,15 +208,29 @@ def _join_replicas(model: keras.Model, applied: Applied, replicas: Replicas, pla
             applied.undo.append(functools.partial(layer.__dict__.pop, "_moments"))
 
 
-def _read_together(applied: Applied, placer: _Placer) -> None:
-    """Let what the plan gathers together be read so, but for blocks that are left out."""
-    for gathering in applied.plan.gatherings:
+def _read_together(applied: Applied, placer: _Placer, starting: bool) -> None:
+    """Let what the plan gathers together be read so, but for blocks that are left out.
+
+    Unless gathers are ``starting`` before they are needed, they are only known to.
+    """
+    plan = applied.plan
+    in_turn = [each for each in plan.gatherings if each.once] if plan.gathers_ahead else []
+    turns = {
+        gathering: Turn(ahead=plan.gathers_ahead * starting, forward=place > 0, backward=place < len(in_turn) - 1)
+        for place, gathering in enumerate(in_turn)
+    }
+    made: dict[Gathering, ReadTogether] = {}
+    for gathering in plan.gatherings:
         if all(read.variable in applied.placed for read in gathering.reads):
             variables = [placer.variables[read.variable] for read in gathering.reads]
             dtypes = [getattr(torch, read.dtype) for read in gathering.reads]
-            together = ReadTogether(variables, dtypes, Site(gathering.layer, gathering.place))
+            site = Site(gathering.layer, gathering.place)
+            made[gathering] = ReadTogether(variables, dtypes, site, turns.get(gathering))
             for read, variable in zip(gathering.reads, variables, strict=True):
-                variable._stored.together[Site(read.layer, read.variable)] = together
+                variable._stored.together[Site(read.layer, read.variable)] = made[gathering]
+    for place, gathering in enumerate(in_turn if starting else ()):
+        following = in_turn[place + 1 : place + 1 + plan.gathers_ahead]
+        turns[gathering].following = tuple(made[each] for each in following)
 
 
 def _scopes(plan: Plan, layers: Mapping[str, Any]) -> set[str]:
@@ -416,7 +436,7 @@ def applied_for_simulation(
         shape = sharding.local_shape(tuple(variable.shape))
         return torch.empty(shape, dtype=variable._value.dtype, device="cpu")
 
-    applied = apply_layers(model, plan, axes, empty, left_out)
+    applied = apply_layers(model, plan, axes, empty, left_out, starting=False)
     try:
         yield applied
     finally:

@@ -52,6 +52,8 @@ def _assumptions_of(plan: Plan, hardware: Hardware) -> tuple[str, ...]:
     assumptions = []
     if not plan.step.optimizer:
         assumptions.append("no update: the plan was made without an optimizer")
+    if any(each.early for each in plan.collectives):
+        assumptions.append("low: collectives that start early run behind what their phase computes, as long as it does")
     if not plan.step.loss:
         assumptions.append("no loss: the plan was made without one")
     if plan.mesh.size > hardware.node_size.value:
@@ -64,8 +66,12 @@ def _assumptions_of(plan: Plan, hardware: Hardware) -> tuple[str, ...]:
 
 def _phase_time(phase: Phase, plan: Plan, hardware: Hardware) -> PhaseTime:
     compute = [compute_time(work, hardware) for work in plan.step.work if work.phase == phase]
-    communication = [collective_time(each, hardware) for each in plan.collectives if each.phase == phase]
-    return PhaseTime(phase, sum(compute, _NO_TIME), sum(communication, _NO_TIME))
+    here = [each for each in plan.collectives if each.phase == phase]
+    early = sum((collective_time(each, hardware) for each in here if each.early), _NO_TIME)
+    waited = sum((collective_time(each, hardware) for each in here if not each.early), _NO_TIME)
+    computed = sum(compute, _NO_TIME)
+    seen = TimeRange(max(early.low - computed.low, 0.0), early.high)
+    return PhaseTime(phase, computed, waited + seen)
 
 
 def compute_time(work: Work, hardware: Hardware) -> TimeRange:

@@ -76,9 +76,11 @@ def gather_together(
     for unit in _joined(units, times, limit):
         often = min(times[each.use] for each in unit.readings)
         together = [each.read for each in unit.readings if times[each.use] == often]
-        found.append(Gathering(unit.name, tuple(together)))
+        found.append(Gathering(unit.name, tuple(together), often == 1))
         # What is read more often than the rest would take all of it along each time.
-        found += [Gathering(read.layer, (read,)) for each in unit.readings if (read := each.read) not in together]
+        found += [
+            Gathering(read.layer, (read,), False) for each in unit.readings if (read := each.read) not in together
+        ]
     return tuple(found)
 
 

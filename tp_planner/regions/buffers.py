@@ -62,6 +62,7 @@ class Gathered:
             order.append(len(padded) - 1)
         self._row = ends[-1] + missing
         sent = padded[0] if len(padded) == 1 else torch.cat([padded[number] for number in order])
+        self._sent: torch.Tensor | None = sent  # which has to stay as long as it travels
         with torch._C._AutoDispatchBelowAutograd():
             self._buffer = _OPS.all_gather_into_tensor(sent, axis.size, axis.group)
         self._arrived = False
@@ -71,7 +72,7 @@ class Gathered:
         if not self._arrived:
             with torch._C._AutoDispatchBelowAutograd():
                 self._buffer = _OPS.wait_tensor(self._buffer)
-            self._arrived = True
+            self._arrived, self._sent = True, None
 
     def whole(self, number: int) -> torch.Tensor:
         """Return a whole tensor: of several a copy, so that each of them goes alone."""

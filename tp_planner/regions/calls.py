@@ -18,10 +18,11 @@ Reader = Callable[[Any], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where the plan has a collective: at a layer ("" for none), and at which place there."""
+    """Where the plan has a collective: at a layer ("" for none), and at which place there; whether it starts early."""
 
     layer: str
     place: str
+    early: bool = False
 
 
 METRICS = Site("", "metrics")  # what they and losses communicate depends on how the model is compiled: in no plan
@@ -76,6 +77,8 @@ class _Running(threading.local):
         self.scopes: Counter[tuple[int, str]] = Counter()
         self.entered: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self.gathered: dict[Hashable, Any] = {}  # what was put together over the batch axis and is not all read yet
+        self.started: dict[Hashable, Any] = {}  # what was begun to be put together before it is read
+        self.parts: Any = None  # what was put together last, of all that is so in turn
         self.values: str = "dtensor"
         self.stream_is_whole = True  # whether every rank has the whole residual stream; in planned calls a shard
         self.indivisible = 0  # the length of a sequence that was to be sharded, and cannot be
@@ -96,6 +99,10 @@ class _Running(threading.local):
         """Let go of what calls share: no call of a model is open any more."""
         self.entered.clear()
         self.gathered.clear()
+        for uses in self.started.values():  # which this call has not read
+            uses.wait()
+        self.started.clear()
+        self.parts = None
 
 
 running = _Running()

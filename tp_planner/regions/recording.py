@@ -123,6 +123,7 @@ class CollectiveRecorder(WatchingMode):
             phase=self.phase,
             reason=REASONS.get(kind, "") if site else "no boundary of the plan asks for it",
             cause="" if site else self.asked or op,
+            early=site is not None and site.early,
         )
 
 

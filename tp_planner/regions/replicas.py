@@ -31,6 +31,7 @@ class Replicas:
         self.samples: float = 1.0
         self.rows = 1
         self.at_end: list[Callable[[], None]] = []  # called when a backward pass ends in which replicas met
+        self._finish: list[Callable[[], None]] = []  # called when the running backward pass ends
         self._pass = -1
         self._total: torch.Tensor | None = None
         self._share: torch.Tensor | None = None
@@ -55,6 +56,10 @@ class Replicas:
         add_in_place(self._total, self.axis, SAMPLES)
         torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
+    def finish_with(self, finish: Callable[[], None]) -> None:
+        """Call something when the running backward pass ends, in which replicas meet."""
+        self._finish.append(finish)
+
     def share(self, device: torch.device) -> torch.Tensor:
         """Return this replica's share of the samples of the running backward pass, a number of float64."""
         self.meet(device)
@@ -65,12 +70,13 @@ class Replicas:
 
     def _end(self) -> None:
         try:
-            for each in self.at_end:
+            for each in (*self._finish, *self.at_end):
                 each()
             if self._share is None and self._total is not None:  # a replica without samples has not asked
                 wait(self._total)
         finally:
             self._pass, self._total, self._share = -1, None, None
+            self._finish.clear()
 
 
 def add_in_place(tensor: torch.Tensor, axis: Axis, site: Site | None) -> None:

@@ -251,8 +251,9 @@ def _where(collective: Collective) -> str:
 
 
 def _over(collective: Collective, plan: Plan) -> str:
-    """Return the axis, where there is more than one to tell apart."""
-    return f", over {collective.axis!r}" if plan.replicas > 1 else ""
+    """Return the axis, where there is more than one to tell apart, and whether it starts before it is needed."""
+    axis = f", over {collective.axis!r}" if plan.replicas > 1 else ""
+    return f"{axis}, early" if collective.early else axis
 
 
 def _shape(shape: Shape) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,24 @@ class Part:
         return stored
 
 
+@dataclass(slots=True, eq=False)
+class Turn:
+    """The turn of what is put together in an order that is known, one after the other.
+
+    ``following`` is what is begun when this is read; ``ahead`` how many of those before it are begun in the backward
+    pass when this is needed there. ``forward`` and ``backward`` say whether it is itself begun before it is needed.
+    """
+
+    following: tuple[ReadTogether, ...] = ()
+    ahead: int = 0
+    forward: bool = False
+    backward: bool = False
+
+    @property
+    def is_one(self) -> bool:
+        return self.forward or self.backward
+
+
 class ReadTogether:
     """Variables that calls read one after the other, and that are put together when the first of them is read.
 
@@ -54,10 +72,13 @@ class ReadTogether:
         variables: parallel variables that replicas store in parts.
         dtypes: the dtypes in which they travel.
         site: where this stands in the plan.
+        turn: how it follows others, if it does.
     """
 
-    def __init__(self, variables: Sequence[Any], dtypes: Sequence[torch.dtype], site: Site | None) -> None:
-        self._variables, self._dtypes, self._site = variables, dtypes, site
+    def __init__(
+        self, variables: Sequence[Any], dtypes: Sequence[torch.dtype], site: Site | None, turn: Turn | None = None
+    ) -> None:
+        self._variables, self._dtypes, self._site, self._turn = variables, dtypes, site, turn or Turn()
         self._places = {id(variable): place for place, variable in enumerate(variables)}
 
     def serves(self, variable: Any, dtype: torch.dtype) -> bool:
@@ -70,23 +91,43 @@ class ReadTogether:
         key, place = (self, torch.is_grad_enabled()), self._places[id(variable)]
         uses = running.gathered.get(key)
         if uses is None or place not in uses.left:
-            uses = running.gathered[key] = self.begin()
+            started = running.started.pop(key, None)
+            uses = running.gathered[key] = self.begin() if started is None or place not in started.left else started
+            self._start_following()
         whole: torch.Tensor = uses.take(place)
         if not uses.left:
             del running.gathered[key]
         return whole
 
     def begin(self) -> Uses:
-        """Put the variables together."""
-        stored = self._variables[0]._stored
-        parts = [Part.of(variable, dtype) for variable, dtype in zip(self._variables, self._dtypes, strict=True)]
-        return Uses(Parts(parts, stored.sharding.axes.batch, stored.replicas, self._site))
+        """Begin to put the variables together."""
+        stored, runs_again = self._variables[0]._stored, _autograd_runs()
+        own = [Part.of(variable, dtype) for variable, dtype in zip(self._variables, self._dtypes, strict=True)]
+        turn = Turn() if runs_again else self._turn
+        parts = Parts(own, stored.sharding.axes.batch, stored.replicas, self._site, turn, running.parts)
+        if turn.is_one and torch.is_grad_enabled():
+            running.parts = parts
+        return Uses(parts)
+
+    def _start_following(self) -> None:
+        """Begin to put together what is read next, and is not begun yet."""
+        if _autograd_runs():  # a part of the model runs again, and that before it will be next
+            return
+        for each in self._turn.following:
+            key = each, torch.is_grad_enabled()
+            if key not in running.gathered and key not in running.started:
+                running.started[key] = each.begin()
 
     def forget(self, variable: Any) -> None:
         """Put a variable together anew when it is read next, for it has another value."""
         for gradients in (True, False):
-            if uses := running.gathered.get((self, gradients)):
-                uses.left.discard(self._places[id(variable)])
+            for uses in (running.gathered.get((self, gradients)), running.started.get((self, gradients))):
+                if uses is not None:
+                    uses.left.discard(self._places[id(variable)])
+
+
+def _autograd_runs() -> bool:
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class Uses:
@@ -94,7 +135,7 @@ class Uses:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._wholes = _Wholes(parts, range(len(parts.parts)))
+        self._wholes = _Wholes(parts, range(len(parts.parts)), parts.turn.forward)
         self._proxies: dict[int, torch.Tensor] = {}  # by number, of those through which gradients flow
         if torch.is_grad_enabled() and any(part.parameter.requires_grad for part in parts.parts):
             proxies = _Together.apply(parts, *(part.parameter for part in parts.parts))
@@ -104,6 +145,10 @@ class Uses:
     def left(self) -> set[int]:
         """The numbers of the parts of which the whole was not taken yet."""
         return self._wholes.left
+
+    def wait(self) -> None:
+        """Wait for what is on its way, though nobody needs it."""
+        self._wholes.wait()
 
     def take(self, number: int) -> torch.Tensor:
         """Return the whole of a part."""
@@ -121,11 +166,23 @@ class Parts:
         axis: the batch axis.
         replicas: the replicas that average the gradients.
         site: where this stands in the plan.
+        turn: how it follows others.
+        before: what was put together before this, if that was in turn.
     """
 
-    def __init__(self, parts: Sequence[Part], axis: Axis, replicas: Replicas | None, site: Site | None) -> None:
-        self.parts = parts
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        axis: Axis,
+        replicas: Replicas | None,
+        site: Site | None,
+        turn: Turn,
+        before: Parts | None,
+    ) -> None:
+        self.parts, self.turn = parts, turn
         self._axis, self._replicas, self._site = axis, replicas, site
+        self._before = before if turn.is_one else None
+        self._reader_runs_again = False  # and puts it together by itself
         self._again: _Wholes | None = None
         self._left_out: dict[int, weakref.ref[LeftOut]] = {}  # by number
 
@@ -133,18 +190,43 @@ class Parts:
         """Return the note of how the whole of a part that was taken is made again."""
         left_out = LeftOut(_Again(self.parts[number].stored, self, number))
         self._left_out[number] = weakref.ref(left_out)
+        self._reader_runs_again = running.recomputable
         return left_out
 
     def again(self, number: int) -> torch.Tensor:
         """Return a whole in the backward pass, for which all are put together that it needs."""
         if self._again is None or number not in self._again.left:
-            needed = [each for each, left_out in self._left_out.items() if (kept := left_out()) and kept.is_left_out]
-            self._again = _Wholes(self, sorted({*needed, number}))
-        return self._again.take(number)
+            self._again = _Wholes(self, sorted({*self._needed(), number}), self.turn.backward)
+        wholes = self._again
+        self._start_before()
+        return wholes.take(number)
 
-    def sent(self, numbers: Sequence[int]) -> Gathered:
+    def _needed(self) -> list[int]:
+        """Return the numbers of the parts that the backward pass puts together again."""
+        return [each for each, left_out in self._left_out.items() if (kept := left_out()) and kept.is_left_out]
+
+    def _start_before(self) -> None:
+        """Begin to put together again what the backward pass needs next, and is not begun yet."""
+        before, ahead = self._before, self.turn.ahead
+        while before is not None and not before._reader_runs_again and ahead:
+            if needed := before._needed():
+                ahead -= 1
+                if before._again is None:
+                    before._again = _Wholes(before, needed, early=True)
+                    assert before._replicas is not None
+                    before._replicas.finish_with(before._end)
+            before = before._before
+
+    def _end(self) -> None:
+        """Wait for what was begun in a backward pass that has ended without it."""
+        if self._again is not None:
+            self._again.wait()
+            self._again = None
+
+    def sent(self, numbers: Sequence[int], early: bool) -> Gathered:
         """Send these parts, and return what will hold those of all replicas."""
-        with torch.no_grad(), standing_at(self._site):
+        site = replace(self._site, early=early) if self._site else None
+        with torch.no_grad(), standing_at(site):
             sent = [self.parts[number].stored.to(self.parts[number].dtype) for number in numbers]
             return Gathered(sent, [self.parts[number].cut for number in numbers], self._axis)
 
@@ -176,10 +258,14 @@ class Parts:
 class _Wholes:
     """Wholes of one collective: each is taken once, and what holds them goes with the last."""
 
-    def __init__(self, parts: Parts, numbers: Sequence[int]) -> None:
+    def __init__(self, parts: Parts, numbers: Sequence[int], early: bool) -> None:
         self._places = {number: place for place, number in enumerate(numbers)}
         self.left = set(numbers)
-        self._gathered: Gathered | None = parts.sent(numbers)
+        self._gathered: Gathered | None = parts.sent(numbers, early)
+
+    def wait(self) -> None:
+        if self._gathered is not None:
+            self._gathered.wait()
 
     def take(self, number: int) -> torch.Tensor:
         assert self._gathered is not None
