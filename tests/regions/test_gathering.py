@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import keras
 import numpy as np
@@ -16,15 +19,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tp_planner
 from tests.replicas import MODELS, Shape, layout
 from tests.workers import Pools
+from tp_planner import planner
+from tp_planner.dryrun import simulate
+from tp_planner.frontend.blocks import Blocks
 from tp_planner.frontend.hardware_file import find_hardware_file, read_hardware_file
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.placement import PackedShard, Shard, local_shape
 from tp_planner.ir.plan import Gathering, Plan
+from tp_planner.ir.step_log import Early
 from tp_planner.job.axes import Axis
+from tp_planner.layers import apply
 from tp_planner.passes.estimate_time import estimate_time
 from tp_planner.planner import make_plan
-from tp_planner.regions.buffers import Cut, Gathered, reduce_to_parts
+from tp_planner.regions.buffers import Cut, Gathered, Reduced
 from tp_planner.regions.calls import running
 from tp_planner.storage.sharding import own_shard
 
@@ -182,7 +190,7 @@ def test_early_gathers_take_memory_and_hide_time() -> None:
     plans = [make_plan(MODELS["stacked"].build(), layout("stacked", f"stacked, {n} ahead", (4, 1))) for n in range(3)]
     block = max(bytes_of(each, plans[0]) for each in plans[0].gatherings) * 4
     peaks = [plan.step.memory.largest.temporaries for plan in plans]
-    assert [sum(each.early for each in plan.collectives) for plan in plans] == [0, 8, 8]
+    assert [sum(each.early for each in plan.collectives) for plan in plans] == [0, 10 + 9, 10 + 9]
     assert 0.5 * block < peaks[1] - peaks[0] <= 1.5 * block
     assert 0.5 * block < peaks[2] - peaks[1] <= 1.5 * block
     seen = [
@@ -190,6 +198,30 @@ def test_early_gathers_take_memory_and_hide_time() -> None:
     ]
     assert seen[1].low < seen[0].low
     assert seen[1].high == seen[0].high
+
+
+@pytest.mark.parametrize("rules", ["stacked, 1 ahead", "stacked, 2 ahead"])
+def test_plans_have_collectives_where_they_start(rules: str) -> None:
+    """A plan has the order and the memory, to the byte, of the same step in which each block starts them for others."""
+    model, given = MODELS["stacked"].build(), layout("stacked", rules, (4, 1)).across("batch")
+    inputs = keras.InputSpec(shape=(8, 10), dtype="float32")
+    planned = make_plan(model, given, inputs, keras.optimizers.AdamW())
+    with (
+        mock.patch.object(planner, "find_blocks", return_value=Blocks.none()),
+        mock.patch.object(simulate, "start_early", lambda events, ahead: without_marks(events)),
+        mock.patch.object(apply, "apply_layers", functools.partial(apply_layers_starting, apply.apply_layers)),
+    ):
+        executed = make_plan(model, given, inputs, keras.optimizers.AdamW())
+    assert planned.collectives == executed.collectives
+    assert planned.step.memory == executed.step.memory
+
+
+def without_marks(events: list[Any]) -> list[Any]:
+    return [event for event in events if not isinstance(event, Early)]
+
+
+def apply_layers_starting(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return plain(*args, **{**kwargs, "starting": True})
 
 
 @pytest.mark.parametrize("ahead", [-1, True, 1.5])
@@ -226,9 +258,7 @@ def travel() -> tuple[list[bool], list[bool]]:
         gathered += [torch.equal(arriving.whole(number), whole) for number, whole in enumerate(wholes)]
         floats = [number for number, dtype in enumerate(dtypes) if dtype.is_floating_point]
         for given, factor in ((weight, 2.0), (None, 0.0)):  # the sum of four halves
-            sums = (
-                reduce_to_parts([wholes[n] for n in floats], [cuts[n] for n in floats], axis, given) if floats else []
-            )
+            sums = Reduced([wholes[n] for n in floats], [cuts[n] for n in floats], axis, given).parts()
             reduced += [torch.equal(own, factor * parts[n]) for n, own in zip(floats, sums, strict=True)]
         assert all(
             local_shape(cut.shape, cut.placement, 4, axis.rank) == p.shape for cut, p in zip(cuts, parts, strict=True)

@@ -113,8 +113,7 @@ def simulate(
         call: Twin(each.twin, dict(each.layers) | tensor_names_again(each, graph)) for call, each in repeats.items()
     }
     log = unfold(meter.log, twins)
-    in_turn = {(each.layer, each.place) for each in plan.gatherings if each.once}
-    log.events = start_early(log.events, in_turn, plan.gathers_ahead)
+    log.events = start_early(log.events, plan.gathers_ahead)
     _add_gradients(log, plan, step.trained, stand_ins(repeats))
     name = "" if optimizer is None else type(optimizer).__name__
     memory = memory_of(log)

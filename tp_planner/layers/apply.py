@@ -215,17 +215,15 @@ def _read_together(applied: Applied, placer: _Placer, starting: bool) -> None:
     """
     plan = applied.plan
     in_turn = [each for each in plan.gatherings if each.once] if plan.gathers_ahead else []
-    turns = {
-        gathering: Turn(ahead=plan.gathers_ahead * starting, forward=place > 0, backward=place < len(in_turn) - 1)
-        for place, gathering in enumerate(in_turn)
-    }
+    ahead, late = plan.gathers_ahead * starting, plan.gathers_ahead > 0
+    turns = {each: Turn(ahead=ahead, early=each in in_turn, late=late) for each in plan.gatherings}
     made: dict[Gathering, ReadTogether] = {}
     for gathering in plan.gatherings:
         if all(read.variable in applied.placed for read in gathering.reads):
             variables = [placer.variables[read.variable] for read in gathering.reads]
             dtypes = [getattr(torch, read.dtype) for read in gathering.reads]
             site = Site(gathering.layer, gathering.place)
-            made[gathering] = ReadTogether(variables, dtypes, site, turns.get(gathering))
+            made[gathering] = ReadTogether(variables, dtypes, site, turns[gathering])
             for read, variable in zip(gathering.reads, variables, strict=True):
                 variable._stored.together[Site(read.layer, read.variable)] = made[gathering]
     for place, gathering in enumerate(in_turn if starting else ()):

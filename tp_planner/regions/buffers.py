@@ -90,31 +90,47 @@ class Gathered:
         return in_whole_order(whole, cut.placement, ranks)
 
 
-def reduce_to_parts(
-    summands: Sequence[torch.Tensor], cuts: Sequence[Cut], axis: Axis, weight: torch.Tensor | None
-) -> list[torch.Tensor]:
-    """Return this rank's part of the sum of all ranks' whole tensors, each times the rank's ``weight``.
+class Reduced:
+    """This rank's parts of the sums of all ranks' whole tensors, each times the rank's ``weight``.
 
-    Without a weight, a rank's summands count for nothing, whatever they are.
+    They are sent when it is made, and waited for when the parts are asked for. Without a weight, a rank's summands
+    count for nothing, whatever they are.
     """
-    parts: dict[int, torch.Tensor] = {}
-    for dtype in dict.fromkeys(summand.dtype for summand in summands):
-        same = [number for number, summand in enumerate(summands) if summand.dtype == dtype]
-        sent = _side_by_side([summands[number] for number in same], [cuts[number] for number in same], axis.size)
-        if weight is None:
-            sent.zero_()
-        else:
-            sent.mul_(weight)
-        with torch._C._AutoDispatchBelowAutograd():
-            chunk = _OPS.wait_tensor(_OPS.reduce_scatter_tensor(sent.view(-1), "sum", axis.size, axis.group))
-        del sent
-        sizes = [math.prod(cuts[number].chunk(axis.size)) for number in same]
-        for number, own in zip(same, chunk.split(sizes), strict=True):
-            cut = cuts[number]
-            full, length = own.view(cut.chunk(axis.size)), cut.length(axis.size, axis.rank)
-            dim = cut.placement.dim
-            parts[number] = full if full.shape[dim] == length else full.narrow(dim, 0, length).contiguous()
-    return [parts[number] for number in range(len(summands))]
+
+    def __init__(
+        self, summands: Sequence[torch.Tensor], cuts: Sequence[Cut], axis: Axis, weight: torch.Tensor | None
+    ) -> None:
+        self._cuts, self._axis = cuts, axis
+        # By dtype: whose parts, what is sent, which has to stay as long as it travels, and what arrives.
+        self._travelling: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []
+        for dtype in dict.fromkeys(summand.dtype for summand in summands):
+            same = [number for number, summand in enumerate(summands) if summand.dtype == dtype]
+            sent = _side_by_side([summands[number] for number in same], [cuts[number] for number in same], axis.size)
+            if weight is None:
+                sent.zero_()
+            else:
+                sent.mul_(weight)
+            with torch._C._AutoDispatchBelowAutograd():
+                arriving = _OPS.reduce_scatter_tensor(sent.view(-1), "sum", axis.size, axis.group)
+            self._travelling.append((same, sent, arriving))
+
+    def parts(self) -> list[torch.Tensor]:
+        """Return the parts, once; on a GPU its stream waits for them, and not the host."""
+        parts: dict[int, torch.Tensor] = {}
+        while self._travelling:
+            same, sent, arriving = self._travelling.pop(0)
+            with torch._C._AutoDispatchBelowAutograd():
+                arrived = _OPS.wait_tensor(arriving)
+            del sent
+            sizes = [math.prod(self._cuts[number].chunk(self._axis.size)) for number in same]
+            for number, own in zip(same, arrived.split(sizes), strict=True):
+                parts[number] = self._without_padding(number, own)
+        return [parts[number] for number in sorted(parts)]
+
+    def _without_padding(self, number: int, chunk: torch.Tensor) -> torch.Tensor:
+        cut, dim = self._cuts[number], self._cuts[number].placement.dim
+        full, length = chunk.view(cut.chunk(self._axis.size)), cut.length(self._axis.size, self._axis.rank)
+        return full if full.shape[dim] == length else full.narrow(dim, 0, length).contiguous()
 
 
 def _side_by_side(summands: Sequence[torch.Tensor], cuts: Sequence[Cut], ranks: int) -> torch.Tensor:

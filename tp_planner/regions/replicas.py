@@ -31,6 +31,7 @@ class Replicas:
         self.samples: float = 1.0
         self.rows = 1
         self.at_end: list[Callable[[], None]] = []  # called when a backward pass ends in which replicas met
+        self.on_its_way: Callable[[], None] | None = None  # takes a sum of gradients that was sent and not waited for
         self._finish: list[Callable[[], None]] = []  # called when the running backward pass ends
         self._pass = -1
         self._total: torch.Tensor | None = None
@@ -51,6 +52,7 @@ class Replicas:
         running = torch._C._current_graph_task_id()
         if running == self._pass:
             return
+        self.take_what_is_on_its_way()  # of a pass that failed, or of one in which this one runs
         self._pass, self._share = running, None
         self._total = torch.full((1,), self.samples, dtype=torch.float64, device=device)
         add_in_place(self._total, self.axis, SAMPLES)
@@ -59,6 +61,12 @@ class Replicas:
     def finish_with(self, finish: Callable[[], None]) -> None:
         """Call something when the running backward pass ends, in which replicas meet."""
         self._finish.append(finish)
+
+    def take_what_is_on_its_way(self) -> None:
+        """Wait for the sum of gradients that is on its way, and leave it where it belongs."""
+        take, self.on_its_way = self.on_its_way, None
+        if take is not None:
+            take()
 
     def share(self, device: torch.device) -> torch.Tensor:
         """Return this replica's share of the samples of the running backward pass, a number of float64."""
@@ -70,7 +78,7 @@ class Replicas:
 
     def _end(self) -> None:
         try:
-            for each in (*self._finish, *self.at_end):
+            for each in (self.take_what_is_on_its_way, *self._finish, *self.at_end):
                 each()
             if self._share is None and self._total is not None:  # a replica without samples has not asked
                 wait(self._total)

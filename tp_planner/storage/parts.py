@@ -7,6 +7,7 @@ ZeRO-3 do: https://arxiv.org/abs/1910.02054, https://arxiv.org/abs/2304.11277).
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from tp_planner.ir.placement import local_shape
 from tp_planner.job.axes import Axis
-from tp_planner.regions.buffers import Cut, Gathered, reduce_to_parts
+from tp_planner.regions.buffers import Cut, Gathered, Reduced
 from tp_planner.regions.calls import Site, running, standing_at
 from tp_planner.regions.left_out import LeftOut, can_be_made_again
 from tp_planner.regions.replicas import Replicas
@@ -46,23 +47,24 @@ class Part:
         stored: torch.Tensor = self.parameter._local_tensor.detach()
         return stored
 
+    def gradient(self, part: torch.Tensor) -> DTensor:
+        """Return this replica's part of a gradient as the parameter has it."""
+        return DTensor(part.to(self.parameter.dtype), self.parameter._spec, requires_grad=False)
+
 
 @dataclass(slots=True, eq=False)
 class Turn:
     """The turn of what is put together in an order that is known, one after the other.
 
     ``following`` is what is begun when this is read; ``ahead`` how many of those before it are begun in the backward
-    pass when this is needed there. ``forward`` and ``backward`` say whether it is itself begun before it is needed.
+    pass when this is needed there. ``early`` says that it may itself be begun before it is needed, ``late`` that the
+    sums of its gradients are waited for later.
     """
 
     following: tuple[ReadTogether, ...] = ()
     ahead: int = 0
-    forward: bool = False
-    backward: bool = False
-
-    @property
-    def is_one(self) -> bool:
-        return self.forward or self.backward
+    early: bool = False
+    late: bool = False
 
 
 class ReadTogether:
@@ -105,7 +107,7 @@ class ReadTogether:
         own = [Part.of(variable, dtype) for variable, dtype in zip(self._variables, self._dtypes, strict=True)]
         turn = Turn() if runs_again else self._turn
         parts = Parts(own, stored.sharding.axes.batch, stored.replicas, self._site, turn, running.parts)
-        if turn.is_one and torch.is_grad_enabled():
+        if turn.early and torch.is_grad_enabled():
             running.parts = parts
         return Uses(parts)
 
@@ -135,11 +137,8 @@ class Uses:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._wholes = _Wholes(parts, range(len(parts.parts)), parts.turn.forward)
-        self._proxies: dict[int, torch.Tensor] = {}  # by number, of those through which gradients flow
-        if torch.is_grad_enabled() and any(part.parameter.requires_grad for part in parts.parts):
-            proxies = _Together.apply(parts, *(part.parameter for part in parts.parts))
-            self._proxies = {number: proxy for number, proxy in enumerate(proxies) if proxy.requires_grad}
+        self._wholes = _Wholes(parts, range(len(parts.parts)), parts.turn.early)
+        self._proxies: dict[int, torch.Tensor] | None = None  # by number, of those through which gradients flow
 
     @property
     def left(self) -> set[int]:
@@ -152,10 +151,19 @@ class Uses:
 
     def take(self, number: int) -> torch.Tensor:
         """Return the whole of a part."""
+        if self._proxies is None:  # not before: autograd runs first what was made last
+            self._proxies = self._connected()
         proxy, taken = self._proxies.pop(number, None), self._wholes.take(number)
         whole: torch.Tensor = taken if proxy is None else _Taken.apply(proxy, taken, self._parts, number)
         can_be_made_again(whole, self._parts.left_out(number))
         return whole
+
+    def _connected(self) -> dict[int, torch.Tensor]:
+        parameters = [part.parameter for part in self._parts.parts]
+        if not torch.is_grad_enabled() or not any(parameter.requires_grad for parameter in parameters):
+            return {}
+        proxies = _Together.apply(self._parts, *parameters)
+        return {number: proxy for number, proxy in enumerate(proxies) if proxy.requires_grad}
 
 
 class Parts:
@@ -181,7 +189,7 @@ class Parts:
     ) -> None:
         self.parts, self.turn = parts, turn
         self._axis, self._replicas, self._site = axis, replicas, site
-        self._before = before if turn.is_one else None
+        self._before = before if turn.early else None
         self._reader_runs_again = False  # and puts it together by itself
         self._again: _Wholes | None = None
         self._left_out: dict[int, weakref.ref[LeftOut]] = {}  # by number
@@ -196,7 +204,7 @@ class Parts:
     def again(self, number: int) -> torch.Tensor:
         """Return a whole in the backward pass, for which all are put together that it needs."""
         if self._again is None or number not in self._again.left:
-            self._again = _Wholes(self, sorted({*self._needed(), number}), self.turn.backward)
+            self._again = _Wholes(self, sorted({*self._needed(), number}), self.turn.early)
         wholes = self._again
         self._start_before()
         return wholes.take(number)
@@ -225,29 +233,50 @@ class Parts:
 
     def sent(self, numbers: Sequence[int], early: bool) -> Gathered:
         """Send these parts, and return what will hold those of all replicas."""
-        site = replace(self._site, early=early) if self._site else None
-        with torch.no_grad(), standing_at(site):
+        with torch.no_grad(), standing_at(self._at(early)):
             sent = [self.parts[number].stored.to(self.parts[number].dtype) for number in numbers]
             return Gathered(sent, [self.parts[number].cut for number in numbers], self._axis)
 
-    def own(self, gradients: Sequence[torch.Tensor | None]) -> list[DTensor | None]:
-        """Return this replica's parts of the means of all replicas' gradients."""
-        assert self._replicas is not None
+    def own(self, gradients: Sequence[torch.Tensor | None], left_in_parameters: bool) -> list[DTensor | None]:
+        """Return this replica's parts of the means of all replicas' gradients.
+
+        Those that are ``left_in_parameters`` may get there by themselves, later in the backward pass, and not be
+        returned. One such sum is on its way at a time: another begins when it has arrived.
+        """
+        replicas = self._replicas
+        assert replicas is not None
         self._again = None
         numbers = [number for number, gradient in enumerate(gradients) if gradient is not None]
         whole = [gradient for gradient in gradients if gradient is not None]
-        if not whole:
-            return [None] * len(gradients)
-        # Without samples they may be the gradients of the mean of nothing.
-        share = self._replicas.share(whole[0].device)
-        weight = share if self._replicas.samples else None
-        with standing_at(self._site):
-            own = reduce_to_parts(whole, [self.parts[number].cut for number in numbers], self._axis, weight)
         means: list[DTensor | None] = [None] * len(gradients)
-        for number, mean in zip(numbers, own, strict=True):
-            parameter = self.parts[number].parameter
-            means[number] = DTensor(mean.to(parameter.dtype), parameter._spec, requires_grad=False)
+        if not whole:
+            return means
+        # Without samples they may be the gradients of the mean of nothing.
+        share = replicas.share(whole[0].device)
+        weight = share if replicas.samples else None
+        replicas.take_what_is_on_its_way()
+        with standing_at(self._at(self.turn.late)):
+            reduced = Reduced(whole, [self.parts[number].cut for number in numbers], self._axis, weight)
+        if left_in_parameters and self.turn.late and self.turn.ahead:
+            replicas.on_its_way = functools.partial(self._leave, numbers, reduced)
+            return means
+        for number, mean in zip(numbers, reduced.parts(), strict=True):
+            means[number] = self.parts[number].gradient(mean)
         return means
+
+    def _leave(self, numbers: Sequence[int], reduced: Reduced) -> None:
+        """Leave gradients that have arrived in their parameters, as autograd does."""
+        with torch.no_grad():
+            for number, mean in zip(numbers, reduced.parts(), strict=True):
+                parameter = self.parts[number].parameter
+                before: Any = parameter.grad
+                if before is None:
+                    parameter.grad = self.parts[number].gradient(mean)
+                else:
+                    before._local_tensor.add_(mean)
+
+    def _at(self, early: bool) -> Site | None:
+        return replace(self._site, early=early) if self._site else None
 
     def let_go(self, number: int) -> None:
         """Note that the gradient of a whole has arrived: where a part of it was left out is in no gradient."""
@@ -306,7 +335,22 @@ class _Together(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[DTensor | None, ...]:
-        return None, *ctx.parts.own(gradients)
+        parameters = [part.parameter for part in ctx.parts.parts]
+        nodes = [node for node, _ in ctx.next_functions]
+        left = all(map(_is_left_in_parameter, parameters, nodes))
+        return None, *ctx.parts.own(gradients, left)
+
+
+def _is_left_in_parameter(parameter: DTensor, node: Any) -> bool:
+    """Whether all that becomes of a gradient is that autograd leaves it in its parameter, at the end of ``node``."""
+    if node is None:
+        return True
+    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # torch.autograd.grad was called with this parameter
+        return False
 
 
 class _Taken(torch.autograd.Function):
