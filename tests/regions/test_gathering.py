@@ -213,7 +213,8 @@ def test_plans_have_collectives_where_they_start(rules: str) -> None:
     ):
         executed = make_plan(model, given, inputs, keras.optimizers.AdamW())
     assert planned.collectives == executed.collectives
-    assert planned.step.memory == executed.step.memory
+    assert planned.step.memory.largest == executed.step.memory.largest
+    assert planned.step.memory.peak.total == executed.step.memory.peak.total
 
 
 def without_marks(events: list[Any]) -> list[Any]:

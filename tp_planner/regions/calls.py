@@ -132,6 +132,7 @@ def _call_and_end(layer: Any, *args: Any, **kwargs: Any) -> Any:
             running.open.popitem()[1]()
         running.scopes, running.watching = scopes, watching
         if not scopes:
+            running.started.clear()  # others may have failed too, and not send what would be waited for
             running.forget_what_crossed()
         raise
     finally:
