@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -108,6 +109,11 @@ class _Job:
         own = tuple((each.placement, each.batch_placement) for each in resolved)
         return own, layer in self.resolution.outputs
 
+    @functools.cached_property
+    def equal_layers(self) -> Mapping[str, Sequence[Sequence[str]]]:
+        """For each layer those that are planned alike, with all layers below each."""
+        return find_equal_layers(self.model, self.planned_alike)
+
     def plan(self, blocks: Blocks) -> Plan | None:
         """Return the plan, made from one of each of the ``blocks``; None if they cannot be planned one by one."""
         axis = self.layout.mesh.model_axis
@@ -145,8 +151,7 @@ class _Job:
                     if not conflicts:
                         plan = self._across_replicas(self._into_loss(plan, graphs), graphs[0])
                         return self._simulated(plan, graphs[0], axes)
-                    equal = find_equal_layers(self.model, self.planned_alike)
-                    conflicts = spread_conflicts(conflicts, equal, graphs, walks)
+                    conflicts = spread_conflicts(conflicts, self.equal_layers, graphs, walks)
                 if graphs[0].functions is not None:
                     if must_walk_all_blocks(conflicts, graphs, walks):
                         return None

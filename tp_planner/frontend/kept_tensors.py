@@ -17,6 +17,7 @@ from tp_planner.frontend.torch_modules import Wrapper
 Holder = dict[Any, Any] | list[Any]
 # They have tensors of their own, which are no others' to look after.
 _APART = (keras.Variable, keras.Layer, torch.nn.Module, torch.Tensor, keras.random.SeedGenerator, type)
+_PLAIN = frozenset((int, float, str, bool, bytes, type(None)))  # most of what layers hold
 
 
 def kept_tensors(layer: keras.Layer) -> Iterator[torch.Tensor]:
@@ -74,7 +75,7 @@ def _holders(layer: keras.Layer) -> Iterator[Holder]:
     seen: set[int] = set()
     yield vars(layer)
     for name, value in vars(layer).items():
-        if name not in BOOKKEEPING:
+        if name not in BOOKKEEPING and type(value) not in _PLAIN:
             yield from _below(value, seen)
     if isinstance(layer, Wrapper):
         for module in layer.module.modules():
@@ -83,7 +84,7 @@ def _holders(layer: keras.Layer) -> Iterator[Holder]:
 
 def _below(value: Any, seen: set[int]) -> Iterator[Holder]:
     """Yield the dicts and lists that a value is or holds, each once; of an object of plain Python, its attributes."""
-    if id(value) in seen or isinstance(value, _APART):
+    if type(value) in _PLAIN or id(value) in seen or isinstance(value, _APART):
         return
     seen.add(id(value))
     if isinstance(value, tuple):

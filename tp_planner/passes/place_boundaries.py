@@ -159,8 +159,7 @@ def _plans_of_graph(
     for call in graph.calls.values():
         new = []
         if call.id in graph.repeats:
-            repeat = graph.repeats[call.id]
-            new = [_plan_again(plan, repeat, graph) for plan in inside[repeat.twin]]
+            new = _plans_again(inside[graph.repeats[call.id].twin], graph.repeats[call.id], graph)
         else:
             boundaries, record = by_call.get(call.id, []), walk.records.get(call.id)
             functions = walk.functions.get(call.id, ())
@@ -192,10 +191,15 @@ def _with_functions(plan: LayerPlan, functions: tuple[FunctionPlan, ...], closin
     return replace(plan, style=style, reason=reason, functions=functions)
 
 
-def _plan_again(plan: LayerPlan, repeat: Repeat, graph: ModelGraph) -> LayerPlan:
-    """Return the plan of a layer in a block that repeats another, from that of its counterpart there."""
+def _plans_again(plans: Sequence[LayerPlan], repeat: Repeat, graph: ModelGraph) -> list[LayerPlan]:
+    """Return the plans of the layers in a block that repeats another, from those of their counterparts there."""
     names = dict(repeat.layers) | dict(repeat.variables)
     tensors = tensor_names_again(repeat, graph)
+    return [_plan_again(plan, names, tensors, graph) for plan in plans]
+
+
+def _plan_again(plan: LayerPlan, names: Mapping[str, str], tensors: Mapping[str, str], graph: ModelGraph) -> LayerPlan:
+    """Return the plan of a layer in a block that repeats another, by the names that things have in it."""
 
     def named(text: str) -> str:
         return _QUOTED.sub(lambda quoted: repr(names.get(quoted[1], quoted[1])), text)
