@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
 import tp_planner
@@ -30,6 +31,33 @@ class OwnLoss(keras.Model):
 
     def compute_loss(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None, training: bool = True) -> Any:
         return 0.5 * crossentropy(reduction="sum")(y, y_pred) + sum(self.losses)
+
+
+class OwnSteps(keras.Model):
+    """Trains and tests as Keras's guide to steps of one's own does."""
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        self.zero_grad()
+        y_pred = self(x, training=True)
+        loss = self.compute_loss(y=y, y_pred=y_pred)
+        loss.backward()
+        with torch.no_grad():
+            self.optimizer.apply([each.value.grad for each in self.trainable_weights], self.trainable_weights)
+        return self.reported(y, y_pred, loss)
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        y_pred = self(x, training=False)
+        return self.reported(y, y_pred, self.compute_loss(y=y, y_pred=y_pred))
+
+    def reported(self, y: Any, y_pred: Any, loss: Any) -> dict[str, Any]:
+        for metric in self.metrics:
+            if metric.name == "loss":
+                metric.update_state(loss, sample_weight=len(y))
+            else:
+                metric.update_state(y, y_pred)
+        return {"of one's own": 1.0, **{metric.name: metric.result() for metric in self.metrics}}
 
 
 def tagger(masked: bool, outputs: int, kind: type[keras.Model] = keras.Model) -> keras.Model:
@@ -59,12 +87,15 @@ SETTINGS: dict[str, Setting] = {
     "mean over weights of rows": (False, lambda: crossentropy(reduction="mean_with_sample_weight"), "rows"),
     "mean over weights": (True, lambda: crossentropy(reduction="mean_with_sample_weight"), "positions"),
     "own sum": (True, lambda: None, ""),
+    "steps of one's own": (True, crossentropy, ""),
     "two outputs": (
         True,
         lambda: [crossentropy(), keras.losses.MeanSquaredError(reduction="sum", dtype="float64")],
         "",
     ),
 }
+
+MODELS = {"own sum": OwnLoss, "steps of one's own": OwnSteps}
 
 
 def batch(rows: int, weights: str, outputs: int) -> dict[str, Any]:
@@ -79,11 +110,11 @@ def batch(rows: int, weights: str, outputs: int) -> dict[str, Any]:
     return {"x": tokens, "y": targets, "sample_weight": weight}
 
 
-def train(setting: Setting) -> dict[str, Any]:
+def train(setting: str) -> dict[str, Any]:
     """Train on batches, one of which has a row for one replica only; return what Keras reports, and the weights."""
-    masked, loss, weights = setting
+    masked, loss, weights = SETTINGS[setting]
     outputs = 2 if isinstance(loss(), list) else 1
-    model, found = tagger(masked, outputs, keras.Model if loss() else OwnLoss), {}
+    model, found = tagger(masked, outputs, MODELS.get(setting, keras.Model)), {}
     model.compile(keras.optimizers.SGD(0.02, momentum=0.9), loss(), loss_weights=[1.0, 0.3] if outputs == 2 else None)
     for rows in (6, 5, 1, 4):
         given = batch(rows, weights, outputs)
@@ -94,9 +125,9 @@ def train(setting: Setting) -> dict[str, Any]:
 
 
 def train_alone_and_distributed(setting: str, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    alone = train(SETTINGS[setting])
+    alone = train(setting)
     with distributed(kind):
-        return alone, train(SETTINGS[setting])
+        return alone, train(setting)
 
 
 def first_step_is_as_planned() -> bool:
@@ -141,6 +172,7 @@ USUAL = [
     (2, "data", "sum"),
     (2, "data", "mean over unmasked"),
     (2, "data", "two outputs"),
+    (2, "data", "steps of one's own"),
     (4, "mesh", "mean over weights"),
 ]
 ALL = [(ranks, kind, setting) for ranks, kind in ((2, "data"), (4, "mesh")) for setting in SETTINGS]

@@ -16,6 +16,7 @@ from typing import Any
 
 import keras
 import torch.distributed as dist
+from keras.src.models.model import Trainer
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
@@ -29,7 +30,8 @@ from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.keras_distribution.births import UnplannedVariable, is_unplanned, not_sharding, paths_born_under
 from tp_planner.storage.log import logger
 from tp_planner.training.entries import PHASES, entered
-from tp_planner.training.model import applied_to, let_go
+from tp_planner.training.model import STEPS, applied_to, let_go
+from tp_planner.training.totals import logs_of_all
 from tp_planner.training.writing import METHODS, is_distributed, written_by_rank_zero
 
 # What Keras has made for the loop that the first call may be in; none is compiled, or planning would have refused.
@@ -87,10 +89,15 @@ def with_other_entries(wrap: Callable[..., None], plain: Callable[..., None]) ->
 
     @functools.wraps(plain)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        for names, wrapper in ((OTHER_ENTRIES, planned_when_entered), (METHODS, written_by_rank_zero)):
+        wrappers = (
+            (OTHER_ENTRIES, planned_when_entered),
+            (METHODS, written_by_rank_zero),
+            (STEPS, reporting_all_when_planned),
+        )
+        for names, wrapper in wrappers:
             for name in names:
                 owner = next((each for each in type(self).__mro__ if name in vars(each)), None)
-                if owner is not None and not hasattr(vars(owner)[name], "by_tp_planner"):
+                if owner not in (None, Trainer) and not hasattr(vars(owner)[name], "by_tp_planner"):
                     wrap(owner, name, wrapper)
         plain(self, *args, **kwargs)
 
@@ -109,6 +116,20 @@ def planned_when_entered(plain: Callable[..., Any]) -> Callable[..., Any]:
 
     entry.by_tp_planner = True  # type: ignore[attr-defined]
     return entry
+
+
+def reporting_all_when_planned(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a user's training or test step: one in which the model was planned reports on the whole batch, too."""
+
+    @functools.wraps(plain)
+    def step(self: keras.Model, data: Any) -> Any:
+        begins = applied_to(self) is None
+        logs = plain(self, data)
+        applied = applied_to(self)
+        return logs_of_all(self, logs) if begins and applied is not None and applied.replicas is not None else logs
+
+    step.by_tp_planner = True  # type: ignore[attr-defined]
+    return step
 
 
 def checked_before_training(plain: Callable[..., Any]) -> Callable[..., Any]:

@@ -34,11 +34,12 @@ from tp_planner.training.optimizer import (
 from tp_planner.training.same_data import SameData, has_to_be_fed_alike
 from tp_planner.training.torch_helpers import help_with_parameters_of
 from tp_planner.training.torch_optimizers import follow_parameters
-from tp_planner.training.totals import results_of_all
+from tp_planner.training.totals import logs_of_all, results_of_all
 from tp_planner.training.vocabulary import follow_logits, measuring
 from tp_planner.training.writing import write_together
 
 ATTRIBUTE = "_tp_planner"
+STEPS = ("train_step", "test_step")  # which users write, too
 _ASKS_FOR_TORCH_COMPILE = ("_should_torch_compile", "_use_torch_compile")  # of a trainer, in Keras 3.15 and 3.16
 
 
@@ -86,7 +87,7 @@ def adopt_its_optimizer(model: keras.Model, applied: Applied) -> None:
 def _keep_logits_in_shards(model: keras.Model, applied: Applied) -> None:
     """In Keras's steps and in those that a user wrote, let the model's losses and metrics read logits in shards."""
     follow_logits()
-    for name in ("train_step", "test_step"):
+    for name in STEPS:
         _override(model, name, _in_a_step(model, getattr(model, name)), applied)
     _override(model, "compute_metrics", measuring(model), applied)
 
@@ -128,6 +129,9 @@ def _take_replicas_into_account(model: keras.Model, applied: Applied, replicas: 
     averaging.watch(applied.undo)
     applied.summands.at_sum = averaging.arrive
     _override(model, "get_metrics_result", results_of_all(model, replicas), applied)
+    for name in STEPS:
+        if getattr(type(model), name) is not getattr(Trainer, name):
+            _override(model, name, _reporting_all(model, getattr(model, name)), applied)
     _override(model, "compute_loss", loss_of_share(model, replicas), applied)
     draws = OwnDraws(replicas.axis.rank)
     applied.undo.append(model.register_forward_pre_hook(draws.begin, prepend=True).remove)
@@ -137,6 +141,10 @@ def _take_replicas_into_account(model: keras.Model, applied: Applied, replicas: 
         for generator in {id(each): each for each in generators}.values():  # layers may share one
             own_seeds(generator, replicas.axis.rank)
             applied.undo.append(functools.partial(generator.__dict__.pop, "next"))
+
+
+def _reporting_all(model: keras.Model, plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return functools.wraps(plain)(lambda data: logs_of_all(model, plain(data)))
 
 
 def _compare_what_it_is_fed(model: keras.Model, applied: Applied) -> None:

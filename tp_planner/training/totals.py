@@ -40,6 +40,25 @@ def results_of_all(model: keras.Model, replicas: Replicas) -> Callable[[], Any]:
     return get_metrics_result
 
 
+def logs_of_all(model: keras.Model, logs: Any) -> Any:
+    """Return the logs of a training or test step that a user wrote: metrics' results in it are of the whole batch.
+
+    Keras's own steps ask for them by ``get_metrics_result``; those of its guides ask each metric.
+    """
+    if not isinstance(logs, dict):
+        return logs
+    own, of_all = type(model).get_metrics_result(model), model.get_metrics_result()
+    return {name: of_all[name] if _is(value, own.get(name)) else value for name, value in logs.items()}
+
+
+def _is(value: Any, result: Any) -> bool:
+    """Whether a value of the logs is the result of the metric of this name."""
+    if not (isinstance(value, torch.Tensor) and isinstance(result, torch.Tensor)):
+        return False
+    alike = (value.shape, value.dtype, value.device) == (result.shape, result.dtype, result.device)
+    return alike and torch.allclose(value, result, rtol=0, atol=0, equal_nan=True)
+
+
 def _assign(variables: list[Any], values: list[torch.Tensor]) -> None:
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
