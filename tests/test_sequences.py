@@ -173,7 +173,7 @@ def compile_adam(side: Side) -> None:
 
 
 def compile_replayed(side: Side) -> None:
-    _compile(side, keras.optimizers.SGD(0.01, momentum=0.9), jit_compile=side.shards)
+    _compile(side, keras.optimizers.SGD(0.01, momentum=0.9), jit_compile=applied_to(side.model) is not None)
 
 
 def fit(side: Side) -> Any:
