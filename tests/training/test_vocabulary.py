@@ -313,6 +313,20 @@ def test_losses_on_four(pools: Pools) -> None:
         check_losses(found, 1e-12)
 
 
+def test_what_a_head_looks_up_is_gathered() -> None:
+    """An embedding of another mode than the logits' keeps nothing in shards for the loss."""
+    model = CASES["llama"].build()
+    model.compile("sgd", CASES["llama"].make_loss())
+    mesh = keras.distribution.DeviceMesh((2,), ("model",), ["cpu:0", "cpu:1"])
+    layouts = keras.distribution.LayoutMap(mesh)
+    layouts["token_embedding/embeddings"] = (None, "model")
+    plan = tp_planner.plan(model, layouts)
+    assert [(each.layer, each.mode) for each in plan.layers if each.into_loss] == []
+    layouts["token_embedding/reverse_embeddings"] = (None, "model")
+    plan = tp_planner.plan(model, layouts)
+    assert [each.mode for each in plan.layers if each.into_loss] == ["reverse"]
+
+
 def check_training(pools: Pools, ranks: int, way: Way) -> None:
     tolerance, floor = (1e-12, 1e-2) if way.dtype == "float64" else (5e-2, 1.0)
     for both in pools(ranks).run(train, way):

@@ -68,7 +68,7 @@ def test_right_model_is_not_blamed(name: str, mesh: dict[str, int]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(14))
+@pytest.mark.parametrize("seed", range(17))
 @pytest.mark.parametrize("name", CASES)
 def test_any_layout_that_is_right_is_not_blamed(name: str, seed: int) -> None:
     """About two hundred layouts without sense, of all that is sharded, gathered and reduced in them."""
@@ -76,7 +76,12 @@ def test_any_layout_that_is_right_is_not_blamed(name: str, seed: int) -> None:
     rules = tuple(LayoutRule(pattern, axes) for pattern, axes in random_rules(model, seed).items())
     inputs, targets = CASES[name].batch(np.random.default_rng(seed), 3)
     layout = Layout(Mesh((("model", 2),)), rules, sequence_parallel=seed % 2 == 1)
-    verdict = verify(model, layout, inputs, targets, loss_of(name))
+    try:
+        verdict = verify(model, layout, inputs, targets, loss_of(name))
+    except tp_planner.PlanError as error:
+        if not str(error).startswith("the model cannot be planned: "):
+            raise
+        pytest.skip(str(error))
     assert verdict.is_same, str(verdict)
 
 

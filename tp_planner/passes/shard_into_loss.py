@@ -24,7 +24,12 @@ def shard_into_loss(layers: Sequence[LayerPlan], graphs: Sequence[ModelGraph], p
         parts: number of ranks.
     """
     returned = {_only_output(graph) for graph in graphs}
-    return tuple(replace(layer, into_loss=parts > 1 and returned == {_gathered_at_the_end(layer)}) for layer in layers)
+    heads = set.intersection(*map(_makers_of_outputs, graphs))  # an embedding may be called in another mode, too
+
+    def is_head(layer: LayerPlan) -> bool:
+        return (layer.layer, layer.mode) in heads and returned == {_gathered_at_the_end(layer)}
+
+    return tuple(replace(layer, into_loss=parts > 1 and is_head(layer)) for layer in layers)
 
 
 def note_whole_logits(layers: Sequence[LayerPlan], loss: str) -> tuple[str, ...]:
@@ -50,6 +55,11 @@ def _only_output(graph: ModelGraph) -> str:
     (output,) = graph.outputs
     read = any(output in op.inputs for op in graph.ops)
     return "" if read else graph.tensor_name(output)
+
+
+def _makers_of_outputs(graph: ModelGraph) -> set[tuple[str, str]]:
+    """Return the layers whose calls return what the model returns, with how they were called."""
+    return {(call.layer, call.mode) for call in graph.calls.values() if set(call.outputs) & set(graph.outputs)}
 
 
 def _gathered_at_the_end(layer: LayerPlan) -> str | None:
