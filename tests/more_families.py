@@ -371,16 +371,4 @@ PUBLISHED_OF_MORE: dict[str, tuple[tuple[str, ...], dict[str, tuple[Any, ...]]]]
         },
     ),
     "bart": (_PLAIN_KEYS, {"base": (12, 768, 3072, 50265), "large": (16, 1024, 4096, 50265)}),
-    "gpt_oss": (
-        (
-            "num_query_heads",
-            "num_key_value_heads",
-            "hidden_dim",
-            "intermediate_dim",
-            "vocabulary_size",
-            "head_dim",
-            "num_experts",
-        ),
-        {"20B": (64, 8, 2880, 2880, 201088, 64, 32), "120B": (64, 8, 2880, 2880, 201088, 64, 128)},
-    ),
 }

@@ -50,13 +50,13 @@ class FakeCpuMode(FakeTensorMode):
             view = self._view(func, args)
             if view is not None:
                 return view
+        if self.allow_non_fake_inputs and _is_of_numbers(func, args):
+            return self._compute(func, args, kwargs or {})
         question = self._question(func, args, kwargs) if _makes_a_tensor(func) else None
         if question is not None:
             return self._answer(question, func, types, args, kwargs or {})
         if func in _UPDATES:
             return None
-        if self.allow_non_fake_inputs and _is_of_numbers(func, args):
-            return self._compute(func, args, kwargs or {})
         if any(map(_is_real, args)):
             if self.allow_non_fake_inputs and self._is_of_constants(func, tuple(tensors_in((args, kwargs)))):
                 return self._compute(func, args, kwargs or {})
