@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import torch.distributed as dist
 
+from tp_planner.frontend.calling import without_distribution
 from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.ir.errors import PlanError, in_one_line
 from tp_planner.ir.plan import Plan
@@ -101,19 +102,8 @@ def _of_copy(model: keras.Model, plan: Plan, inputs: Any, targets: Any) -> Seen 
     if not copied:
         return None
     inputs, targets = keras.tree.map_structure(lambda *parts: np.concatenate(parts), *shares)
-    with _without_distribution():
+    with without_distribution():
         return _step(copied[0], inputs, targets, keep=True, in_job=False)
-
-
-@contextlib.contextmanager
-def _without_distribution() -> Iterator[None]:
-    """Inside, models are those of one device."""
-    distribution = keras.distribution.distribution()
-    keras.distribution.set_distribution(None)
-    try:
-        yield
-    finally:
-        keras.distribution.set_distribution(distribution)
 
 
 def _copy(model: keras.Model) -> Iterator[keras.Model]:
@@ -124,7 +114,7 @@ def _copy(model: keras.Model) -> Iterator[keras.Model]:
         config = keras.saving.serialize_keras_object(model)
         config.pop("compile_config", None)  # the optimizer has slots in shards, and is not needed
         classes = {type(layer).__name__: type(layer) for layer in named_layers(model).values()}
-        with _without_distribution():
+        with without_distribution():
             copy = keras.saving.deserialize_keras_object(config, custom_objects=classes)
     except Exception as error:  # layers may raise anything
         raise PlanError(
