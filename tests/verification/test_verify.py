@@ -18,7 +18,7 @@ from tests.keras_distribution.test_model_parallel import model_parallel
 from tests.models import CASES
 from tests.test_any_layout import random_rules
 from tests.verification.faults import FAULTS, Fault
-from tests.workers import Pools
+from tests.workers import Pools, layout_map
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.verdict import Event
@@ -143,6 +143,45 @@ def verified_while_it_runs(mesh: dict[str, int], fault: str) -> tuple[bool, tupl
     return verdict.is_same, verdict.begins.layers if verdict.begins else (), unequal, same
 
 
+def pair() -> keras.Model:
+    """A Sequential: its variables have other paths in a copy."""
+    layers = [keras.layers.Dense(8, "gelu", name="up"), keras.layers.Dense(4, name="down")]
+    return keras.Sequential([keras.Input((4,)), *layers], name="pair")
+
+
+class Lost(keras.Model):
+    """Cannot be made of its configuration."""
+
+    def __init__(self, width: Any) -> None:
+        super().__init__(name="lost")
+        self.up = keras.layers.Dense(width.size, name="up")
+
+    def call(self, x: Any) -> Any:
+        return self.up(x)
+
+
+def verified_of_each_kind() -> dict[str, str]:
+    """Return what is said of right models of several kinds; "same" if they are found to be."""
+    said = {}
+    for name in ("sequential", "lost", "subclassed", "tied", "convnet"):
+        if name in CASES:
+            model, rules, loss = CASES[name].build(), CASES[name].rules, CASES[name].make_loss()
+            inputs, targets = CASES[name].batch(np.random.default_rng(0), 4)
+        else:
+            model = pair() if name == "sequential" else Lost(np.zeros(8))
+            inputs, targets, loss = np.ones((4, 4), "float32"), np.zeros((4, 1), "float32"), "mse"
+            model(inputs)
+            rules = {".*up/kernel": (None, "model"), ".*up/bias": ("model",)}
+        tp_planner.parallelize(model, layout_map(rules), inputs)
+        model.compile("sgd", loss, jit_compile=False)
+        try:
+            verdict = tp_planner.verify_step(model, inputs, targets)
+            said[name] = "same" if verdict.is_same else str(verdict)
+        except tp_planner.PlanError as error:
+            said[name] = str(error)
+    return said
+
+
 def verified_under_keras_distribution() -> list[object]:
     """Return what is said before the first call, whether the model is right then, and where it is not without a sum."""
     case = CASES["gpt"]
@@ -170,6 +209,15 @@ def test_running_model_is_verified_under_keras_distribution(pools: Pools) -> Non
         "distribution the model itself, before tp_planner.verify_step"
     )
     assert pools(2).run(verified_under_keras_distribution) == [[said, True, True]] * 2
+
+
+def test_running_models_of_each_kind_are_verified(pools: Pools) -> None:
+    """What cannot be copied is refused on all ranks, and a rank does not wait for a copy that failed."""
+    zero, one = pools(2).run(verified_of_each_kind)
+    refusal = zero.pop("lost")
+    assert refusal.startswith("model 'lost' cannot be copied by its configuration (")
+    assert one.pop("lost") == f"rank 0: {refusal}"
+    assert zero == one == dict.fromkeys(("sequential", "subclassed", "tied", "convnet"), "same")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import torch.distributed as dist
 
 from tp_planner.frontend.calling import without_distribution
-from tp_planner.frontend.layer_tree import named_layers, named_variables
+from tp_planner.frontend.layer_tree import named_layers, named_variables, own_variables
 from tp_planner.ir.errors import PlanError, in_one_line
 from tp_planner.ir.plan import Plan
 from tp_planner.ir.verdict import BEFORE, judge
@@ -91,39 +91,63 @@ def _gradients_given_back(model: keras.Model) -> Iterator[None]:
 
 def _of_copy(model: keras.Model, plan: Plan, inputs: Any, targets: Any) -> Seen | None:
     """Return what a copy of the model on rank 0 computes on the rows of all replicas; None on the others."""
-    copied: list[keras.Model] = []
-    together("copying the model in tp_planner.verify_step", lambda: copied.extend(_copy(model)))
+    copies = together("copying the model in tp_planner.verify_step", lambda: _copies(model, inputs))
     for key, variable in named_variables(model).items():
         whole = whole_tensor(variable)
-        if copied:
-            named_variables(copied[0])[key]._value.data = whole.detach().clone()
+        for copy in copies:
+            named_variables(copy)[key]._value.data = whole.detach().clone()
     arrays = keras.tree.map_structure(keras.ops.convert_to_numpy, (inputs, targets))
     shares = [part for rank, part in enumerate(_gathered(arrays)) if plan.mesh.coordinate(rank, plan.axis) == 0]
-    if not copied:
-        return None
-    inputs, targets = keras.tree.map_structure(lambda *parts: np.concatenate(parts), *shares)
-    with without_distribution():
-        return _step(copied[0], inputs, targets, keep=True, in_job=False)
+    batch = keras.tree.map_structure(lambda *parts: np.concatenate(parts), *shares)
+    what = "the step of the copy in tp_planner.verify_step"
+    return next(iter(together(what, lambda: [_step_of_copy(copy, *batch) for copy in copies])), None)
 
 
-def _copy(model: keras.Model) -> Iterator[keras.Model]:
-    """Yield a plain copy of the model with its loss, on rank 0."""
+def _step_of_copy(copy: keras.Model, inputs: Any, targets: Any) -> Seen:
+    try:
+        with without_distribution():
+            return _step(copy, inputs, targets, keep=True, in_job=False)
+    except Exception as error:  # layers may raise anything
+        raise PlanError(
+            f"the copy of model {copy.name!r} on one device fails ({in_one_line(error)}); give reference=False"
+        ) from error
+
+
+def _copies(model: keras.Model, inputs: Any) -> list[keras.Model]:
+    """Return a plain copy of the model with its loss, whose variables have the same keys, on rank 0 alone."""
     if dist.get_rank():
-        return
+        return []
     try:
         config = keras.saving.serialize_keras_object(model)
         config.pop("compile_config", None)  # the optimizer has slots in shards, and is not needed
         classes = {type(layer).__name__: type(layer) for layer in named_layers(model).values()}
         with without_distribution():
             copy = keras.saving.deserialize_keras_object(config, custom_objects=classes)
+            if not all(layer.built for layer in named_layers(copy).values()):
+                copy(keras.tree.map_structure(keras.ops.convert_to_tensor, inputs), training=False)
     except Exception as error:  # layers may raise anything
         raise PlanError(
             f"model {model.name!r} cannot be copied by its configuration ({in_one_line(error)}); "
             f"register its classes with keras.saving, or give reference=False"
         ) from None
+    _name_variables_alike(copy, model)
     losses = model._compile_loss
     copy.compile(loss=losses and losses._user_loss, loss_weights=losses and losses._user_loss_weights)
-    yield copy
+    return [copy]
+
+
+def _name_variables_alike(copy: keras.Model, model: keras.Model) -> None:
+    """Give the copy's variables the paths of the model's: a path says in whose build a variable was made."""
+    layers = named_layers(copy)
+    for name, layer in named_layers(model).items():
+        own, others = own_variables(layer), own_variables(layers[name]) if name in layers else []
+        if [tuple(each.shape) for each in own] != [tuple(each.shape) for each in others]:
+            raise PlanError(
+                f"model {model.name!r} cannot be copied by its configuration, by which layer {name!r} has other "
+                f"variables; give reference=False"
+            )
+        for variable, other in zip(own, others, strict=True):
+            other._path = variable.path
 
 
 def _mean(loss: float) -> float:
