@@ -115,7 +115,12 @@ def train(setting: str) -> dict[str, Any]:
     masked, loss, weights = SETTINGS[setting]
     outputs = 2 if isinstance(loss(), list) else 1
     model, found = tagger(masked, outputs, MODELS.get(setting, keras.Model)), {}
-    model.compile(keras.optimizers.SGD(0.02, momentum=0.9), loss(), loss_weights=[1.0, 0.3] if outputs == 2 else None)
+    model.compile(
+        keras.optimizers.SGD(0.02, momentum=0.9),
+        loss(),
+        loss_weights=[1.0, 0.3] if outputs == 2 else None,
+        metrics=["accuracy"] if isinstance(model, OwnSteps) else None,
+    )
     for rows in (6, 5, 1, 4):
         given = batch(rows, weights, outputs)
         found[f"train {rows}"] = model.train_on_batch(**given, return_dict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -47,8 +47,17 @@ def logs_of_all(model: keras.Model, logs: Any) -> Any:
     """
     if not isinstance(logs, dict):
         return logs
-    own, of_all = type(model).get_metrics_result(model), model.get_metrics_result()
-    return {name: of_all[name] if _is(value, own.get(name)) else value for name, value in logs.items()}
+    return _with_totals(logs, type(model).get_metrics_result(model), model.get_metrics_result())
+
+
+def _with_totals(logs: Mapping[str, Any], own: Mapping[str, Any], totals: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the logs, in which compiled metrics are a mapping of their own, with totals for own results."""
+    return {
+        name: _with_totals(value, own, totals)
+        if isinstance(value, dict)
+        else (totals[name] if _is(value, own.get(name)) else value)
+        for name, value in logs.items()
+    }
 
 
 def _is(value: Any, result: Any) -> bool:
