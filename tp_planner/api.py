@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,13 +92,10 @@ def plan(
     """
     require_built(model)
     _require_plain(model)
-    layout = _with_stream(read_layout(layout_map, batch_axis), sequence_parallel, gather_again)
+    layout = _Asked(batch_axis, sequence_parallel, gather_again, gathers_ahead).on(layout_map)
     if device not in (None, "cpu", "cuda"):
         raise PlanError(f"device is {device!r}; it is 'cpu' or 'cuda', or None for that of the mesh")
-    if gathers_ahead is not None and (type(gathers_ahead) is not int or gathers_ahead < 0):
-        raise PlanError(f"gathers_ahead is {gathers_ahead!r}; it is a number of gathers, 0 for none")
-    ahead = layout.gathers_ahead if gathers_ahead is None else gathers_ahead
-    layout = replace(layout, devices=device or layout.devices, gathers_ahead=ahead)
+    layout = replace(layout, devices=device or layout.devices)
     return make_plan(model, layout, inputs, read_optimizer(optimizer, model), TrainingLoss.of(model, loss))
 
 
@@ -107,10 +104,29 @@ def read_layout(layout_map: Any, batch_axis: str | None) -> Layout:
     return read_layout_map(layout_map).across(batch_axis)
 
 
-def _with_stream(layout: Layout, sequence_parallel: bool | None, gather_again: bool | None) -> Layout:
-    if sequence_parallel is not None:
-        layout = replace(layout, sequence_parallel=sequence_parallel)
-    return layout if gather_again is None else replace(layout, gather_again=gather_again)
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a caller says of a layout beside its rules; None for what the layout says itself."""
+
+    batch_axis: str | None
+    sequence_parallel: bool | None
+    gather_again: bool | None
+    gathers_ahead: int | None
+
+    def __post_init__(self) -> None:
+        ahead = self.gathers_ahead
+        if ahead is not None and (type(ahead) is not int or ahead < 0):
+            raise PlanError(f"gathers_ahead is {ahead!r}; it is a number of gathers, 0 for none")
+
+    @property
+    def of_the_plan(self) -> dict[str, Any]:
+        """What is said of all but the batch axis, by name."""
+        said = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "batch_axis"}
+        return {name: value for name, value in said.items() if value is not None}
+
+    def on(self, layout_map: Any) -> Layout:
+        """Return the layout of a LayoutMap, with this said of it."""
+        return replace(read_layout(layout_map, self.batch_axis), **self.of_the_plan)
 
 
 def parallelize(
@@ -121,6 +137,7 @@ def parallelize(
     batch_axis: str | None = None,
     sequence_parallel: bool | None = None,
     gather_again: bool | None = None,
+    gathers_ahead: int | None = None,
     weights: str | Path | None = None,
     names: Mapping[str, str] | None = None,
 ) -> keras.Model:
@@ -144,6 +161,7 @@ def parallelize(
             the ranks of one replica on the same; gradients are averaged over the samples of all.
         sequence_parallel: as for ``plan``; a plan has decided it.
         gather_again: as for ``plan``; a plan has decided it.
+        gathers_ahead: as for ``plan``; a plan has decided it.
         weights: a file or folder that all ranks read, each its own shards: ``.weights.h5``, ``.weights.json``,
             ``.keras``, ``.safetensors``, a folder with an index of many, or one of torch.distributed.checkpoint. The
             model may hold values already; they are not used.
@@ -157,7 +175,8 @@ def parallelize(
     """
     if check not in (None, "first_step"):
         raise PlanError(f"check is {check!r}; it is 'first_step' or None")
-    layout = _asked_for(layout_map_or_plan, batch_axis, sequence_parallel, gather_again)
+    asked = _Asked(batch_axis, sequence_parallel, gather_again, gathers_ahead)
+    layout = _asked_for(layout_map_or_plan, asked)
     mesh = layout if isinstance(layout, Mesh) else layout.mesh
     require_process_group(mesh.size, layout.devices if isinstance(layout, Layout) else None)
     agree_on_mesh(mesh)
@@ -223,38 +242,33 @@ def _require_plain(model: keras.Model) -> None:
         raise PlanError(f"model {model.name!r} is parallelized already; call tp_planner.restore(model) first")
 
 
-def _asked_for(
-    given: Any, batch_axis: str | None, sequence_parallel: bool | None, gather_again: bool | None
-) -> Plan | Layout | Mesh:
+def _asked_for(given: Any, asked: _Asked) -> Plan | Layout | Mesh:
     """Return the plan or the layout that a user gives, or the mesh on which a layout is to be found."""
     if isinstance(given, str) and given == "auto":
-        _require_left_to_the_search(batch_axis, sequence_parallel, gather_again)
+        _require_left_to_the_search(asked)
         return Mesh((("model", number_of_processes()),))
     if isinstance(given, Plan):
-        _require_as_planned(given, batch_axis, sequence_parallel, gather_again)
+        _require_as_planned(given, asked)
         return given
-    return _with_stream(read_layout(given, batch_axis), sequence_parallel, gather_again)
+    return asked.on(given)
 
 
-def _require_as_planned(
-    chosen: Plan, batch_axis: str | None, sequence_parallel: bool | None, gather_again: bool | None
-) -> None:
-    if batch_axis not in (None, chosen.mesh.batch_axis):
+def _require_as_planned(chosen: Plan, asked: _Asked) -> None:
+    if asked.batch_axis not in (None, chosen.mesh.batch_axis):
         raise PlanError(
-            f"batch_axis is {batch_axis!r}, the plan was made for {chosen.mesh.batch_axis!r}; "
+            f"batch_axis is {asked.batch_axis!r}, the plan was made for {chosen.mesh.batch_axis!r}; "
             f"give batch_axis= to tp_planner.plan"
         )
-    if (sequence_parallel, gather_again) != (None, None):
-        raise PlanError("sequence_parallel and gather_again are decided in a plan; give them to tp_planner.plan")
+    if asked.of_the_plan:
+        raise PlanError(f"a plan has decided {' and '.join(asked.of_the_plan)}; say it to tp_planner.plan")
 
 
-def _require_left_to_the_search(
-    batch_axis: str | None, sequence_parallel: bool | None, gather_again: bool | None
-) -> None:
-    if (batch_axis, sequence_parallel, gather_again) != (None, None, None):
+def _require_left_to_the_search(asked: _Asked) -> None:
+    said = [*(["batch_axis"] if asked.batch_axis is not None else []), *asked.of_the_plan]
+    if said:
         raise PlanError(
-            "layout 'auto' has one axis, and no sequence parallelism; find a layout with tp_planner.find_layout, "
-            "and give that with batch_axis, sequence_parallel and gather_again"
+            f"layout 'auto' has one axis, and no sequence parallelism; find a layout with tp_planner.find_layout, "
+            f"and give that with {' and '.join(said)}"
         )
 
 

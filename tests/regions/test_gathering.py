@@ -153,12 +153,12 @@ class Started(TorchDispatchMode):
         return result
 
 
-def step_with_gathers(rules: str) -> tuple[list[int], list[int], int, int]:
+def step_with_gathers(ahead: int) -> tuple[list[int], list[int], int, int]:
     """Return the products behind the gathers of a forward and a backward pass, and of a call without gradients."""
     case = MODELS["stacked"]
     model = case.build("float32")
     x, _ = case.batch(np.random.default_rng(0), 4)
-    tp_planner.parallelize(model, layout("stacked", rules, (4, 1)))
+    tp_planner.parallelize(model, layout("stacked", "stacked", (4, 1)), gathers_ahead=ahead)
     with Started() as forward:
         loss = model(x, training=True).sum()
     with Started() as backward:
@@ -174,7 +174,7 @@ def test_gathers_run_while_the_block_before_computes(pools: Pools) -> None:
     A block has two products, and four backward but for the first, whose input needs no gradient; the shared layer has
     one, two backward, and is not gathered early.
     """
-    none, one, two = (pools(4).run(step_with_gathers, f"stacked, {ahead} ahead")[0] for ahead in range(3))
+    none, one, two = (pools(4).run(step_with_gathers, ahead)[0] for ahead in range(3))
     assert none == ([0] * 9, [0] * 9, 0, 0)
     forward, backward, alone, left = one
     # block 0, block 1, common, block 2, common, block 3, common, head, common
@@ -226,10 +226,35 @@ def apply_layers_starting(plain: Callable[..., Any], *args: Any, **kwargs: Any) 
 
 
 @pytest.mark.parametrize("ahead", [-1, True, 1.5])
-def test_only_numbers_of_gathers_are_taken(ahead: Any) -> None:
+@pytest.mark.parametrize("call", [tp_planner.plan, tp_planner.parallelize])
+def test_only_numbers_of_gathers_are_taken(call: Callable[..., Any], ahead: Any) -> None:
     with pytest.raises(tp_planner.PlanError) as refusal:
-        tp_planner.plan(MODELS["mlp"].build(), layout("mlp", "both axes", (2, 1)), gathers_ahead=ahead)
+        call(MODELS["mlp"].build(), layout("mlp", "both axes", (2, 1)), gathers_ahead=ahead)
     assert str(refusal.value) == f"gathers_ahead is {ahead!r}; it is a number of gathers, 0 for none"
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        (
+            "a plan",
+            {"gathers_ahead": 0, "gather_again": False},
+            "a plan has decided gather_again and gathers_ahead; say it to tp_planner.plan",
+        ),
+        (
+            "auto",
+            {"batch_axis": "batch", "gathers_ahead": 2},
+            "layout 'auto' has one axis, and no sequence parallelism; find a layout with tp_planner.find_layout, "
+            "and give that with batch_axis and gathers_ahead",
+        ),
+    ],
+)
+def test_what_is_decided_already_is_not_asked_for(given: str, options: dict[str, Any], message: str) -> None:
+    model = MODELS["mlp"].build()
+    layout_or_plan = plan_of("mlp", "both axes", (2, 1)) if given == "a plan" else given
+    with pytest.raises(tp_planner.PlanError) as refusal:
+        tp_planner.parallelize(model, layout_or_plan, **options)
+    assert str(refusal.value) == message
 
 
 # What travels
