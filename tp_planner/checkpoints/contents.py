@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from tp_planner.frontend.layer_tree import named_variables
+from tp_planner.frontend.structure import places_in_structure
 from tp_planner.storage.sharding import Piece
 from tp_planner.storage.variables import ParallelVariable, local_tensor
 from tp_planner.training.optimizer import slots_of
@@ -27,8 +29,43 @@ def contents_of(model: keras.Model) -> dict[str, Any]:
 
     A slot is named for its variable, so that names are the same however Keras numbers optimizers.
     """
-    keys = {id(variable): key for key, variable in named_variables(model).items()}
-    found = {MODEL + key: variable for key, variable in named_variables(model).items()}
+    return _contents(model, {key: key for key in named_variables(model)})
+
+
+def structure_of(model: keras.Model) -> dict[str, str]:
+    """Return where each of the contents is in the structure of the model, by its name.
+
+    Names change with what else Keras has numbered, and from a built model to a loaded one; the structure does not.
+    """
+    return dict(zip(contents_of(model), _contents(model, places_in_structure(model)), strict=True))
+
+
+def names_there(structure: Mapping[str, str], names: Collection[str], model: keras.Model) -> dict[str, str]:
+    """Return by what name a checkpoint has each of the contents of a model, by its name here, but for what it lacks.
+
+    Args:
+        structure: of the model that was saved, by the checkpoint's names; empty if the checkpoint does not tell.
+        names: of all tensors that the checkpoint has.
+        model: the one to load into.
+    """
+    there = {place: name for name, place in structure.items() if name in names}
+    if not structure:
+        return {name: name for name in contents_of(model) if name in names}
+    return {name: there[place] for name, place in structure_of(model).items() if place in there}
+
+
+def lack(path: Path, name: str, structure: Mapping[str, str], model: keras.Model) -> str:
+    """Return in words that a checkpoint lacks what the model has by this name."""
+    if name not in structure:
+        return f"{path} has no {name!r}, which the model has"
+    there, here = (places[name].partition("/")[2] for places in (structure, structure_of(model)))
+    return f"{path} has {name!r} at {there!r}, the model at {here!r}"
+
+
+def _contents(model: keras.Model, called: Mapping[str, str]) -> dict[str, Any]:
+    """Return the contents; how their variables are called is given by the variables' keys."""
+    keys = {id(variable): called[key] for key, variable in named_variables(model).items()}
+    found = {MODEL + keys[id(variable)]: variable for variable in named_variables(model).values()}
     optimizer = getattr(model, "optimizer", None)
     for name, variable in _optimizer_variables(optimizer, keys) if optimizer is not None else ():
         unique, count = name, 1

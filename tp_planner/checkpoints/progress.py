@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class About:
     mesh: str
     layout: dict[str, str]  # placements by name of what is stored in shards
     random_state: dict[str, Any]
+    structure: dict[str, str] = field(default_factory=dict)  # places in the model by name of what is stored
 
     def write(self, folder: Path) -> None:
         """Write a file of this."""
@@ -54,6 +55,11 @@ def read_about(folder: Path) -> About:
         return About(**json.loads((folder / NAME).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise PlanError(f"{folder}: its {NAME} cannot be read ({type(error).__name__}: {error})") from None
+
+
+def structure_in(folder: Path) -> dict[str, str]:
+    """Return the places of a checkpoint's tensors in its model; none of weights that are no checkpoint's."""
+    return read_about(folder).structure if (folder / NAME).is_file() else {}
 
 
 def steps_made(model: keras.Model) -> int:

@@ -11,7 +11,7 @@ import functools
 import json
 import logging
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,17 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from tp_planner.checkpoints import shelf as shelves
-from tp_planner.checkpoints.contents import MODEL, OPTIMIZER, Part, PartPlanner, contents_of, pieces_of
+from tp_planner.checkpoints.contents import (
+    MODEL,
+    OPTIMIZER,
+    Part,
+    PartPlanner,
+    contents_of,
+    lack,
+    names_there,
+    pieces_of,
+    structure_of,
+)
 from tp_planner.checkpoints.formats.stored import StoredTensor
 from tp_planner.checkpoints.formats.torch_dcp import INDEX, open_dcp
 from tp_planner.checkpoints.manifest import check_hashes, hashed, read_manifest, write_manifest
@@ -119,6 +129,7 @@ def _about(model: keras.Model, contents: dict[str, Any], epoch: int, batch: int)
         mesh=str(applied.plan.mesh) if applied is not None else "",
         layout=layout,
         random_state=random_state(_device()),
+        structure=structure_of(model),
     )
 
 
@@ -188,7 +199,7 @@ def load_checkpoint(model: keras.Model, folder: str | Path) -> Progress:
     with contextlib.ExitStack() as opened:
         tensors = together(LOADING, lambda: opened.enter_context(open_dcp(path)).tensors, _tell)
         _build_optimizer(model, tensors)
-        found = together(LOADING, lambda: _match(model, tensors, path, about.step), _tell)
+        found = together(LOADING, lambda: _match(model, tensors, path, about), _tell)
         together(LOADING, lambda: _fill(found), _tell)
     set_random_state(about.random_state, _device())
     return Progress(about.step, about.epoch, about.batch, path)
@@ -217,36 +228,41 @@ def _check(path: Path, rank: int, size: int) -> None:
 def _build_optimizer(model: keras.Model, tensors: Collection[str]) -> None:
     """Let the slots exist that a checkpoint has values for; one that was written before the first step has none."""
     optimizer = getattr(model, "optimizer", None)
-    if optimizer is not None and not optimizer.built and _slots(tensors, contents_of(model)):
+    if optimizer is not None and not optimizer.built and _slots(set(tensors) - set(contents_of(model))):
         optimizer.build(model.trainable_variables)
 
 
-def _slots(names: Collection[str], others: Collection[str]) -> set[str]:
-    """Return the names of an optimizer's variables that are not among the others."""
-    return {name for name in names if name.startswith(OPTIMIZER)} - set(others)
+def _slots(names: Collection[str]) -> bool:
+    """Whether some of the names are those of an optimizer's variables."""
+    return any(name.startswith(OPTIMIZER) for name in names)
 
 
 def _match(
-    model: keras.Model, tensors: dict[str, StoredTensor] | Any, path: Path, step: int
+    model: keras.Model, tensors: Mapping[str, StoredTensor], path: Path, about: About
 ) -> list[tuple[Any, StoredTensor]]:
-    """Return the model's variables with what the checkpoint has of them; raise PlanError with all that does not fit."""
+    """Return the model's variables with what the checkpoint has of them; raise PlanError with all that does not fit.
+
+    What is at the same place in the structure of both models belongs together, whatever its name is.
+    """
     contents, problems, found = contents_of(model), [], []
+    there = names_there(about.structure, tensors, model)
     trained = any(name.startswith(OPTIMIZER) for name in tensors)
-    if step == 0 and trained and _slots(contents, tensors) and not _slots(tensors, contents):
+    lacking, left = set(contents) - set(there), set(tensors) - set(there.values())
+    if about.step == 0 and trained and _slots(lacking) and not _slots(left):
         raise PlanError(
             f"{path} was written before the optimizer's first step, and the model's optimizer has state of steps; "
             f"compile the model again, and load it then"
         )
     for name, variable in contents.items():
-        if name not in tensors:
+        if name in lacking:
             if name.startswith(MODEL) or trained:
-                problems.append(f"{path} has no {name!r}, which the model has")
-        elif problem := misfit(tensors[name], variable):
-            problems.append(f"{path}: {name!r} {problem} of the model")
+                problems.append(lack(path, name, about.structure, model))
+        elif problem := misfit(tensors[there[name]], variable):
+            problems.append(f"{path}: {there[name]!r} {problem} of the model")
         else:
-            found.append((variable, tensors[name]))
+            found.append((variable, tensors[there[name]]))
     has_optimizer = any(name.startswith(OPTIMIZER) for name in contents)
-    for name in sorted(set(tensors) - set(contents)):
+    for name in sorted(left - lacking):
         if has_optimizer or not name.startswith(OPTIMIZER):
             problems.append(f"{path} has {name!r}, which the model has not")
     if problems:

@@ -15,8 +15,10 @@ from typing import Any
 import keras
 import torch
 
+from tp_planner.checkpoints.contents import MODEL, lack, names_there
 from tp_planner.checkpoints.formats.opening import is_of_keras, open_weights
 from tp_planner.checkpoints.formats.stored import StoredTensor, Weights
+from tp_planner.checkpoints.progress import structure_in
 from tp_planner.frontend.keras_files import places_in_files
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.ir.errors import PlanError
@@ -25,7 +27,6 @@ from tp_planner.storage.sharding import Sharding
 # Returns this rank's stored tensor of a variable: (variable, sharding) -> local tensor
 Values = Callable[[Any, Sharding], torch.Tensor]
 Names = Mapping[str, str]  # the key of a variable, and the name of its tensor in a file
-KEPT_APART = "model/"  # what stands before keys in checkpoints that hold more than a model
 
 
 def lacks_values(model: keras.Model) -> bool:
@@ -74,8 +75,13 @@ def _names_in(model: keras.Model, weights: Weights, given: dict[str, str]) -> di
         )
     if is_of_keras(weights.path):
         return _places(model, variables) | given
+    if structure := structure_in(weights.path):
+        there = names_there(structure, weights.tensors, model)
+        if lacking := [MODEL + key for key in variables if MODEL + key not in there and key not in given]:
+            raise PlanError([lack(weights.path, name, structure, model) for name in lacking])
+        return {key: there.get(MODEL + key, key) for key in variables} | given
     apart = not any(key in weights.tensors for key in variables)
-    return {key: KEPT_APART + key if apart else key for key in variables} | given
+    return {key: MODEL + key if apart else key for key in variables} | given
 
 
 def _places(model: keras.Model, variables: Mapping[str, Any]) -> dict[str, str]:
@@ -89,12 +95,12 @@ def renamed(weights: Weights, model: keras.Model | None, of_keras: bool, to_kera
 
     Raises PlanError if names have to change and there is no model to tell how, or the model has others.
     """
-    apart = any(name.startswith(KEPT_APART) for name in weights.tensors)
+    apart = any(name.startswith(MODEL) for name in weights.tensors)
     if of_keras == to_keras and not apart:
         return dict(weights.tensors)
     if not of_keras and not to_keras:
-        kept = {name: tensor for name, tensor in weights.tensors.items() if name.startswith(KEPT_APART)}
-        return {name.removeprefix(KEPT_APART): tensor for name, tensor in kept.items()}
+        kept = {name: tensor for name, tensor in weights.tensors.items() if name.startswith(MODEL)}
+        return {name.removeprefix(MODEL): tensor for name, tensor in kept.items()}
     if model is None:
         raise PlanError(
             f"{weights.path}: names in Keras's files are places in a model, others are those of variables; "
