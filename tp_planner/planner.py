@@ -37,6 +37,7 @@ from tp_planner.passes.gather_together import gather_together
 from tp_planner.passes.honor_output_rules import honor_output_rules
 from tp_planner.passes.note_own_state import note_own_state
 from tp_planner.passes.place_boundaries import close, must_walk_all_blocks, place_boundaries, write_layer_plans
+from tp_planner.passes.reduce_behind import reduce_behind
 from tp_planner.passes.resolve_rules import Resolution, resolve_rules
 from tp_planner.passes.shard_into_loss import note_whole_logits, shard_into_loss
 from tp_planner.passes.split_unevenly import split_unevenly
@@ -114,6 +115,10 @@ class _Job:
         """For each layer those that are planned alike, with all layers below each."""
         return find_equal_layers(self.model, self.planned_alike)
 
+    @property
+    def _trained(self) -> set[str]:
+        return {key for key, variable in self.variables.items() if variable.trainable}
+
     def plan(self, blocks: Blocks) -> Plan | None:
         """Return the plan, made from one of each of the ``blocks``; None if they cannot be planned one by one."""
         axis = self.layout.mesh.model_axis
@@ -141,7 +146,7 @@ class _Job:
                 if not conflicts or graphs[0].functions is not None:
                     if placing.blocks_differ:
                         return None
-                    layers = write_layer_plans(graphs, walks, styles, closings)
+                    layers = reduce_behind(write_layer_plans(graphs, walks, styles, closings), self._trained)
                     plan = self._write(graphs[0], layers, all(walk.input_gradients for walk in walks), notes)
                     plan = replace(
                         plan, variables=_as_stored(plan.variables, stored_in_parts(stored, styles, closings, graphs[0]))

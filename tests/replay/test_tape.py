@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from tp_planner.replay.rewrites import contracted_dims, product
+from tp_planner.regions.behind import contracted_dims
+from tp_planner.replay.rewrites import product
 from tp_planner.replay.tape import Tape
 
 Code = Callable[[torch.Tensor], Any]

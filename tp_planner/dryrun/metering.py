@@ -10,7 +10,9 @@ import contextlib
 import functools
 import weakref
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -25,6 +27,7 @@ from tp_planner.frontend.layer_tree import named_layers
 from tp_planner.ir.step import Collective, Phase, StorageKind
 from tp_planner.ir.step_log import Began, Early, Freed, Kernel, Origin, StepLog
 from tp_planner.job.axes import Axes
+from tp_planner.regions.behind import made_as
 from tp_planner.regions.calls import running
 from tp_planner.regions.recording import LOCAL_OPS, CollectiveRecorder
 
@@ -44,6 +47,9 @@ class StepMeter(CollectiveRecorder):
         self._began: Phase = "forward"
         self._counting = True
         self._early = False  # whether what is noted may happen before the log says
+        self._last = 0  # the place of the last collective among the events
+        self._flops: Counter[str] = Counter()  # of matrix products so far, by dtype
+        self._begun: dict[int, tuple[int, Counter[str]]] = {}  # by storage, what was begun: the event, and FLOPs then
         self._in_call: list[str] = []  # the layers whose calls run
         self._nodes: list[tuple[int, str]] = [(0, "")]  # numbers of autograd nodes, and the layer of those from there
 
@@ -75,7 +81,7 @@ class StepMeter(CollectiveRecorder):
         node = torch._C._current_autograd_node()
         layer = self._layer_in_call
         if node is not None and not layer:
-            layer = self._nodes[bisect_right(self._nodes, node._sequence_nr(), key=lambda each: each[0]) - 1][1]
+            layer = self._nodes[bisect_right(self._nodes, made_as(node), key=lambda each: each[0]) - 1][1]
         op = func.__name__.partition(".")[0].lstrip("_")
         return Origin(layer, op, str(made.dtype).removeprefix("torch."), tuple(made.shape))
 
@@ -129,6 +135,7 @@ class StepMeter(CollectiveRecorder):
     def note(self, collective: Collective) -> None:
         """Log a collective that is about to run."""
         self._begin(collective.phase)
+        self._last = len(self.log.events)
         self.log.events.append(collective)
 
     def _begin(self, phase: Phase) -> None:
@@ -138,13 +145,14 @@ class StepMeter(CollectiveRecorder):
         self._mark_what_is_early()
 
     def _mark_what_is_early(self) -> None:
-        early = running.site is not None and running.site.early
+        early = running.site is not None and running.site.moved
         if early != self._early:
             self._early = early
             self.log.events.append(Early(early))
 
     def watch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         if func.namespace == "_c10d_functional" and func.__name__.partition(".")[0] in LOCAL_OPS:
+            self._note_wait(args[0])
             # Neither makes a tensor on real devices; a fake one would be a new one.
             return args[0] if isinstance(args[0], FakeTensor) else func(*args, **kwargs)
         result = super().watch(func, types, args, kwargs)
@@ -157,7 +165,17 @@ class StepMeter(CollectiveRecorder):
         made = [leaf for leaf in _tensors(result) if not self.knows(leaf)]
         if made or func._schema.is_mutable:
             self._count(func, args, kwargs, result, inputs)
+        if func.namespace == "_c10d_functional" and running.site and running.site.early and not running.site.moved:
+            self._begun[self.storage(result)] = self._last, self._flops.copy()
         return result
+
+    def _note_wait(self, arriving: torch.Tensor) -> None:
+        """Say of a collective that was begun which products have run since."""
+        begun = self._begun.pop(self.storage(arriving), None) if self.knows(arriving) else None
+        if begun is not None:
+            place, before = begun
+            behind = tuple(sorted((self._flops - before).items()))
+            self.log.events[place] = replace(self.log.events[place], behind=behind)  # type: ignore[type-var]
 
     def _count(self, func: Any, args: Any, kwargs: Any, result: Any, inputs: Sequence[torch.Tensor]) -> None:
         """Log the storages that an op has made, and what it computed.
@@ -183,6 +201,8 @@ class StepMeter(CollectiveRecorder):
         if self._counting:
             flops = flops_of(func, args, kwargs, result)
             dtype = str(inputs[0].dtype).removeprefix("torch.") if flops else ""
+            if flops:
+                self._flops[dtype] += flops * times
             self.log.events.append(Kernel(self.phase, dtype, flops, moved, times))
 
 

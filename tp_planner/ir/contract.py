@@ -94,7 +94,7 @@ def _next_step(collective: Collective) -> str:
 
 def _signed(collective: Collective) -> Collective:
     """Return the collective without what may depend on the batch, or says the same in words."""
-    return replace(collective, bytes=0, reason="")
+    return replace(collective, bytes=0, reason="", behind=())
 
 
 def _batch_factor(planned: Sequence[tuple[Shape, str]], found: Sequence[tuple[Shape, str]]) -> Fraction:

@@ -51,7 +51,9 @@ class Boundary:
 
     ``shape`` is the global shape in the traced call, ``tensor`` names the tensor: boundaries of one call
     of the model with the same tensor and transitions are executed once and shared, by as many inputs as ``readers``
-    says. ``again`` says that what was gathered is not kept for the backward pass but gathered again there.
+    says. ``again`` says that what was gathered is not kept for the backward pass but gathered again there. Where the
+    gradient comes back ``behind`` others, its sum is begun before the gradients of weights are computed that the same
+    layers read, and waited for after them.
     """
 
     tensor: str
@@ -63,6 +65,7 @@ class Boundary:
     has_gradient: bool  # whether a gradient flows back here in the traced step
     readers: int = 1
     again: bool = False
+    behind: bool = False
 
     @property
     def is_on_stream(self) -> bool:

@@ -90,6 +90,7 @@ def _encode_boundary(boundary: Boundary | None) -> dict[str, Any] | None:
         "has_gradient": boundary.has_gradient,
         "readers": boundary.readers,
         "again": boundary.again,
+        "behind": boundary.behind,
     }
 
 
@@ -104,6 +105,7 @@ def _decode_boundary(data: Mapping[str, Any]) -> Boundary:
         data["has_gradient"],
         data["readers"],
         data["again"],
+        data["behind"],
     )
 
 
@@ -221,6 +223,10 @@ def _decode_gathering(data: Mapping[str, Any]) -> Gathering:
     return Gathering(data["layer"], reads, data["once"])
 
 
+def _decode_flops(data: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(data.items()))
+
+
 _COLLECTIVE_FIELDS = ("kind", "axis", "group_size", "bytes", "layer", "place", "phase", "reason", "cause", "early")
 
 
@@ -245,7 +251,8 @@ def _encode_plan(plan: Plan) -> dict[str, Any]:
         "variables": [_encode_variable(variable) for variable in plan.variables],
         "layers": [_encode_layer(layer) for layer in plan.layers],
         "collectives": [
-            {name: getattr(collective, name) for name in _COLLECTIVE_FIELDS} for collective in plan.collectives
+            {name: getattr(each, name) for name in _COLLECTIVE_FIELDS} | {"behind": dict(each.behind)}
+            for each in plan.collectives
         ],
         "step": encode_step(plan.step),
         "input_gradients": plan.input_gradients,
@@ -285,7 +292,10 @@ def _decode_plan(data: Mapping[str, Any]) -> Plan:
         variables=tuple(_decode_variable(variable, parts, mesh.replicas) for variable in data["variables"]),
         layers=tuple(_decode_layer(layer) for layer in data["layers"]),
         collectives=tuple(
-            Collective(**{name: collective[name] for name in _COLLECTIVE_FIELDS}) for collective in data["collectives"]
+            Collective(
+                **{name: each[name] for name in _COLLECTIVE_FIELDS}, behind=tuple(sorted(each["behind"].items()))
+            )
+            for each in data["collectives"]
         ),
         step=decode_step(data["step"]),
         input_gradients=data["input_gradients"],

@@ -17,7 +17,8 @@ class Collective:
 
     ``bytes`` is the size of each rank's input to it. ``cause`` is the op for which DTensor or the model's own code
     communicates; it is empty for a collective that a boundary of the plan makes. One that is ``early`` is started
-    before others need what it brings, and waited for then.
+    before others need what it brings, and waited for then. Of one that a layer starts and waits for, ``behind`` are
+    the multiplications and additions of matrix products in between, by dtype name.
     """
 
     kind: CollectiveKind
@@ -30,6 +31,7 @@ class Collective:
     reason: str
     cause: str = ""
     early: bool = False
+    behind: tuple[tuple[str, int], ...] = ()
 
     @property
     def is_planned(self) -> bool:

@@ -88,12 +88,19 @@ class _PlannedCall:
     entries: tuple[tuple[int, Boundary, Site], ...]
     functions: Mapping[tuple[str, int], PlannedFunction]
     exit: Site | None
+    behind: bool  # whether gradients of its inputs are summed while those of weights are computed
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether the torch functions are watched that the layer's code calls."""
+        return self.behind or bool(self.functions)
 
     @classmethod
     def of(cls, plan: LayerPlan) -> _PlannedCall:
         entries = tuple((position, boundary, _site(plan, "input", boundary)) for position, boundary in plan.inputs)
         exit_ = None if plan.output is None else _site(plan, "output", plan.output)
-        return cls(plan, entries, planned_functions(plan), exit_)
+        behind = any(boundary.behind for _, boundary in plan.boundaries)
+        return cls(plan, entries, planned_functions(plan), exit_, behind)
 
 
 class LayerCalls:
@@ -173,8 +180,10 @@ class LayerCalls:
         elif plan.epilogue_after_output:
             frame.undo.append(functools.partial(give_back, layer, withhold(layer, plan.epilogue_after_output)))
             frame.changed = functools.partial(withheld, layer, plan.epilogue_after_output)
-        if plan.functions:
-            frame.functions = FunctionCalls(plan.layer, planned.functions, frame, self.axis, self._shared)
+        if planned.is_watched:
+            frame.functions = FunctionCalls(
+                plan.layer, planned.functions, frame, self.axis, self._shared, planned.behind
+            )
             frame.functions.__enter__()
             running.watching += 1
             frame.undo.append(functools.partial(_stop_watching, frame.functions))
@@ -184,12 +193,13 @@ class LayerCalls:
         if not running.frames or running.frames[-1].owner is not self:
             return None
         frame = running.frames[-1]
+        functions = frame.functions
         try:
             frame.leave()
             if output is None:  # the call has failed
                 return None
-            if frame.functions is not None:
-                frame.functions.check_all_called()
+            if functions is not None:
+                functions.check_all_called()
             planned = self._planned(layer, args, kwargs)
             return None if planned is None or frame.alone else self._finish(layer, planned, frame, output)
         finally:

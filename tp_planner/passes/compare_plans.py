@@ -134,7 +134,9 @@ def _of_tensor(boundary: Boundary) -> str:
     gradient = "a gradient" if boundary.has_gradient else "no gradient"
     kind = f"{_shape(boundary.shape)} {boundary.dtype} ({boundary.itemsize} bytes)"
     shared = f", shared by {boundary.readers}" if boundary.readers > 1 else ""
-    return f"{boundary.tensor}: {kind}, {gradient}{shared}{', gathered again' if boundary.again else ''}"
+    again = ", gathered again" if boundary.again else ""
+    behind = ", summed behind those of weights" if boundary.behind else ""
+    return f"{boundary.tensor}: {kind}, {gradient}{behind}{shared}{again}"
 
 
 def _shape(shape: Shape) -> str:

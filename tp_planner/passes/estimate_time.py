@@ -9,6 +9,8 @@ sum. Collectives follow the alpha-beta model of a ring: a latency, another for e
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.hardware import Hardware, PhaseTime, TimeEstimate, TimeRange
 from tp_planner.ir.plan import Plan
@@ -53,7 +55,10 @@ def _assumptions_of(plan: Plan, hardware: Hardware) -> tuple[str, ...]:
     if not plan.step.optimizer:
         assumptions.append("no update: the plan was made without an optimizer")
     if any(each.early for each in plan.collectives):
-        assumptions.append("low: collectives that start early run behind what their phase computes, as long as it does")
+        assumptions.append(
+            "low: collectives that start early run behind what their phase computes, or behind the products that the "
+            "plan has between start and wait, as long as these do"
+        )
     if not plan.step.loss:
         assumptions.append("no loss: the plan was made without one")
     if plan.mesh.size > hardware.node_size.value:
@@ -67,18 +72,30 @@ def _assumptions_of(plan: Plan, hardware: Hardware) -> tuple[str, ...]:
 def _phase_time(phase: Phase, plan: Plan, hardware: Hardware) -> PhaseTime:
     compute = [compute_time(work, hardware) for work in plan.step.work if work.phase == phase]
     here = [each for each in plan.collectives if each.phase == phase]
-    early = sum((collective_time(each, hardware) for each in here if each.early), _NO_TIME)
-    waited = sum((collective_time(each, hardware) for each in here if not each.early), _NO_TIME)
+    in_turn = sum((collective_time(each, hardware) for each in here if each.early and not each.behind), _NO_TIME)
+    others = sum((_seen_time(each, hardware) for each in here if not each.early or each.behind), _NO_TIME)
     computed = sum(compute, _NO_TIME)
-    seen = TimeRange(max(early.low - computed.low, 0.0), early.high)
-    return PhaseTime(phase, computed, waited + seen)
+    seen = TimeRange(max(in_turn.low - computed.low, 0.0), in_turn.high)
+    return PhaseTime(phase, computed, others + seen)
+
+
+def _seen_time(collective: Collective, hardware: Hardware) -> TimeRange:
+    """Return for how long a rank waits for a collective, at best only once the products behind which it runs end."""
+    whole = collective_time(collective, hardware)
+    hidden = _products_time(collective.behind, hardware) / hardware.matmul_efficiency.high
+    return TimeRange(max(whole.low - hidden, 0.0), whole.high)
+
+
+def _products_time(flops: Iterable[tuple[str, int]], hardware: Hardware) -> float:
+    """Return the time of matrix products at the hardware's highest rates."""
+    rates = dict(hardware.matmul_rate)
+    return sum(number / rates[dtype].value for dtype, number in flops)
 
 
 def compute_time(work: Work, hardware: Hardware) -> TimeRange:
     """Return the time of what is computed in one phase."""
-    rates = dict(hardware.matmul_rate)
     efficiency, traffic, launch = hardware.matmul_efficiency, hardware.memory_efficiency, hardware.launch_overhead
-    matmul = sum(flops / rates[dtype].value for dtype, flops in work.matmul_flops)
+    matmul = _products_time(work.matmul_flops, hardware)
     memory = work.memory_bytes / hardware.memory_bandwidth.value
     return TimeRange(
         low=max(matmul / efficiency.high, memory / traffic.high, work.ops * launch.low),

@@ -6,6 +6,8 @@ function with two transitions.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -115,21 +117,47 @@ def _padded(tensor: torch.Tensor, dim: int, length: int) -> torch.Tensor:
 
 def all_reduce(summand: torch.Tensor, axis: Axis, operation: str = "sum") -> torch.Tensor:
     """Return the sum, or the largest (``"max"``), of what all ranks of the axis have; no gradient flows through it."""
+    return _arrived(_begin_all_reduce(summand, axis, operation))
+
+
+def _begin_all_reduce(summand: torch.Tensor, axis: Axis, operation: str = "sum") -> torch.Tensor:
     with torch._C._AutoDispatchBelowAutograd():
-        result: torch.Tensor = _OPS.wait_tensor(_OPS.all_reduce(summand, operation, axis.group))
+        result: torch.Tensor = _OPS.all_reduce(summand, operation, axis.group)
+    return result
+
+
+def _arrived(arriving: torch.Tensor) -> torch.Tensor:
+    """Return what a collective has begun to make, once it is there; on a GPU its stream waits, and not the host."""
+    with torch._C._AutoDispatchBelowAutograd():
+        result: torch.Tensor = _OPS.wait_tensor(arriving)
     return result
 
 
 def _all_gather(shard: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
+    return _side_by_side(_arrived(_begin_all_gather(shard, axis)), dim, axis)
+
+
+def _begin_all_gather(shard: torch.Tensor, axis: Axis) -> torch.Tensor:
     with torch._C._AutoDispatchBelowAutograd():
-        stacked: torch.Tensor = _OPS.wait_tensor(_OPS.all_gather_into_tensor(shard, axis.size, axis.group))
+        stacked: torch.Tensor = _OPS.all_gather_into_tensor(shard, axis.size, axis.group)
+    return stacked
+
+
+def _side_by_side(stacked: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
     return stacked if dim == 0 else torch.cat(stacked.chunk(axis.size), dim)
 
 
 def _reduce_scatter(summand: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
-    stacked = summand if dim == 0 else torch.cat(summand.chunk(axis.size, dim))
+    return _arrived(_begin_reduce_scatter(_stacked(summand, dim, axis), axis))
+
+
+def _stacked(summand: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
+    return summand if dim == 0 else torch.cat(summand.chunk(axis.size, dim))
+
+
+def _begin_reduce_scatter(stacked: torch.Tensor, axis: Axis) -> torch.Tensor:
     with torch._C._AutoDispatchBelowAutograd():
-        chunk: torch.Tensor = _OPS.wait_tensor(_OPS.reduce_scatter_tensor(stacked, "sum", axis.size, axis.group))
+        chunk: torch.Tensor = _OPS.reduce_scatter_tensor(stacked, "sum", axis.size, axis.group)
     return chunk
 
 
@@ -138,37 +166,135 @@ class _Shards:
 
     def __init__(self, part: torch.Tensor, transition: Transition, axis: Axis, site: Site) -> None:
         self.part, self._transition, self._axis, self._site = part, transition, axis, site
+        self._begun: tuple[torch.Tensor, torch.Tensor] | None = None  # what is sent, and what arrives
+
+    def begin(self) -> None:
+        """Begin to gather again, before the whole is asked for."""
+        if self._begun is None:
+            with torch.no_grad(), standing_at(replace(self._site, early=True)):
+                sent = self.part.contiguous()
+                self._begun = sent, _begin_all_gather(sent, self._axis)
 
     def whole(self) -> torch.Tensor:
         with torch.no_grad():
-            return change(self.part, self._transition, self._axis, self._site)
+            if self._begun is None:
+                return change(self.part, self._transition, self._axis, self._site)
+            shards = self._transition.source
+            assert isinstance(shards, Shard)
+            whole = _side_by_side(self._arrive(), shards.dim, self._axis)
+            return in_whole_order(whole, shards, self._axis.size)
+
+    def forget(self) -> None:
+        """Wait for what was begun and not asked for."""
+        if self._begun is not None:
+            self._arrive()
+
+    def _arrive(self) -> torch.Tensor:
+        assert self._begun is not None
+        arrived = _arrived(self._begun[1])
+        self._begun = None
+        return arrived
+
+
+class _OnItsWay:
+    """A gradient between the start of its sum and the wait for it.
+
+    ``number`` is that of the autograd nodes which run meanwhile, ``again`` what they need that is gathered again.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.again: tuple[LeftOut, _Shards] | None = None
+        self._sent: torch.Tensor | None = None  # which has to stay as long as it travels
+
+    def begin_again(self) -> None:
+        """Begin to gather again what will be asked for."""
+        if self.again is not None and self.again[0].is_left_out:
+            self.again[1].begin()
+
+    def begin(self, gradient: torch.Tensor, transition: Transition, axis: Axis, site: Site) -> torch.Tensor:
+        """Begin to change a summand as ``change`` does, and return what will hold the result."""
+        with standing_at(site):
+            if not isinstance(transition.target, Shard):
+                return _begin_all_reduce(gradient.contiguous(), axis)
+            shards, dim = transition.target, transition.target.dim
+            self._sent = _stacked(in_stored_order(gradient, shards, axis.size).contiguous(), dim, axis)
+            return _begin_reduce_scatter(self._sent, axis)
+
+    def arrive(self, arriving: torch.Tensor) -> torch.Tensor:
+        """Return the result once it is there."""
+        arrived, self._sent = _arrived(arriving), None
+        if self.again is not None:
+            left_out, shards = self.again
+            left_out.let_go()
+            shards.forget()
+        return arrived
+
+
+class _Arriving(torch.autograd.Function):
+    """Nothing, before a boundary; on the way back it waits for what the boundary has begun."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, tensor: torch.Tensor, on_its_way: _OnItsWay) -> torch.Tensor:
+        ctx.on_its_way = on_its_way  # type: ignore[attr-defined]
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.on_its_way.arrive(gradient), None  # type: ignore[attr-defined]
 
 
 class _Boundary(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site
+        ctx: torch.autograd.function.FunctionCtx,
+        tensor: torch.Tensor,
+        boundary: Boundary,
+        axis: Axis,
+        site: Site,
+        on_its_way: _OnItsWay | None,
     ) -> torch.Tensor:
-        ctx.boundary, ctx.axis, ctx.site = boundary, axis, site  # type: ignore[attr-defined]
+        ctx.boundary, ctx.axis, ctx.site, ctx.on_its_way = boundary, axis, site, on_its_way  # type: ignore[attr-defined]
         changed = change(tensor, boundary.forward, axis, site, unequal_length(boundary, boundary.forward, axis))
         ctx.left_out = None  # type: ignore[attr-defined]
         if boundary.again:
-            left_out = LeftOut(_Shards(tensor.detach(), boundary.forward, axis, site))
+            shards = _Shards(tensor.detach(), boundary.forward, axis, site)
+            left_out = LeftOut(shards)
             can_be_made_again(changed, left_out)
-            ctx.left_out = left_out  # type: ignore[attr-defined]
+            if on_its_way is None:
+                ctx.left_out = left_out  # type: ignore[attr-defined]
+            else:
+                on_its_way.again = left_out, shards
         return tensor.view_as(tensor) if changed is tensor else changed
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None, None]:
+    ) -> tuple[torch.Tensor, None, None, None, None]:
         if ctx.left_out is not None:  # type: ignore[attr-defined]
             ctx.left_out.let_go()  # type: ignore[attr-defined]
-        boundary, axis = ctx.boundary, ctx.axis  # type: ignore[attr-defined]
+        boundary, axis, site = ctx.boundary, ctx.axis, ctx.site  # type: ignore[attr-defined]
+        on_its_way: _OnItsWay | None = ctx.on_its_way  # type: ignore[attr-defined]
+        if on_its_way is not None:
+            begun = on_its_way.begin(gradient, boundary.backward, axis, replace(site, early=True))
+            return begun, None, None, None, None
         length = unequal_length(boundary, boundary.backward, axis)
-        changed = change(gradient, boundary.backward, axis, ctx.site, length)  # type: ignore[attr-defined]
-        return changed, None, None, None
+        return change(gradient, boundary.backward, axis, site, length), None, None, None, None
+
+
+def _enter(tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site) -> torch.Tensor:
+    """Return the tensor across the boundary; where its gradient comes back behind others, these wait for it."""
+    if not boundary.behind:
+        across: torch.Tensor = _Boundary.apply(tensor, boundary, axis, site, None)
+        return across
+    on_its_way = _OnItsWay()
+    before = _Arriving.apply(tensor, on_its_way)
+    between = before.view_as(before).grad_fn  # for its number, which what runs between the other two gets
+    across = _Boundary.apply(before, boundary, axis, site, on_its_way)
+    on_its_way.number = between._sequence_nr()
+    return across
 
 
 def cross(tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site) -> torch.Tensor:
@@ -180,5 +306,4 @@ def _cross(tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site) -> 
     with running.converting():
         if not (tensor.requires_grad and torch.is_grad_enabled()):
             return change(tensor, boundary.forward, axis, site, unequal_length(boundary, boundary.forward, axis))
-        result: torch.Tensor = _Boundary.apply(tensor, boundary, axis, site)
-        return result
+        return _enter(tensor, boundary, axis, site)

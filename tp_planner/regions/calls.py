@@ -18,11 +18,15 @@ Reader = Callable[[Any], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Where the plan has a collective: at a layer ("" for none), and at which place there; whether it starts early."""
+    """Where the plan has a collective: at a layer ("" for none), and at which place there; whether it starts early.
+
+    One that is ``moved`` starts elsewhere in a real step than in a simulated one.
+    """
 
     layer: str
     place: str
     early: bool = False
+    moved: bool = False
 
 
 METRICS = Site("", "metrics")  # what they and losses communicate depends on how the model is compiled: in no plan
@@ -43,9 +47,10 @@ class Frame:
         self.undo: list[Callable[[], object]] = []  # what gives back what the call has changed, last change last
 
     def leave(self) -> None:
-        """Give back what the call has changed."""
+        """Give back what the call has changed; what it has read goes with it, for nothing knows it any more."""
         while self.undo:
             self.undo.pop()()
+        self.functions = None
 
     def copy(self) -> Frame:
         """Return the call as it is now; what is read in the copy is not read in the call."""

@@ -1,7 +1,8 @@
 """Functions at run time: change what single calls of torch functions inside a layer take and return.
 
 While a layer runs in whose code the plan has boundaries, a torch-function mode counts the calls that this code makes,
-layers inside not counted, and changes those that the plan names.
+layers inside not counted, and changes those that the plan names. Where the gradient of what the code reads comes back
+behind those of weights, it computes products so that they can.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tp_planner.ir.errors import ParallelRuntimeError
 from tp_planner.ir.placement import Shard
 from tp_planner.ir.plan import Boundary, FunctionPlan, LayerPlan
 from tp_planner.job.axes import Axis
+from tp_planner.regions.behind import PRODUCTS, run_product
 from tp_planner.regions.boundaries import cross
 from tp_planner.regions.calls import Frame, Site, running
 
@@ -57,6 +59,7 @@ class FunctionCalls(TorchFunctionMode):
         frame: the layer's running call.
         axis: the model axis.
         enter: takes an input across its boundary.
+        behind: whether products by weights are computed so that the gradient of an input can be summed meanwhile.
     """
 
     def __init__(
@@ -66,27 +69,35 @@ class FunctionCalls(TorchFunctionMode):
         frame: Frame,
         axis: Axis,
         enter: Crossing,
+        behind: bool = False,
     ) -> None:
         super().__init__()
         self.layer, self.planned, self.frame, self.axis, self.enter = layer, planned, frame, axis, enter
+        self.behind = behind
         self.names = {name for name, _ in planned}
         self.counts: Counter[str] = Counter()
 
     def again(self, frame: Frame, counts: Counter[str]) -> FunctionCalls:
         """Return what changes the same functions in ``frame``, where the layer's code goes on after these calls."""
-        resumed = FunctionCalls(self.layer, self.planned, frame, self.axis, self.enter)
+        resumed = FunctionCalls(self.layer, self.planned, frame, self.axis, self.enter, self.behind)
         resumed.counts = counts.copy()
         return resumed
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, function_name(func)
-        if name not in self.names or running.frames[-1] is not self.frame:
+        if running.frames[-1] is not self.frame:
             return func(*args, **kwargs)
-        self.counts[name] += 1
-        function = self.planned.get((name, self.counts[name]))
-        if function is None:
-            return func(*args, **kwargs)
-        return self._call(function, func, args, kwargs)
+        if name in self.names:
+            self.counts[name] += 1
+            function = self.planned.get((name, self.counts[name]))
+            if function is not None:
+                return self._call(function, func, args, kwargs)
+        return self._run(func, name, args, kwargs)
+
+    def _run(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        if self.behind and name in PRODUCTS:
+            return run_product(func, name, args, kwargs)
+        return func(*args, **kwargs)
 
     def _call(self, function: PlannedFunction, func: Any, args: Any, kwargs: Any) -> Any:
         leaves, structure = flatten_arguments(args, kwargs)
@@ -101,7 +112,7 @@ class FunctionCalls(TorchFunctionMode):
                 raise self._other_path(function)
             leaves[position] *= self.axis.size
         args, kwargs = put_arguments_together(leaves, structure)
-        result = func(*args, **kwargs)
+        result = self._run(func, function.plan.name, args, kwargs)
         if function.output is None:
             return result
         boundary, site = function.output

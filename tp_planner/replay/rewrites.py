@@ -6,8 +6,8 @@ for a linear layer, copies of what attention reads as it is.
 
 from __future__ import annotations
 
+import functools
 import itertools
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,9 +17,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tp_planner.frontend.functions import function_name
+from tp_planner.regions.behind import contracted_dims, product_apart
 from tp_planner.replay.program import Name, Step, names_in
 
-EQUATION = re.compile("([a-zA-Z]+),([a-zA-Z]+)->([a-zA-Z]+)")
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 TRANSPOSING = ("transpose", "permute")
 IN_ANY_ORDER = ("reshape", "flatten", "matmul", "einsum")
@@ -55,30 +55,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, contracted
     return result if bias.ndim == 1 else result.unflatten(-1, bias.shape)
 
 
-def contracted_dims(equation: str, x: Any, weight: Any) -> int | None:
-    """Return how many dims an einsum contracts as ``product`` does; None if it is another.
-
-    Args:
-        equation: of two operands.
-        x: the first; its shape is read.
-        weight: the second.
-    """
-    labels = EQUATION.fullmatch(equation.replace(" ", ""))
-    if labels is None:
-        return None
-    left, right, out = labels.groups()
-    dims = len(set(left) & set(right))
-    is_product = (
-        0 < dims < min(len(left), len(right))
-        and (left[-dims:], left[:-dims] + right[dims:]) == (right[:dims], out)
-        and all(len(set(labels)) == len(labels) for labels in (left, right, out))
-        and x.shape[-dims:] == weight.shape[:dims]  # einsum stretches dims of 1
-    )
-    return dims if is_product else None
-
-
 def _as_product(step: Step) -> Step:
     """Return an einsum that is a matrix product as such, any other step as it is."""
+    if step.function is product_apart and isinstance(step.args[0], functools.partial):  # of an einsum
+        dims = step.args[1]
+        return replace(step, args=(functools.partial(product, contracted=dims), *step.args[1:]))
     if step.function is not torch.einsum:
         return step
     match step.args:
@@ -104,10 +85,24 @@ def _with_bias_in_products(steps: Sequence[Step], uses: Counter[Name]) -> list[S
         elif (found := _summand_and_bias(step)) and found[0] in products:
             factors = steps[products[found[0]]]
             if _fits(found[1], factors):
-                args = (*factors.args[:2], found[1], _contracts(factors))
-                merged[place] = replace(step, function=linear, args=args)
+                merged[place] = _with_bias(step, factors, found[1])
                 dropped.add(products[found[0]])
     return [merged.get(place, step) for place, step in enumerate(steps) if place not in dropped]
+
+
+def _with_bias(step: Step, product: Step, bias: Any) -> Step:
+    """Return a step that adds a bias to a product as a linear layer."""
+    dims, (x, weight) = _contracts(product), _factors(product)
+    if product.function is product_apart:
+        apart = functools.partial(linear, contracted=dims), dims, x, weight, bias
+        return replace(step, function=product_apart, args=apart)
+    return replace(step, function=linear, args=(x, weight, bias, dims))
+
+
+def _factors(product: Step) -> tuple[Any, Any]:
+    """Return what a product multiplies."""
+    x, weight = product.args[2:4] if product.function is product_apart else product.args[:2]
+    return x, weight
 
 
 def _contracts(step: Step) -> int:
@@ -116,6 +111,8 @@ def _contracts(step: Step) -> int:
         return 0
     if step.function is product:
         return int(step.args[2])
+    if step.function is product_apart:
+        return int(step.args[1]) if len(step.args) == 4 else 0
     is_product = function_name(step.function) == "matmul" and len(step.args) == 2
     return int(is_product and len(step.args[1].shape) == 2 and len(step.args[0].shape) >= 2)
 
@@ -132,7 +129,7 @@ def _summand_and_bias(step: Step) -> tuple[Name, Any] | None:
 
 def _fits(bias: Any, factors: Step) -> bool:
     """Whether a product and its sum with this bias are one linear layer of plain tensors."""
-    x, weight = factors.args[:2]
+    x, weight = _factors(factors)
     return (
         tuple(bias.shape) == tuple(weight.shape[_contracts(factors) :])
         and bias.dtype == factors.result.dtype == weight.dtype
@@ -184,7 +181,7 @@ def _is_read_in_any_order(name: Name, steps: Sequence[Step], uses: Counter[Name]
     """Whether all steps that read a tensor give the same whatever its order in memory, and nothing else reads it."""
     readers = [step for step in steps if name in step.uses()]
     return len(readers) == uses[name] and all(
-        step.function in (product, linear)
+        step.function in (product, linear, product_apart)
         or function_name(step.function) in IN_ANY_ORDER
         or (function_name(step.function) in TRANSPOSING and _is_read_in_any_order(step.result, steps, uses))
         for step in readers

@@ -276,7 +276,7 @@ class Parts:
                     before._local_tensor.add_(mean)
 
     def _at(self, early: bool) -> Site | None:
-        return replace(self._site, early=early) if self._site else None
+        return replace(self._site, early=early, moved=early) if self._site else None
 
     def let_go(self, number: int) -> None:
         """Note that the gradient of a whole has arrived: where a part of it was left out is in no gradient."""
