@@ -6,6 +6,7 @@ Trained as in ``test_parity``, and recorded as in ``regions/test_collectives``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import tp_planner
+from tests.families import FAMILIES
 from tests.models import CASES, building, randomize
 from tests.regions.test_collectives import Ran, Recorder, Step, forward, mismatch
 from tests.test_parity import (
@@ -37,6 +39,7 @@ from tests.workers import Pools, layout_map
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
+from tp_planner.planner import make_plan
 from tp_planner.training.model import applied_to
 
 MODELS: dict[str, tuple[str, Mapping[str, Any]]] = {
@@ -284,3 +287,19 @@ def test_replayed_calls(pools: Pools) -> None:
     for single, sharded, off in pools(2).run(replayed):
         assert differences(sharded, single, 1e-4) == {}
         assert off == ({}, {})
+
+
+def test_what_cannot_follow_takes_the_stream_gathered() -> None:
+    """Experts run on whole tokens, as their router does, and the attention between them on shards of the sequence."""
+    family = FAMILIES["mixtral"]
+    layout = replace(family.layout(2), sequence_parallel=True)
+    plan = make_plan(family.build(), layout, family.batch(np.random.default_rng(0), 2)[0])
+    assert plan.shards_stream
+    layers = {each.path.rpartition("/")[2]: each for each in plan.layers if "transformer_layer_1" in each.path}
+    (_, entering), *_ = layers["query"].inputs
+    leaving = layers["attention_output"].output
+    ((_, taken),) = layers["mixtral_sparse_moe_block_1"].inputs
+    assert (entering.forward.collective, entering.backward.collective) == ("all_gather", "reduce_scatter")
+    assert leaving is not None
+    assert (leaving.forward.collective, leaving.backward.collective) == ("reduce_scatter", "all_gather")
+    assert (taken.forward.collective, taken.backward.collective) == ("all_gather", None)  # experts sum the gradient

@@ -274,8 +274,9 @@ def _or_gathered(origins: Origins, graph: ModelGraph, walk: Walk, start: int) ->
         return origins
     gathering = {placed.call for placed in walk.boundaries if isinstance(placed.boundary.forward.source, SequenceShard)}
     for call in graph.enclosing(start):
-        takes = any(isinstance(walk.placements.get(tensor), SequenceShard) for _, tensor in call.inputs)
-        if takes and call.id not in gathering:
+        takes = {tensor for _, tensor in call.inputs if isinstance(walk.placements.get(tensor), SequenceShard)}
+        around = (outer for outer in graph.enclosing(call.id) if outer.id in gathering)
+        if takes - {tensor for outer in around for _, tensor in outer.inputs}:
             return frozenset({("gather", (call.layer, call.mode))})
     return of_stream
 

@@ -17,6 +17,7 @@ from tp_planner.passes.packed_ops import CONCATENATION, VIEWS, first_viewed_dim,
 from tp_planner.passes.walk.facts import Closings, LayerMode, Origins
 from tp_planner.passes.walk.known import Known
 from tp_planner.passes.walk.notes import Notes
+from tp_planner.passes.walk.stream import gather_around
 
 Parts = tuple[int, ...]
 NOT_PACKED: tuple[Origins, str] = Origins(), ""
@@ -73,7 +74,7 @@ def note_refusal(
     if packed:
         notes.conflict(call, packed, reason)
     else:
-        notes.conflict(call, origins, f"{reason}; {why}" if why else reason, in_code)
+        notes.conflict(call, gather_around(call, origins, known), f"{reason}; {why}" if why else reason, in_code)
 
 
 def _is_taken_apart(refused: Refused, op: Op, known: Known) -> bool:

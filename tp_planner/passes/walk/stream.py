@@ -118,6 +118,23 @@ def gather_at(call: Call) -> Origins:
     return frozenset({("gather", (call.layer, call.mode))})
 
 
+def gather_around(call: int, origins: Origins, known: Known) -> Origins:
+    """Return where sharding ends for an op in the code of ``call`` that cannot follow the stream.
+
+    The innermost layer around it that takes the stream takes it gathered. Where that is a block or the model, in which
+    other layers follow it, sharding ends where the shards come from.
+    """
+    blocks = {outer.id for repeat in known.graph.repeats.values() for outer in known.graph.enclosing(repeat.twin)}
+    if not any(kind == "stream" for kind, _ in origins):
+        return origins
+    for layer in known.graph.enclosing(call):
+        if layer.id in blocks or layer.parent is None:
+            return origins
+        if any(isinstance(known.placement(tensor, layer.id), SequenceShard) for _, tensor in layer.inputs):
+            return gather_at(layer)
+    return origins
+
+
 def change_stream(call: Call, known: Known, notes: Notes) -> None:
     """Let the stream begin or end at what a layer returns."""
     if (call.layer, call.mode) in known.closings.ends:
