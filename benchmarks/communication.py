@@ -16,6 +16,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from tests.families import FAMILIES
 from tp_planner.frontend.layer_tree import named_layers
 from tp_planner.frontend.layout_file import find_layout_file, read_layout_file
 from tp_planner.gpt import BYTES, LENGTH, build_gpt
+from tp_planner.ir.layout import Layout
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.plan import Plan
 from tp_planner.ir.step import Collective
@@ -48,49 +50,56 @@ FOOTNOTE = """\
 Per step: batch 2, tiny sizes, two blocks a stack. Formula: in each block 2 all-reduces forward and 2 backward, 3 and 3
 where there is cross-attention, of batch x sequence x hidden; a rank sends 2 (N - 1) / N of that (Shoeybi et al.,
 Megatron-LM, 2019, section 3). Outside of the blocks are embedding, head, and the gradient of an encoder's output.
-Sequence parallelism, which would send as many bytes (Korthikanti et al., 2022), tp_planner does not have."""
+With the residual stream sharded over the sequence, each all-reduce is a reduce-scatter and an all-gather, which send as
+much, and each region's input is gathered once more, in the backward pass (Korthikanti et al., 2022, section 4.2)."""
 
 
 def measure(name: str, ranks: int) -> dict[str, Any]:
     """Return what one training step of a family communicates over ``ranks``, and what the formula says."""
-    title, model, inputs, plan = _planned(name, ranks)
+    title, model, inputs, layout = _family(name, ranks)
     shapes = block_shapes(model, inputs)
-    inside = [each for each in plan.collectives if is_inside(each)]
-    outside = [each for each in plan.collectives if not is_inside(each)]
+    plan, on_shards = (make_plan(model, replace(layout, sequence_parallel=on), inputs) for on in (False, True))
     crossing = {block_of(layer.path) for layer in plan.layers if "cross_attention" in layer.path}
     pairs = {block: 3 if block in crossing else 2 for block in shapes}
+    reduced = sum(pairs[block] * ring_bytes(shape, ranks) for block, shape in shapes.items())
     return {
         "family": name,
         "title": title,
         "ranks": ranks,
         "blocks": len(shapes),
-        "inside": _summary(inside),
         "formula": {
             "forward": sum(pairs.values()),
             "backward": sum(pairs.values()),
-            "sent_bytes": sum(2 * pairs[block] * ring_bytes(shape, ranks) for block, shape in shapes.items()),
+            "sent_bytes": 2 * reduced,
+            "sequence_sent_bytes": 2 * reduced + reduced // 2,
         },
+        **_sent(plan),
+        "sequence": _sent(on_shards),
+    }
+
+
+def _family(name: str, ranks: int) -> tuple[str, keras.Model, Any, Layout]:
+    """Return the family's title, its tiny model, a batch, and its preset on a model axis of ``ranks``."""
+    rng = np.random.default_rng(0)
+    if name == DEMO:
+        layout = read_layout_file(find_layout_file("gpt")).on(Mesh((("model", ranks),)))
+        return "GPT of the demonstration", build_gpt(), rng.integers(0, BYTES, (BATCH, LENGTH)).astype("int32"), layout
+    family = FAMILIES[name]
+    sizes = {size: value for size, value in DIVISIBLE.items() if size in family.sizes}
+    return family.title, family.build(**sizes), family.batch(rng, BATCH)[0], family.layout(ranks)
+
+
+def _sent(plan: Plan) -> dict[str, Any]:
+    """Return what the blocks of a plan send, and what stands outside of them, also one by one."""
+    outside = [each for each in plan.collectives if not is_inside(each)]
+    return {
+        "inside": _summary(filter(is_inside, plan.collectives)),
         "outside": _summary(outside),
         "outside_layers": [
             {"kind": each.kind, "phase": each.phase, "layer": each.layer, "place": each.place, "bytes": each.bytes}
             for each in outside
         ],
     }
-
-
-def _planned(name: str, ranks: int) -> tuple[str, keras.Model, Any, Plan]:
-    """Return the family's title, its tiny model, a batch, and the plan by its preset."""
-    rng = np.random.default_rng(0)
-    if name == DEMO:
-        model, title = build_gpt(), "GPT of the demonstration"
-        inputs = rng.integers(0, BYTES, (BATCH, LENGTH)).astype("int32")
-        layout = read_layout_file(find_layout_file("gpt")).on(Mesh((("model", ranks),)))
-    else:
-        family = FAMILIES[name]
-        sizes = {size: value for size, value in DIVISIBLE.items() if size in family.sizes}
-        model, title, layout = family.build(**sizes), family.title, family.layout(ranks)
-        inputs, _ = family.batch(rng, BATCH)
-    return title, model, inputs, make_plan(model, layout, inputs)
 
 
 def block_of(path: str) -> str:

@@ -251,6 +251,40 @@ def communication_section(rows: Sequence[Row]) -> Iterator[str]:
         by_family.setdefault(row["title"], []).append(row)
     yield from markdown(head, (_family_row(title, each) for title, each in by_family.items()))
     yield from ("", f"{communication.verdict(rows)}. What is beyond the formula:", "", BEYOND, "")
+    yield from ("With the residual stream sharded over the sequence, on the fewest ranks:", "")
+    head = (
+        "family",
+        "in blocks: forward",
+        "backward",
+        "sent / formula",
+        "sent / without",
+        "outside: sent bytes beyond",
+    )
+    yield from markdown(head, (_stream_row(row) for row in rows if row["ranks"] == degrees[0]))
+    yield from ("", ON_STREAM, "")
+
+
+def _stream_row(row: Row) -> Sequence[str]:
+    """Return a family's cells with the residual stream sharded, beside those without."""
+    stream, sent = row["sequence"], row["sequence"]["inside"]["sent_bytes"]
+    return (
+        row["title"],
+        communication.kinds(stream["inside"]["forward"]),
+        communication.kinds(stream["inside"]["backward"]),
+        f"{sent / row['formula']['sequence_sent_bytes']:.3f}",
+        f"{sent / row['inside']['sent_bytes']:.3f}",
+        str(stream["outside"]["sent_bytes"] - row["outside"]["sent_bytes"]),
+    )
+
+
+ON_STREAM = """\
+- ViT: its 17 positions do not divide, so nothing changes.
+- BERT, RoBERTa: the first block reads the embedding whole, which every rank has; its gradient is reduced whole.
+- Whisper: so does the first block of both stacks, and what decoder blocks read of the encoder is gathered once for all
+  of them.
+- T5: gradients of what the first blocks read, which every rank has whole, are reduced whole.
+- Mixtral, Qwen 3 MoE: routers choose experts for whole tokens, so that the block of experts takes the stream gathered,
+  and its sum is reduced whole and cut."""
 
 
 BEYOND = """\
@@ -259,7 +293,7 @@ BEYOND = """\
 - Mixtral, Qwen 3 MoE: in each block the gradient of the routing weights is gathered, a number for each token and
   expert.
 - Outside of the blocks, Megatron-LM reduces the embedding's output and the gradient at the head, as here. Logits are
-  gathered here, because Keras's losses take them whole; Megatron-LM leaves them in shards for a loss of its own."""
+  gathered here, for no loss is named; under a compiled cross-entropy they stay in shards, as Megatron-LM's do."""
 
 
 def _family_row(title: str, rows: Sequence[Row]) -> Sequence[str]:
