@@ -21,6 +21,7 @@ from tp_planner.cli import app
 
 HERE = Path(__file__).resolve().parent
 MODEL = ["tp_planner.demo:build_gpt", "--layout", "gpt", "--mesh", "model=2", "--batch", "8", "--optimizer", "adamw"]
+MODEL += ["--loss", "sparse_categorical_crossentropy"]
 WIDTH, HEIGHT = 1200, 1700
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 

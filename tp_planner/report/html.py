@@ -53,9 +53,8 @@ def plan_to_html(plan: Plan, estimate: Sequence[str] = (), verdict: Verdict | No
         element("style", Markup(style)),
     )
     marks = {} if verdict is None else marks_of(verdict)
-    memory = (_memory(plan), _holders(plan))
-    figures = (_verdict(verdict), _totals(plan), _notes(plan), *memory, _estimate(estimate))
-    sections = (*figures, model_tree(plan, tree, marks), _layer_table(tree), _rules(plan))
+    figures = (_verdict(verdict), _totals(plan), _notes(plan), _memory(plan), _estimate(estimate))
+    sections = (*figures, model_tree(plan, tree, marks), _holders(plan), _layer_table(tree), _rules(plan))
     body = element("body", _header(plan), element("main", *sections), element("script", Markup(script)))
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
 
