@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,6 +81,7 @@ class ReadTogether:
         self, variables: Sequence[Any], dtypes: Sequence[torch.dtype], site: Site | None, turn: Turn | None = None
     ) -> None:
         self._variables, self._dtypes, self._site, self._turn = variables, dtypes, site, turn or Turn()
+        self._first: Parts | None = None  # as the last forward pass put them together
         self._places = {id(variable): place for place, variable in enumerate(variables)}
 
     def serves(self, variable: Any, dtype: torch.dtype) -> bool:
@@ -95,7 +96,7 @@ class ReadTogether:
         if uses is None or place not in uses.left:
             started = running.started.pop(key, None)
             uses = running.gathered[key] = self.begin() if started is None or place not in started.left else started
-            self._start_following()
+            self._start_next()
         whole: torch.Tensor = uses.take(place)
         if not uses.left:
             del running.gathered[key]
@@ -105,20 +106,36 @@ class ReadTogether:
         """Begin to put the variables together."""
         stored, runs_again = self._variables[0]._stored, _autograd_runs()
         own = [Part.of(variable, dtype) for variable, dtype in zip(self._variables, self._dtypes, strict=True)]
-        turn = Turn() if runs_again else self._turn
-        parts = Parts(own, stored.sharding.axes.batch, stored.replicas, self._site, turn, running.parts)
-        if turn.early and torch.is_grad_enabled():
-            running.parts = parts
+        turn = Turn(early=self._turn.early) if runs_again else self._turn
+        parts = Parts(
+            own, stored.sharding.axes.batch, stored.replicas, self._site, turn, running.parts, self._begin_again
+        )
+        if not runs_again and turn.early and torch.is_grad_enabled():
+            running.parts = self._first = parts
         return Uses(parts)
 
-    def _start_following(self) -> None:
+    def _start_next(self) -> None:
         """Begin to put together what is read next, and is not begun yet."""
         if _autograd_runs():  # a part of the model runs again, and that before it will be next
+            if self._first is not None:
+                self._first.start_before()
             return
         for each in self._turn.following:
-            key = each, torch.is_grad_enabled()
-            if key not in running.gathered and key not in running.started:
-                running.started[key] = each.begin()
+            each.start()
+
+    def start(self) -> Uses | None:
+        """Begin what is not begun yet, for who reads it next; return it."""
+        key = self, torch.is_grad_enabled()
+        if key in running.gathered or key in running.started:
+            return None
+        running.started[key] = uses = self.begin()
+        return uses
+
+    def _begin_again(self) -> Callable[[], None] | None:
+        """Begin what a part of the model will read that runs again; return what ends that if nobody reads it."""
+        with torch.enable_grad():  # as it will
+            begun = self.start()
+        return None if begun is None else functools.partial(_end_unread, running.started, (self, True), begun)
 
     def forget(self, variable: Any) -> None:
         """Put a variable together anew when it is read next, for it has another value."""
@@ -126,6 +143,17 @@ class ReadTogether:
             for uses in (running.gathered.get((self, gradients)), running.started.get((self, gradients))):
                 if uses is not None:
                     uses.left.discard(self._places[id(variable)])
+
+
+def _nothing() -> None:
+    return None
+
+
+def _end_unread(started: dict[Hashable, Any], key: Hashable, begun: Uses) -> None:
+    """Wait for what was begun, unless it was read."""
+    if started.get(key) is begun:
+        del started[key]
+        begun.wait()
 
 
 def _autograd_runs() -> bool:
@@ -163,6 +191,7 @@ class Uses:
         if not torch.is_grad_enabled() or not any(parameter.requires_grad for parameter in parameters):
             return {}
         proxies = _Together.apply(self._parts, *parameters)
+        self._parts.connect(next(proxy.grad_fn for proxy in proxies if proxy.requires_grad))
         return {number: proxy for number, proxy in enumerate(proxies) if proxy.requires_grad}
 
 
@@ -176,6 +205,7 @@ class Parts:
         site: where this stands in the plan.
         turn: how it follows others.
         before: what was put together before this, if that was in turn.
+        begin_again: begins to put them together for a reader that runs again; returns what ends that.
     """
 
     def __init__(
@@ -186,8 +216,11 @@ class Parts:
         site: Site | None,
         turn: Turn,
         before: Parts | None,
+        begin_again: Callable[[], Callable[[], None] | None],
     ) -> None:
         self.parts, self.turn = parts, turn
+        self._begin_again = begin_again
+        self._connection: Callable[[], Any] = _nothing  # the node of autograd through which gradients come, if alive
         self._axis, self._replicas, self._site = axis, replicas, site
         self._before = before if turn.early else None
         self._reader_runs_again = False  # and puts it together by itself
@@ -206,24 +239,46 @@ class Parts:
         if self._again is None or number not in self._again.left:
             self._again = _Wholes(self, sorted({*self._needed(), number}), self.turn.early)
         wholes = self._again
-        self._start_before()
+        self.start_before()
         return wholes.take(number)
 
     def _needed(self) -> list[int]:
         """Return the numbers of the parts that the backward pass puts together again."""
         return [each for each, left_out in self._left_out.items() if (kept := left_out()) and kept.is_left_out]
 
-    def _start_before(self) -> None:
+    def start_before(self) -> None:
         """Begin to put together again what the backward pass needs next, and is not begun yet."""
         before, ahead = self._before, self.turn.ahead
-        while before is not None and not before._reader_runs_again and ahead:
-            if needed := before._needed():
-                ahead -= 1
-                if before._again is None:
-                    before._again = _Wholes(before, needed, early=True)
-                    assert before._replicas is not None
-                    before._replicas.finish_with(before._end)
+        while before is not None and ahead:
+            ahead -= before._is_begun_early()
             before = before._before
+
+    def _is_begun_early(self) -> bool:
+        """Begin what the backward pass needs of this, if it is not begun; return whether it needs anything."""
+        assert self._replicas is not None
+        if self._reader_runs_again:
+            if self._gets_gradients() and (end := self._begin_again()) is not None:
+                self._replicas.finish_with(end)
+            return True
+        needed = self._needed()
+        if needed and self._again is None:
+            self._again = _Wholes(self, needed, early=True)
+            self._replicas.finish_with(self._end)
+        return bool(needed)
+
+    def connect(self, node: Any) -> None:
+        """Note the node of autograd through which the gradients come."""
+        self._connection = weakref.ref(node)
+
+    def _gets_gradients(self) -> bool:
+        """Whether gradients of matrices will come in this backward pass, for which their readers run again."""
+        node = self._connection()
+        if node is None or not any(part.parameter.requires_grad and part.parameter.ndim > 1 for part in self.parts):
+            return False
+        try:
+            return bool(torch._C._will_engine_execute_node(node))
+        except RuntimeError:  # torch.autograd.grad was called
+            return False
 
     def _end(self) -> None:
         """Wait for what was begun in a backward pass that has ended without it."""
