@@ -12,6 +12,9 @@ import tp_planner
 from tests.dryrun.test_simulation import Measured, measure
 from tests.training.test_training import OPTIMIZERS, Both, check_equal, train_with
 from tests.workers import Pools
+from tp_planner.ir.layout import Layout, LayoutRule
+from tp_planner.ir.mesh import Mesh
+from tp_planner.planner import make_plan
 from tp_planner.training import updates
 
 SLICED = ("rmsprop", "adagrad", "adadelta", "adamax", "nadam", "ftrl", "lion")
@@ -78,3 +81,15 @@ def test_memory_of_updates(name: str) -> None:
     assert plan.step.whole_update
     assert memory.largest.parameters == 256 * 2**20
     assert memory.largest.temporaries < (2**20 if name in WITHOUT_TEMPORARIES else 64 * 2**20)
+
+
+def test_shards_whose_gradients_are_laid_out_in_another_way_are_updated_by_the_kernel_too() -> None:
+    """The gradient of a kernel that an einsum transposes is laid out as its shard, so that one kernel updates all."""
+    x = keras.Input((3, 8, 6), name="x")
+    outputs = keras.layers.EinsumDense("btnh,nhd->btd", (3, 10), name="output")(x)
+    model = keras.Model(x, outputs, name="attention_output")
+    ops = {}
+    for rules in ({}, {"output/kernel": ("model", None, None)}):
+        layout = Layout(Mesh((("model", 2),)), tuple(LayoutRule(*rule) for rule in rules.items()))
+        ops[len(rules)] = make_plan(model, layout, optimizer=keras.optimizers.Adam()).step.work[-1].ops
+    assert ops[1] == ops[0]

@@ -299,8 +299,9 @@ class _LocalShard(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> DTensor:
-        # What DTensor.from_local does without its checks, which cost more than a small layer's matmul.
-        return DTensor(gradient, ctx.spec, requires_grad=False)
+        # What DTensor.from_local does without its checks, which cost more than a small layer's matmul. Autograd lays out
+        # a gradient as its parameter, but looks at the strides of a DTensor, not of its shard; kernels of updates do.
+        return DTensor(gradient.contiguous(), ctx.spec, requires_grad=False)
 
 
 def read_shard(variable: Any, site: Site | None) -> torch.Tensor:
