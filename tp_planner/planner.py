@@ -20,8 +20,10 @@ from tp_planner.frontend.inputs import CallArguments, known_inputs
 from tp_planner.frontend.kept_tensors import no_fakes_left
 from tp_planner.frontend.layer_tree import named_layers, naming_once
 from tp_planner.frontend.quick_rules import require_quick_rules
+from tp_planner.frontend.quiet import quiet_torch
 from tp_planner.frontend.survey import survey
-from tp_planner.frontend.trace import require_built, trace
+from tp_planner.frontend.trace import require_built
+from tp_planner.frontend.traces import Traces
 from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.graph import LayerInfo, ModelGraph, VariableInfo
 from tp_planner.ir.layout import Layout
@@ -54,6 +56,7 @@ def make_plan(
     inputs: Any = None,
     optimizer: keras.optimizers.Optimizer | None = None,
     loss: TrainingLoss | None = None,
+    traces: Traces | None = None,
 ) -> Plan:
     """Return the plan for ``model`` under ``layout``; the model is as before.
 
@@ -63,6 +66,7 @@ def make_plan(
         inputs: as for ``trace``.
         optimizer: makes the update of the simulated training step; by default there is none.
         loss: the loss of that step; by default the sum of the outputs stands for it.
+        traces: those of the model with these inputs that other plans have left; new ones are added.
 
     Raises:
         PlanError: with everything that is wrong with the model, the mesh or the rules.
@@ -74,7 +78,8 @@ def make_plan(
         require_quick_rules(layout.rules, layers, variables)
         resolution = resolve_rules(layout, variables, {name: layer.path for name, layer in layers.items()})
         arguments, guessed = known_inputs(model, inputs)
-        job = _Job(model, layout, arguments, guessed, optimizer, loss, layers, variables, resolution)
+        traces = traces or Traces(model, arguments)
+        job = _Job(model, layout, arguments, guessed, optimizer, loss, layers, variables, resolution, traces)
         found = job.plan(find_blocks(model, job.planned_alike)) or job.unrolled_plan()
         if not layout.sequence_parallel or found.shards_stream:
             return found
@@ -103,6 +108,7 @@ class _Job:
     layers: Mapping[str, LayerInfo]
     variables: Mapping[str, VariableInfo]
     resolution: Resolution
+    traces: Traces
 
     def planned_alike(self, layer: str) -> Hashable:
         """Return what the rules say of a layer, for layers are planned alike only if that is equal."""
@@ -128,7 +134,7 @@ class _Job:
         closings, on_sequence, notes = honor_output_rules(self.resolution.outputs, styles, axis)
         stream = Stream(self.layout.sequence_parallel, self.layout.gather_again, on_sequence)
         stage(f"tracing {self.model.name}")
-        with_functions = self._trace(blocks)
+        with_functions = [self.traces.of(blocks, training) for training in (True, False)]
         graphs = _distinct([replace(graph, functions=None) for graph in with_functions])
         styles, start = split_unevenly(styles, closings, self.layers, self.variables, stored, graphs, parts)
         closings = start
@@ -136,7 +142,7 @@ class _Job:
             stream.is_anywhere
         ):  # code between the layers often reads sizes of it, so that its functions have to be known
             graphs = _distinct(with_functions)
-        with planning_axes(self.layout.mesh) as axes:
+        with planning_axes(self.layout.mesh) as axes, quiet_torch():
             rules, one_replica = DTensorRules(axes.model.mesh), Axes(axes.mesh, axes.model)
             while True:
                 stage(f"placing boundaries of {self.model.name}")
@@ -178,13 +184,6 @@ class _Job:
         stage(f"simulating a training step of {self.model.name}")
         found = simulate(self.model, self.inputs, plan, graph, axes, self.optimizer, self.loss)
         return replace(plan, collectives=found.collectives, step=found.step, notes=plan.notes + found.notes)
-
-    def _trace(self, blocks: Blocks) -> list[ModelGraph]:
-        """Return the trace of a training call and that of an inference call, with the torch functions called."""
-        return [
-            trace(self.model, self.inputs, training=training, blocks=blocks, functions=True)
-            for training in (True, False)
-        ]
 
     def unrolled_plan(self) -> Plan:
         """Return the plan, made from all layers one by one."""

@@ -19,7 +19,7 @@ from tp_planner.frontend.dispatch import WatchingMode, tensors_in
 from tp_planner.frontend.fake_mode import FakeCpuMode
 from tp_planner.frontend.quiet import quiet_torch
 from tp_planner.ir.graph import Op, TensorInfo, TensorRef
-from tp_planner.ir.placement import Placement, local_shape
+from tp_planner.ir.placement import WHOLE, Placement, Shape, local_shape
 
 # Views whose gradients are views.
 _VIEWS = {f"aten.{name}.default" for name in ("view", "_unsafe_view", "t", "permute", "unsqueeze", "alias", "detach")}
@@ -77,6 +77,79 @@ class OpMeter:
             self._known[key] = self._measure(op, tensors, placements, trained, arguments)
         return self._known[key]
 
+    def work_together(
+        self,
+        ops: Sequence[Op],
+        tensors: Mapping[int, TensorInfo],
+        placed: Mapping[int, Placement],
+        made: Sequence[int],
+        arguments: Mapping[int, Sequence[Any]],
+    ) -> OpWork:
+        """Return what ops compute that run one after the other, with the gradients of the weights as autograd leaves them.
+
+        Args:
+            ops: ops that were traced.
+            tensors: those of the graph.
+            placed: the placement of every tensor that the ops take, summands for whole ones.
+            made: which of the tensors that they make are read elsewhere.
+            arguments: as for ``work``, by the ids of ops.
+        """
+        numbers: dict[int, int] = {}
+        wiring = tuple(
+            tuple(numbers.setdefault(each, len(numbers)) for each in (*op.inputs, *op.outputs)) for op in ops
+        )
+        questions = tuple(self._rules.question(op, tensors) for op in ops)
+        described = tuple(
+            (placed.get(each), tensors[each].has_gradient, tensors[each].variable is None) for each in numbers
+        )
+        key = questions, wiring, described, tuple(numbers[each] for each in made if each in numbers)
+        if key not in self._known:
+            self._known[key] = self._measure_together(ops, tensors, placed, made, arguments)
+        return self._known[key]
+
+    def is_view(self, info: TensorInfo, placement: Placement, shape: Shape) -> bool:
+        """Whether a tensor that is placed so has a view of this shape, which is that of a rank."""
+        with self._fake, quiet_torch():
+            try:
+                self._shard(info, placement).view(shape)
+            except (RuntimeError, ValueError):
+                return False
+        return True
+
+    def _measure_together(
+        self,
+        ops: Sequence[Op],
+        tensors: Mapping[int, TensorInfo],
+        placed: Mapping[int, Placement],
+        made: Sequence[int],
+        arguments: Mapping[int, Sequence[Any]],
+    ) -> OpWork:
+        meter = _Meter()
+        known: dict[int, torch.Tensor] = {}
+        outside = dict.fromkeys(each for op in ops for each in op.inputs)
+        outside = {each: None for each in outside if not any(each in op.outputs for op in ops)}
+        with self._fake, quiet_torch(), torch.enable_grad():
+            for each in outside:
+                known[each] = self._shard(tensors[each], placed[each], tensors[each].has_gradient)
+            try:
+                for op in ops:
+                    args, kwargs = _with_tensors(op.arguments, [known[each] for each in op.inputs], arguments.get(op.id))
+                    with meter:
+                        result = resolve_op(op.name)(*args, **kwargs)
+                    known.update(zip(op.outputs, tensors_in(result), strict=True))
+                ends = [known[each] for each in made if known[each].requires_grad]
+                wanted = {each: known[each] for each in outside if known[each].requires_grad}
+                if ends:
+                    gradients = [torch.empty_like(each) for each in ends]
+                    with meter:
+                        found = torch.autograd.grad(ends, list(wanted.values()), gradients, allow_unused=True)
+                        for each, gradient in zip(wanted, found, strict=True):
+                            if tensors[each].variable is not None and gradient is not None:
+                                _lay_out(gradient, known[each], placed[each])
+            except (RuntimeError, ValueError, TypeError, NotImplementedError):
+                return meter.work
+        return meter.work
+
     def _measure(
         self,
         op: Op,
@@ -107,11 +180,19 @@ class OpMeter:
                 return meter.work  # an op that a shard's sizes do not suit: the walk never runs it so
         return meter.work
 
-    def _shard(self, info: TensorInfo, placement: Placement, gradient: bool) -> torch.Tensor:
+    def _shard(self, info: TensorInfo, placement: Placement, gradient: bool = False) -> torch.Tensor:
         shape = local_shape(info.shape, placement, self._parts)
         strides = local_stride(info, shape)
         shard = torch.empty_strided(shape, strides, dtype=getattr(torch, info.dtype), device="cpu")
         return shard.requires_grad_(gradient and shard.is_floating_point())
+
+
+def _lay_out(gradient: torch.Tensor, value: torch.Tensor, placement: Placement) -> None:
+    """Lay out a gradient as its variable: autograd does where it is whole, what reads a shard where it is one."""
+    if placement != WHOLE:
+        gradient.contiguous()
+    elif gradient.stride() != value.stride():
+        gradient.new_empty_strided(value.shape, value.stride()).copy_(gradient)
 
 
 def _is_in_place(name: str) -> bool:

@@ -27,6 +27,7 @@ from tp_planner.ir.errors import in_one_line
 from tp_planner.ir.graph import Op, TensorInfo, TensorRef
 from tp_planner.ir.placement import PackedShard, Partial, Placement, Replicate, Shard, StridedShard, local_shape
 from tp_planner.passes.follow_ops import Followed, Refused
+from tp_planner.patches import Patch
 from tp_planner.passes.packed_ops import CONCATENATION, follow_concatenation, follow_packed, parts_wanted
 
 CPU_ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu.default"
@@ -102,7 +103,7 @@ class DTensorRules:
     def _ask(self, op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement]) -> Followed | Refused:
         function = resolve_op(op.name)
         given: dict[int, torch.Tensor] = {}
-        with self._fake, quiet_torch():
+        with self._fake, quiet_torch(), Patch(_StridedShard, "_split_tensor", _cut_at_once, _CUT_AT_ONCE):
 
             def as_dtensor(leaf: Any) -> Any:
                 if not isinstance(leaf, TensorRef):
@@ -126,6 +127,21 @@ class DTensorRules:
         if not same:  # also of the same shape: a whole tensor that became a summand
             return Refused("needs its inputs placed in another way")
         return _outputs(result, watch.arguments, self._mesh.size())
+
+
+_CUT_AT_ONCE = "torch makes a tensor of each part of a part, hundreds of them; here only their size matters"
+
+
+def _cut_at_once(before: Callable[..., Any]) -> Callable[..., Any]:
+    def split(placement: Any, tensor: torch.Tensor, num_chunks: int, **options: Any) -> tuple[list[torch.Tensor], list[int]]:
+        length = tensor.shape[placement.dim]
+        if length % (placement.split_factor * num_chunks):
+            unequal: tuple[list[torch.Tensor], list[int]] = before(placement, tensor, num_chunks, **options)
+            return unequal
+        chunk = tensor.narrow(placement.dim, 0, length // num_chunks)
+        return [chunk] * num_chunks, [0] * num_chunks if options.get("with_padding", True) else []
+
+    return split
 
 
 def _looked_up_dim(op: Op, tensors: Mapping[int, TensorInfo]) -> int:

@@ -14,6 +14,9 @@ LOGGERS = ("torch._subclasses.fake_tensor", "torch.distributed.tensor")
 def quiet_torch() -> Iterator[None]:
     """Inside, torch does not log failing fake or distributed ops."""
     levels = {name: logging.getLogger(name).level for name in LOGGERS}
+    if set(levels.values()) == {logging.CRITICAL}:  # to set a level makes all loggers forget what is enabled
+        yield
+        return
     for name in levels:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:

@@ -18,10 +18,13 @@ from tp_planner.dryrun.collector import without_collector
 from tp_planner.dryrun.op_work import OpMeter
 from tp_planner.dryrun.sharding_rules import DTensorRules
 from tp_planner.frontend.blocks import find_blocks
+from tp_planner.frontend.inputs import known_inputs
 from tp_planner.frontend.kept_tensors import no_fakes_left
 from tp_planner.frontend.layer_tree import naming_once
+from tp_planner.frontend.quiet import quiet_torch
 from tp_planner.frontend.survey import survey
-from tp_planner.frontend.trace import require_built, trace
+from tp_planner.frontend.trace import require_built
+from tp_planner.frontend.traces import Traces
 from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.graph import ModelGraph, VariableInfo
@@ -70,13 +73,14 @@ def search(
         PlanError: if the model cannot be planned, or no layout that was planned fits the memory.
     """
     require_built(model)
-    make = _Planner(model, inputs, optimizer, loss, hardware)
+    traces = Traces(model, known_inputs(model, inputs)[0])
+    make = _Planner(model, inputs, optimizer, loss, hardware, traces)
     base = make.whole(mesh)
     if base.plan.axis_size == 1:
         if memory is not None and base.plan.step.memory.peak.total > memory:
             raise PlanError(_too_large(base, (), memory))
         return Found(model.name, hardware.name, base, base.cost, base, ())
-    formulation = _formulate(model, inputs, Prices(base.plan, hardware))
+    formulation = _formulate(model, traces, Prices(base.plan, hardware))
     return _Search(make, base, formulation, memory).run()
 
 
@@ -87,10 +91,11 @@ class _Planner:
     optimizer: keras.optimizers.Optimizer | None
     loss: TrainingLoss | None
     hardware: Hardware
+    traces: Traces
 
     def candidate(self, layout: Layout, program_cost: float | None = None) -> Candidate:
         """Return a layout with its plan."""
-        plan = make_plan(self.model, layout, self.inputs, self.optimizer, self.loss)
+        plan = make_plan(self.model, layout, self.inputs, self.optimizer, self.loss, self.traces)
         cost = seconds_of(plan, self.hardware)
         return Candidate(layout, plan, cost, cost if program_cost is None else program_cost)
 
@@ -103,16 +108,16 @@ class _Planner:
         return self.candidate(Layout(mesh, tuple(sorted(rules, key=lambda rule: -len(rule.axes))[:1])))
 
 
-def _formulate(model: keras.Model, inputs: Any, prices: Prices) -> Formulation:
+def _formulate(model: keras.Model, traces: Traces, prices: Prices) -> Formulation:
     with naming_once(model), without_collector(), no_fakes_left(model):
         stage(f"tracing {model.name}")
-        graph = trace(model, inputs, training=True, blocks=find_blocks(model), functions=True)
+        graph = traces.of(find_blocks(model), training=True)
         stage(f"asking how {model.name} can be computed")
         parts = prices.base.axis_size
         groups = _groups(graph, parts)
         options = {each.key: group.options for group in groups for each in group.variables}
         formulation = Formulation(graph, groups, prices)
-        with planning_axes(prices.base.mesh) as axes:
+        with planning_axes(prices.base.mesh) as axes, quiet_torch():
             rules = DTensorRules(axes.model.mesh)
             formulation.add_steps(Walker(graph, rules, OpMeter(rules, parts), parts, options))
     formulation.constant += seconds_of(prices.base, prices.hardware)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from tp_planner.dryrun.op_work import OpWork
 from tp_planner.ir.graph import VariableInfo
@@ -66,7 +67,7 @@ class Prices:
         """Return the time of the update of a variable, and of averaging its gradient over replicas."""
         return self.local_bytes(variable, placement) * self._per_trained_byte if variable.trainable else 0.0
 
-    @property
+    @cached_property
     def _per_trained_byte(self) -> float:
         """The seconds that a step takes for each byte of a trained variable once gradients are there."""
         update = sum(work.memory_bytes for work in self.base.step.work if work.phase == "update")
@@ -82,6 +83,6 @@ class Prices:
         slots = self.base.step.memory.largest.optimizer / max(self._trained_bytes, 1)
         return self.local_bytes(variable, placement) * (2 + slots if variable.trainable else 1)
 
-    @property
+    @cached_property
     def _trained_bytes(self) -> int:
         return sum(math.prod(each.local_shape) * each.itemsize for each in self.base.variables if each.trainable)

@@ -26,9 +26,10 @@ from tp_planner.passes.walk.facts import Closings, LayerMode, Origins, VariableR
 from tp_planner.passes.walk.known import Known
 from tp_planner.passes.walk.layers import follow_contraction, follow_dropout
 from tp_planner.passes.walk.notes import Notes
-from tp_planner.search.steps import Step, Times
+from tp_planner.search.steps import Step, Times, contraction_of
 
 MOST_COMBINATIONS = 20_000  # of what one step takes; beyond, what it takes is sharded alike or whole
+_COPY, _RESHAPED = "aten.clone.default", "aten._unsafe_view.default"  # what reshapes are where they are no views
 _SOMEWHERE: Origins = frozenset({("layer", ("", ""))})
 
 
@@ -253,13 +254,14 @@ class Walker:
 
     def _work(self, step: Step, taken: Mapping[int, Placement], notes: Notes) -> OpWork:
         choice = None if step.layer_call is None else self._known.contraction(step.layer_call)
-        if choice is not None:
+        if choice is not None or self._is_whole_contraction(step, taken):
             return self._work_of_contraction(step, choice)
         dropout = self.graph.layers[self.graph.calls[step.call].layer].is_dropout and step.layer_call is not None
         if dropout:
             placement = next(iter(taken.values()), WHOLE)
             return sum((self._work_of(op, [placement] * len(op.inputs), None) for op in self._ops(step)), NO_WORK)
-        work = sum((self._work_followed(op, notes) for op in self._ops(step)), NO_WORK)
+        copied = [op for op in self._ops(step) if not self._is_left_out(op)]
+        work = sum((self._work_followed(op, notes) for op in copied), NO_WORK)
         return work + self._work_of_gradients(step, self._known.placements)
 
     def _work_of_gradients(self, step: Step, placed: Mapping[int, Placement]) -> OpWork:
@@ -273,6 +275,18 @@ class Walker:
     def _ops(self, step: Step) -> Sequence[Op]:
         return self.graph.ops[slice(*step.ops)]
 
+    def _is_left_out(self, op: Op) -> bool:
+        """Whether an op is the copy of a reshape that needs none on shards, as where one head is all that is left."""
+        if op.name != _COPY or op.id + 1 == len(self.graph.ops) or self.graph.ops[op.id + 1].name != _RESHAPED:
+            return False
+        taken, made = op.inputs[0], self.graph.ops[op.id + 1].outputs[0]
+        placement = self._known.placement(taken, op.call)
+        if placement == WHOLE or self.graph.ops[op.id + 1].inputs != op.outputs:
+            return False
+        tensors = self.graph.tensors
+        local = local_shape(tensors[made].shape, self._known.placements.get(made, WHOLE), self.parts)
+        return self.meter.is_view(tensors[taken], placement, local)
+
     def _work_followed(self, op: Op, notes: Notes) -> OpWork:
         placed = [notes.cut_for.get((op.id, tensor), self._known.placement(tensor, op.call)) for tensor in op.inputs]
         followed = notes.followed.get(op.id)
@@ -282,32 +296,41 @@ class Walker:
         whole = [WHOLE if isinstance(placement, Partial) else placement for placement in placed]
         return self.meter.work(op, self.graph.tensors, whole, None if followed is None else followed.arguments)
 
-    def _work_of_contraction(self, step: Step, choice: StyleChoice) -> OpWork:
+    def _is_whole_contraction(self, step: Step, taken: Mapping[int, Placement]) -> bool:
+        """Whether a step is a contraction that takes nothing but whole tensors."""
+        if step.layer_call is None or contraction_of(step.layer_call, self.graph) is None:
+            return False
+        read = (self._known.placement(tensor, op.call) for op in self._ops(step) for tensor in op.inputs)
+        return all(placement == WHOLE for placement in (*taken.values(), *read))
+
+    def _work_of_contraction(self, step: Step, choice: StyleChoice | None) -> OpWork:
         """Return the work of a contraction's ops, its input and weights placed as the style takes them.
 
         A sum over the ranks is of the size of the whole, and whole for the ops that follow.
         """
-        assert step.layer_call is not None
         placed: dict[int, Placement] = {}
-        uses = {key: use.placement for key, use in weight_uses(choice).items()}
-        tensor = step.layer_call.inputs[0][1]
-        placed[tensor] = input_placement(choice, len(self.graph.tensors[tensor].shape))
-        work = NO_WORK
+        uses: dict[str, Placement] = {}
+        if choice is not None:
+            assert step.layer_call is not None
+            uses = {key: use.placement for key, use in weight_uses(choice).items()}
+            tensor = step.layer_call.inputs[0][1]
+            placed[tensor] = input_placement(choice, len(self.graph.tensors[tensor].shape))
+        arguments: dict[int, Sequence[Any]] = {}
         for op in self._ops(step):
-            variables = (self.graph.tensors[each].variable for each in op.inputs)
-            inputs = {
-                each: placed.get(each, WHOLE) if key is None else uses.get(key, WHOLE)
-                for each, key in zip(op.inputs, variables, strict=True)
-            }
-            followed = None
+            for each in op.inputs:
+                if (key := self.graph.tensors[each].variable) is not None:
+                    placed[each] = uses.get(key, WHOLE)
+            inputs = {each: placed.setdefault(each, WHOLE) for each in op.inputs}
             if any(placement != WHOLE for placement in inputs.values()):
                 answer = self.rules.follow(op, self.graph.tensors, inputs)
                 followed = answer if isinstance(answer, Followed) else None
                 outputs = followed.outputs if followed else (WHOLE,) * len(op.outputs)
+                if followed is not None:
+                    arguments[op.id] = followed.arguments
                 for each, made in zip(op.outputs, outputs, strict=True):
                     placed[each] = WHOLE if isinstance(made, Partial) else made
-            work += self._work_of(op, [inputs[each] for each in op.inputs], followed)
-        return work + self._work_of_gradients(step, placed)
+        work = self.meter.work_together(self._ops(step), self.graph.tensors, placed, step.makes, arguments)
+        return work + self._work_of_gradients(step, {each: placed.get(each, WHOLE) for each in step.makes})
 
 
 class Gradients:
