@@ -85,7 +85,7 @@ class OpMeter:
         made: Sequence[int],
         arguments: Mapping[int, Sequence[Any]],
     ) -> OpWork:
-        """Return what ops compute that run one after the other, with the gradients of the weights as autograd leaves them.
+        """Return what ops compute that run one after the other, with the gradients that autograd leaves in weights.
 
         Args:
             ops: ops that were traced.
@@ -133,7 +133,9 @@ class OpMeter:
                 known[each] = self._shard(tensors[each], placed[each], tensors[each].has_gradient)
             try:
                 for op in ops:
-                    args, kwargs = _with_tensors(op.arguments, [known[each] for each in op.inputs], arguments.get(op.id))
+                    args, kwargs = _with_tensors(
+                        op.arguments, [known[each] for each in op.inputs], arguments.get(op.id)
+                    )
                     with meter:
                         result = resolve_op(op.name)(*args, **kwargs)
                     known.update(zip(op.outputs, tensors_in(result), strict=True))

@@ -27,8 +27,8 @@ from tp_planner.ir.errors import in_one_line
 from tp_planner.ir.graph import Op, TensorInfo, TensorRef
 from tp_planner.ir.placement import PackedShard, Partial, Placement, Replicate, Shard, StridedShard, local_shape
 from tp_planner.passes.follow_ops import Followed, Refused
-from tp_planner.patches import Patch
 from tp_planner.passes.packed_ops import CONCATENATION, follow_concatenation, follow_packed, parts_wanted
+from tp_planner.patches import Patch
 
 CPU_ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu.default"
 # DTensor takes these for elementwise where their dim is negative.
@@ -133,7 +133,9 @@ _CUT_AT_ONCE = "torch makes a tensor of each part of a part, hundreds of them; h
 
 
 def _cut_at_once(before: Callable[..., Any]) -> Callable[..., Any]:
-    def split(placement: Any, tensor: torch.Tensor, num_chunks: int, **options: Any) -> tuple[list[torch.Tensor], list[int]]:
+    def split(
+        placement: Any, tensor: torch.Tensor, num_chunks: int, **options: Any
+    ) -> tuple[list[torch.Tensor], list[int]]:
         length = tensor.shape[placement.dim]
         if length % (placement.split_factor * num_chunks):
             unequal: tuple[list[torch.Tensor], list[int]] = before(placement, tensor, num_chunks, **options)

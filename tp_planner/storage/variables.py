@@ -299,8 +299,8 @@ class _LocalShard(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> DTensor:
-        # What DTensor.from_local does without its checks, which cost more than a small layer's matmul. Autograd lays out
-        # a gradient as its parameter, but looks at the strides of a DTensor, not of its shard; kernels of updates do.
+        # What DTensor.from_local does without its checks, which cost more than a small layer's matmul. Autograd lays
+        # out a gradient as its parameter, but looks at strides of the DTensor; kernels of updates look at the shard's.
         return DTensor(gradient.contiguous(), ctx.spec, requires_grad=False)
 
 
