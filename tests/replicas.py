@@ -16,6 +16,7 @@ import torch
 
 from tests.models import CASES, Batch, Case, building, randomize
 from tp_planner.frontend.layer_tree import named_variables
+from tp_planner.frontend.layout_map import read_zero
 from tp_planner.ir.layout import AxisSpec, Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.placement import chunk_sizes
@@ -179,11 +180,12 @@ LAYOUTS: dict[str, Callable[[str], Rules]] = {
 
 
 def layout(name: str, rules: str, shape: Shape) -> Layout:
-    """Return a layout by the name of its rules, which may end in ", 2 ahead" for what is gathered early."""
-    rules, _, ahead = rules.partition(", ")
+    """Return a layout by the name of its rules, behind which may be ", 2 ahead" for early gathers, ", zero 1"."""
+    rules, *options = rules.split(", ")
+    said = {word: int(number) for option in options for word, number in [sorted(option.split(), reverse=True)]}
     mesh = Mesh((("batch", shape[0]), ("model", shape[1])))
     made = tuple(LayoutRule(pattern, axes) for pattern, axes in LAYOUTS[rules](name).items())
-    return Layout(mesh, made, gathers_ahead=int(ahead.removesuffix(" ahead") or 1))
+    return Layout(mesh, made, gathers_ahead=said.get("ahead", 1), zero=read_zero(said.get("zero", 0)))
 
 
 # On the ranks

@@ -18,12 +18,12 @@ from tp_planner.checkpoints.values import lacks_values, values_from
 from tp_planner.checkpoints.waiting_loads import loads_for
 from tp_planner.frontend.fingerprint import fingerprint
 from tp_planner.frontend.layer_tree import named_variables
-from tp_planner.frontend.layout_map import read_layout_map
+from tp_planner.frontend.layout_map import read_layout_map, read_zero
 from tp_planner.frontend.optimizer import read_optimizer
 from tp_planner.frontend.trace import require_built
 from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.errors import PlanError
-from tp_planner.ir.layout import DeviceType, Layout
+from tp_planner.ir.layout import DeviceType, Layout, Zero
 from tp_planner.ir.mesh import Mesh
 from tp_planner.job.axes import Axes
 from tp_planner.job.process_group import (
@@ -58,6 +58,7 @@ def plan(
     gather_again: bool | None = None,
     device: DeviceType | None = None,
     gathers_ahead: int | None = None,
+    zero: Zero | None = None,
 ) -> Plan:
     """Return how ``model`` would be sharded under ``layout_map``; needs no device and changes nothing.
 
@@ -83,6 +84,9 @@ def plan(
             as their names say, else "cpu". Layers and collectives are the same.
         gathers_ahead: of what replicas store in parts, how many gathers before its own use each is started, forward
             and backward, so that it runs behind what is computed: more of them take more memory. By default 1.
+        zero: what replicas store in parts, beside what rules say (the stages of ZeRO, Rajbhandari et al. 2020): with 1
+            an optimizer's slots, each replica updating its part of every weight, and being left but that of its
+            gradient; with 3 weights too, put together for use. By default as the layout says, which is 0, neither.
 
     Raises:
         PlanError: with every problem of the model, the mesh and the rules.
@@ -92,7 +96,7 @@ def plan(
     """
     require_built(model)
     _require_plain(model)
-    layout = _Asked(batch_axis, sequence_parallel, gather_again, gathers_ahead).on(layout_map)
+    layout = _Asked(batch_axis, sequence_parallel, gather_again, gathers_ahead, zero).on(layout_map)
     if device not in (None, "cpu", "cuda"):
         raise PlanError(f"device is {device!r}; it is 'cpu' or 'cuda', or None for that of the mesh")
     layout = replace(layout, devices=device or layout.devices)
@@ -112,11 +116,14 @@ class _Asked:
     sequence_parallel: bool | None
     gather_again: bool | None
     gathers_ahead: int | None
+    zero: Zero | None
 
     def __post_init__(self) -> None:
         ahead = self.gathers_ahead
         if ahead is not None and (type(ahead) is not int or ahead < 0):
             raise PlanError(f"gathers_ahead is {ahead!r}; it is a number of gathers, 0 for none")
+        if self.zero is not None:
+            read_zero(self.zero)
 
     @property
     def of_the_plan(self) -> dict[str, Any]:
@@ -140,6 +147,7 @@ def parallelize(
     gathers_ahead: int | None = None,
     weights: str | Path | None = None,
     names: Mapping[str, str] | None = None,
+    zero: Zero | None = None,
 ) -> keras.Model:
     """Shard ``model`` over the devices of its mesh and return it; every process of the job has to call it.
 
@@ -167,6 +175,7 @@ def parallelize(
             model may hold values already; they are not used.
         names: names of tensors in that file by the variables' keys (as ``plan.variables`` has them), where they are
             named otherwise. In Keras's own files tensors are found by their place in the model, in others by the key.
+        zero: as for ``plan``; a plan has decided it.
 
     Raises:
         PlanError: if the layout cannot be planned, the plan does not fit the model, the number of processes is
@@ -175,7 +184,7 @@ def parallelize(
     """
     if check not in (None, "first_step"):
         raise PlanError(f"check is {check!r}; it is 'first_step' or None")
-    asked = _Asked(batch_axis, sequence_parallel, gather_again, gathers_ahead)
+    asked = _Asked(batch_axis, sequence_parallel, gather_again, gathers_ahead, zero)
     layout = _asked_for(layout_map_or_plan, asked)
     mesh = layout if isinstance(layout, Mesh) else layout.mesh
     require_process_group(mesh.size, layout.devices if isinstance(layout, Layout) else None)

@@ -18,7 +18,7 @@ from tp_planner.frontend.cuda_kernels import kernels_of
 from tp_planner.frontend.fingerprint import fingerprint
 from tp_planner.frontend.inputs import CallArguments, known_inputs
 from tp_planner.frontend.kept_tensors import no_fakes_left
-from tp_planner.frontend.layer_tree import named_layers, naming_once
+from tp_planner.frontend.layer_tree import named_layers, named_variables, naming_once
 from tp_planner.frontend.quick_rules import require_quick_rules
 from tp_planner.frontend.quiet import quiet_torch
 from tp_planner.frontend.survey import survey
@@ -42,6 +42,7 @@ from tp_planner.passes.place_boundaries import close, must_walk_all_blocks, plac
 from tp_planner.passes.reduce_behind import reduce_behind
 from tp_planner.passes.resolve_rules import Resolution, resolve_rules
 from tp_planner.passes.shard_into_loss import note_whole_logits, shard_into_loss
+from tp_planner.passes.share_updates import share_updates
 from tp_planner.passes.split_unevenly import split_unevenly
 from tp_planner.passes.spread_conflicts import spread_conflicts
 from tp_planner.passes.walk.packing import stored_in_parts
@@ -89,6 +90,7 @@ def make_plan(
         return replace(found, sequence_parallel=True, notes=(*found.notes, _NO_STREAM))
 
 
+OVERWRITTEN = "its gradient is its next value"
 _NO_STREAM = (
     "sequence parallelism changes nothing: no layer leaves a sum over the ranks whose sequence, dim 1 of three or "
     "more, divides by them and can stay sharded in what follows"
@@ -195,7 +197,7 @@ class _Job:
         """Return the plan with what replicas store and communicate among themselves."""
         plan = replace(plan, sums=bucket_summands(plan.variables, plan.layers))
         if plan.replicas == 1:
-            return plan
+            return replace(plan, notes=plan.notes + ((_one_replica(plan),) if plan.zero else ()))
         across = {key: resolved.batch_placement for key, resolved in self.resolution.variables.items()}
         variables = tuple(
             replace(
@@ -205,6 +207,8 @@ class _Job:
             )
             for each in plan.variables
         )
+        if self.layout.zero == 1:
+            variables = share_updates(variables, plan.axis_size, plan.replicas, self._updated_whole())
         shared = {name for name, layer in named_layers(self.model).items() if isinstance(layer, OF_THE_BATCH)}
         notes = plan.notes + tuple(note_own_state(graph, shared))
         late = {key for keys in plan.sums for key in keys}
@@ -212,6 +216,11 @@ class _Job:
         gatherings = gather_together(graph, variables, plan.axis_size, equal)
         buckets = bucket_gradients(variables, late)
         return replace(plan, variables=variables, buckets=buckets, gatherings=gatherings, notes=notes)
+
+    def _updated_whole(self) -> dict[str, str]:
+        """Return the variables that are updated in no way that works on a part, and why."""
+        variables = named_variables(self.model).items()
+        return {key: OVERWRITTEN for key, each in variables if getattr(each, "overwrite_with_gradient", False)}
 
     def _write(
         self, graph: ModelGraph, layers: tuple[LayerPlan, ...], input_gradients: bool, notes: tuple[str, ...]
@@ -234,7 +243,13 @@ class _Job:
             device=self.layout.devices or "cpu",
             guessed=self.guessed,
             gathers_ahead=self.layout.gathers_ahead,
+            zero=self.layout.zero,
         )
+
+
+def _one_replica(plan: Plan) -> str:
+    why = f"the batch is split over no axis of mesh ({plan.mesh}), so there is one replica"
+    return f"zero={plan.zero} changes nothing: {why}"
 
 
 def _as_stored(variables: tuple[VariablePlan, ...], stored: Mapping[str, Placement]) -> tuple[VariablePlan, ...]:

@@ -35,12 +35,16 @@ FORMATS: dict[str, tuple[Callable[[Any, str], Any], Callable[[Any, str], Any]]] 
 CONVERTED = ("weights.safetensors", "folder")
 
 
-def layouts(name: str, size: int) -> dict[str, tuple[Any, int]]:
-    """Return rules and the number of replicas by a name."""
+LayoutOf = tuple[Any, int, int]  # rules, the number of replicas, the stage of ZeRO
+
+
+def layouts(name: str, size: int) -> dict[str, LayoutOf]:
+    """Return layouts by a name."""
     rules = CASES[case_of(name)].rules
     if size == 2:
-        return {"2": (rules, 1), **({"2 uneven": (UNEVEN, 1)} if name == "gpt" else {})}
-    return {"4": (rules, 1), "2x2": (rules, 2), **({"2x2 in parts": (PARTS, 2)} if name == "gpt" else {})}
+        return {"2": (rules, 1, 0), **({"2 uneven": (UNEVEN, 1, 0)} if name == "gpt" else {})}
+    found = {"4": (rules, 1, 0), "2x2": (rules, 2, 0)}
+    return found | ({"2x2 in parts": (PARTS, 2, 0), "2x2 shared": (rules, 2, 1)} if name == "gpt" else {})
 
 
 def case_of(name: str) -> str:
@@ -72,10 +76,10 @@ def shared(values: Any, replicas: int) -> Any:
     return keras.tree.map_structure(lambda each: share(each, replicas), values)
 
 
-def parallel(name: str, seed: int, layout: tuple[Any, int]) -> tuple[keras.Model, Any, Any]:
+def parallel(name: str, seed: int, layout: LayoutOf) -> tuple[keras.Model, Any, Any]:
     """Return a model that has made two steps, so that its optimizer has its slots, and its share of the data."""
-    (model, x, y), (rules, replicas) = compiled(name, seed), layout
-    tp_planner.parallelize(model, mesh_map(rules, replicas), batch_axis="batch" if replicas > 1 else None)
+    (model, x, y), (_, replicas, _) = compiled(name, seed), layout
+    tp_planner.parallelize(model, mesh_map(*layout), batch_axis="batch" if replicas > 1 else None)
     x, y = shared(x, replicas), shared(y, replicas)
     for _ in range(2):
         model.train_on_batch(x, y)
@@ -85,7 +89,7 @@ def parallel(name: str, seed: int, layout: tuple[Any, int]) -> tuple[keras.Model
 # On the ranks
 
 
-def write(name: str, layout: tuple[Any, int], folder: str) -> tuple[Arrays, float]:
+def write(name: str, layout: LayoutOf, folder: str) -> tuple[Arrays, float]:
     """Write a trained model in every format; return all that it holds, and the next loss."""
     model, x, y = parallel(name, 1, layout)
     for kind in formats(name):
@@ -93,7 +97,7 @@ def write(name: str, layout: tuple[Any, int], folder: str) -> tuple[Arrays, floa
     return whole(model), float(model.train_on_batch(x, y))
 
 
-def read(name: str, layout: tuple[Any, int], folders: list[str]) -> list[tuple[str, str, Arrays, float]]:
+def read(name: str, layout: LayoutOf, folders: list[str]) -> list[tuple[str, str, Arrays, float]]:
     """Read what is in each folder, in each format, into one model; return what it then holds, and the next loss."""
     model, x, y = parallel(name, 2, layout)
     found = []
@@ -104,15 +108,15 @@ def read(name: str, layout: tuple[Any, int], folders: list[str]) -> list[tuple[s
     return found
 
 
-def born(name: str, layout: tuple[Any, int], paths: list[str]) -> list[tuple[str, Arrays]]:
+def born(name: str, layout: LayoutOf, paths: list[str]) -> list[tuple[str, Arrays]]:
     """Return the weights of models without values that are given those of a file."""
-    rules, replicas = layout
+    _, replicas, _ = layout
     found = []
     for path in paths:
         with tp_planner.deferred_init():
             model, _, _ = compiled(name, 2)
         batch_axis = "batch" if replicas > 1 else None
-        tp_planner.parallelize(model, mesh_map(rules, replicas), batch_axis=batch_axis, weights=path)
+        tp_planner.parallelize(model, mesh_map(*layout), batch_axis=batch_axis, weights=path)
         found.append((path, {key: whole_tensor(each).numpy().copy() for key, each in named_variables(model).items()}))
     return found
 

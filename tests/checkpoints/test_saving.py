@@ -24,13 +24,14 @@ UNEVEN = {"head/kernel": (None, "model"), "block_\\d_up/kernel": ("model", None)
 PARTS = {"token_embedding/embeddings": ("batch", "model"), "block_\\d_(up|down)/kernel": ("model", "batch")}
 
 
-def mesh_map(rules: Any, replicas: int) -> keras.distribution.LayoutMap:
+def mesh_map(rules: Any, replicas: int, zero: int = 0) -> keras.distribution.LayoutMap:
     size = dist.get_world_size()
     devices = [f"cpu:{rank}" for rank in range(size)]
     mesh = keras.distribution.DeviceMesh((replicas, size // replicas), ("batch", "model"), devices)
     layouts = keras.distribution.LayoutMap(mesh)
     for pattern, axes in rules.items():
         layouts[pattern] = axes
+    layouts.zero = zero
     return layouts
 
 

@@ -33,6 +33,8 @@ ASKING = [
     "adafactor",
     "muon",
 ]
+ELEMENTWISE = [name for name in OPTIMIZERS if name not in ("lamb", "adafactor", "muon")]
+SHARED = ["momentum", "clip values", *(name for name in ASKING if name in ELEMENTWISE)]
 
 
 # On the ranks
@@ -56,12 +58,12 @@ def train_with(rules: str, optimizers: list[str]) -> dict[str, float]:
     return errors
 
 
-def train_in_a_loop_of_ones_own(kind: str) -> dict[str, float]:
+def train_in_a_loop_of_ones_own(kind: str, rules: str) -> dict[str, float]:
     """Train without Keras's loop: gradients by ``torch.autograd.grad``, or added up over two backward passes."""
     case = MODELS["mlp"]
     models = [case.build("float64") for _ in range(2)]
     x, y = case.batch(np.random.default_rng(0), 8)
-    tp_planner.parallelize(models[1], layout("mlp", "both axes", (2, 2)))
+    tp_planner.parallelize(models[1], layout("mlp", rules, (2, 2)))
     replica = dist.get_rank() // 2
     for model, fed in zip(models, ((x, y), (share(x, replica, 2), share(y, replica, 2))), strict=True):
         optimizer = keras.optimizers.SGD(0.1)
@@ -227,17 +229,27 @@ def test_layers_that_share_a_generator(pools: Pools) -> None:
     assert pools(2).run(restore_with_a_shared_generator) == [True, True]
 
 
-@pytest.mark.parametrize("rules", [pytest.param("model axis", marks=pytest.mark.slow), "both axes"])
-def test_optimizers(pools: Pools, rules: str) -> None:
+@pytest.mark.parametrize(
+    ("rules", "optimizers"),
+    [
+        pytest.param("model axis", ASKING, marks=pytest.mark.slow),
+        ("both axes", ASKING),
+        ("model axis, zero 1", SHARED),
+        pytest.param("both axes, zero 1", ELEMENTWISE, marks=pytest.mark.slow),
+        pytest.param("model axis, zero 1", ELEMENTWISE, marks=pytest.mark.slow),
+    ],
+)
+def test_optimizers(pools: Pools, rules: str, optimizers: list[str]) -> None:
     """Weights and slots after four steps are those of one process, whole gradients needed or not."""
-    for errors in pools(4).run(train_with, rules, ASKING):
+    for errors in pools(4).run(train_with, rules, optimizers):
         assert {key: error for key, error in errors.items() if not error <= 1e-11} == {}
 
 
+@pytest.mark.parametrize("rules", ["both axes", "model axis, zero 1"])
 @pytest.mark.parametrize("kind", ["autograd.grad", "two backward passes"])
-def test_a_loop_of_ones_own(pools: Pools, kind: str) -> None:
+def test_a_loop_of_ones_own(pools: Pools, kind: str, rules: str) -> None:
     """Gradients that no hook has seen are averaged when they are applied; those that were added up are right too."""
-    for errors in pools(4).run(train_in_a_loop_of_ones_own, kind):
+    for errors in pools(4).run(train_in_a_loop_of_ones_own, kind, rules):
         assert {key: error for key, error in errors.items() if not error <= 1e-12} == {}
 
 

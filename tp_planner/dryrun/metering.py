@@ -107,6 +107,10 @@ class StepMeter(CollectiveRecorder):
             self._mark_what_is_early()
             self.log.events.append(Freed(number))
 
+    def lose(self, tensor: torch.Tensor) -> None:
+        """Watch a tensor's storage no longer: whoever asked for it notes when it goes."""
+        self._alive.pop(tensor.untyped_storage()._cdata, None)
+
     def hold(self, tensors: Iterable[Any], kind: StorageKind) -> None:
         """Say what the storages of these tensors are for."""
         for tensor in tensors:
@@ -134,11 +138,12 @@ class StepMeter(CollectiveRecorder):
 
     def note(self, collective: Collective) -> None:
         """Log a collective that is about to run."""
-        self._begin(collective.phase)
+        self.begin(collective.phase)
         self._last = len(self.log.events)
         self.log.events.append(collective)
 
-    def _begin(self, phase: Phase) -> None:
+    def begin(self, phase: Phase) -> None:
+        """Note that what follows is of this phase."""
         if phase != self._began:
             self._began = phase
             self.log.events.append(Began(phase))
@@ -161,7 +166,7 @@ class StepMeter(CollectiveRecorder):
         inputs = _tensors((args, kwargs))
         if self.asked and not any(map(self.knows, inputs)):
             return result  # the first time DTensor works out the shape of a result, on fake tensors of its own
-        self._begin(self.phase)
+        self.begin(self.phase)
         made = [leaf for leaf in _tensors(result) if not self.knows(leaf)]
         if made or func._schema.is_mutable:
             self._count(func, args, kwargs, result, inputs)

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 from tp_planner.dryrun.collector import only_new_garbage, without_collector
 from tp_planner.dryrun.metering import StepMeter
 from tp_planner.dryrun.repeats import BlockRepeats, multiplicities, stand_ins
+from tp_planner.dryrun.sharing import SimulatedShares
 from tp_planner.frontend.inputs import CallArguments, fake_inputs
 from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.frontend.trace import conditions_need_values, fake_tensors
@@ -30,6 +31,7 @@ from tp_planner.ir.early import start_early
 from tp_planner.ir.errors import PlanError, in_one_line
 from tp_planner.ir.graph import ModelGraph
 from tp_planner.ir.holders import holders_of
+from tp_planner.ir.placement import WHOLE
 from tp_planner.ir.plan import Plan
 from tp_planner.ir.step import Collective, Step
 from tp_planner.ir.step_log import (
@@ -44,14 +46,14 @@ from tp_planner.ir.step_log import (
     work_of,
 )
 from tp_planner.job.axes import Axes
-from tp_planner.layers.apply import applied_for_simulation
+from tp_planner.layers.apply import Applied, applied_for_simulation
 from tp_planner.passes.place_boundaries import tensor_names_again
 from tp_planner.regions.calls import Site, in_a_step_of
 from tp_planner.regions.recording import REASONS
 from tp_planner.regions.replicas import Replicas
 from tp_planner.regions.summands import site_of
 from tp_planner.storage.variables import local_tensor
-from tp_planner.training.optimizer import adopt_optimizer, updates_all_at_once
+from tp_planner.training.optimizer import adopt_optimizer, require_elementwise, updates_all_at_once
 from tp_planner.training.vocabulary import follow_logits
 
 
@@ -95,9 +97,10 @@ def simulate(
     with fake_tensors(), without_collector(), only_new_garbage():
         arguments = fake_inputs(model, inputs)
         with applied_for_simulation(model, plan, axes, left_out) as applied, blocks.watched(), meter.attributing(model):
+            sharing = _shared_updates(applied, meter, optimizer)
             updating = None if optimizer is None else _adopted(type(optimizer).from_config, settings, axes)
             variables = {key for layer in left_out for key in graph.layers[layer].variables}
-            step = TrainingStep(model, meter, updating, loss, variables, applied.replicas)
+            step = TrainingStep(model, meter, updating, loss, variables, applied.replicas, sharing)
             _hold_left_out_variables(meter, plan, variables)
             try:
                 step.run(arguments, multiplicities(repeats))
@@ -115,12 +118,27 @@ def simulate(
     log = unfold(meter.log, twins)
     log.events = start_early(log.events, plan.gathers_ahead)
     _add_gradients(log, plan, step.trained, stand_ins(repeats))
+    if sharing is not None:
+        sharing.reduce(log, step.trained, stand_ins(repeats))
     name = "" if optimizer is None else type(optimizer).__name__
     memory = memory_of(log)
     if plan.device == "cuda":
         memory = replace(memory, reserved=reserved_for(log.events))
     taken = Step(name, step.loss_name, memory, work_of(log), step.whole_update, holders_of(log))
     return Simulation(collectives_of(log), taken, tuple(step.notes))
+
+
+def _shared_updates(
+    applied: Applied, meter: StepMeter, optimizer: keras.optimizers.Optimizer | None
+) -> SimulatedShares | None:
+    """Let the simulated replica share updates with others, if the plan says so; raise PlanError if that cannot be."""
+    if not applied.plan.shares_updates:
+        return None
+    if optimizer is not None:
+        require_elementwise(optimizer)
+    sharing = SimulatedShares(applied, meter)
+    sharing.watch(applied.undo)
+    return sharing
 
 
 def _settings(optimizer: keras.optimizers.Optimizer) -> Any:
@@ -144,6 +162,7 @@ class TrainingStep:
             sum of the outputs, which are let go.
         left_out: variables that take no part, by key.
         replicas: the replicas, which meet when the backward pass begins; None for one. They do not average gradients.
+        sharing: the updates that they share, if they do.
     """
 
     def __init__(
@@ -154,9 +173,10 @@ class TrainingStep:
         loss: TrainingLoss | None,
         left_out: Set[str] = frozenset(),
         replicas: Replicas | None = None,
+        sharing: SimulatedShares | None = None,
     ) -> None:
         self.model, self.meter, self.optimizer, self.left_out = model, meter, optimizer, left_out
-        self._loss, self._replicas = loss, replicas
+        self._loss, self._replicas, self._sharing = loss, replicas, sharing
         self.loss_name = "" if loss is None else loss.name
         self.whole_update = True
         self.notes: list[str] = []
@@ -197,6 +217,8 @@ class TrainingStep:
             trained = [variable for variable in trainable if variable._value.grad is not None]
             self.trained = {keys[id(variable)] for variable in trained}
             meter.hold((variable._value.grad for variable in trained), "gradients")
+            if self._sharing is not None:
+                self._sharing.leave_parts(trained)
             slots: dict[int, list[Any]] = {}
             for owner, slot in self._slots:
                 slots.setdefault(id(owner), []).append(slot)
@@ -204,6 +226,8 @@ class TrainingStep:
                 self._stand_for(variable, slots.get(id(variable), []), 1 + others.get(keys[id(variable)], 0))
             if self.optimizer is not None and trained:
                 self._update(self.optimizer, trained)
+            elif self._sharing is not None:  # whatever makes the update
+                self._sharing.put_together({})
 
     def _meet(self, gradient: torch.Tensor) -> None:
         assert self._replicas is not None
@@ -305,7 +329,10 @@ def _add_gradients(log: StepLog, plan: Plan, trained: Set[str], others: Mapping[
         if size:
             _add_together(log, (plan.axis, plan.axis_size), size, site_of(number), joined=True, kernels=1)
     itemsizes = {each.key: each.itemsize for each in plan.variables}
+    shared = {each.key for each in plan.variables if each.slot_placement != WHOLE}
     for number, keys in enumerate(plan.buckets):
+        if keys[0] in shared:
+            continue
         several = len(keys) > 1
         size = (
             sum(map(sizes.__getitem__, keys)) + several * len(keys) * itemsizes[keys[0]]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import keras
 
 from tp_planner.ir.errors import PlanError
-from tp_planner.ir.layout import DeviceType, Layout, LayoutRule
+from tp_planner.ir.layout import DeviceType, Layout, LayoutRule, Zero
 from tp_planner.ir.mesh import Mesh
 
 _DEVICE_TYPES: dict[str, DeviceType] = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}
@@ -17,8 +17,8 @@ def read_layout_map(layout_map: Any) -> Layout:
     """Return the rules of a ``keras.distribution.LayoutMap`` and its device mesh as plain data.
 
     A ``Layout``, as ``read_layout_file(path).on(mesh)`` makes it, is that already. Of a LayoutMap the attributes
-    ``sequence_parallel``, ``gather_again`` and ``gathers_ahead`` count too, which users set where Keras has no
-    argument. Raises PlanError for anything else, for a map without a device mesh, and for a mesh of CPUs and CUDA
+    ``sequence_parallel``, ``gather_again``, ``gathers_ahead`` and ``zero`` count too, which users set where Keras has
+    no argument. Raises PlanError for anything else, for a map without a device mesh, and for a mesh of CPUs and CUDA
     devices together.
     """
     if isinstance(layout_map, Layout):
@@ -41,6 +41,17 @@ def read_layout_map(layout_map: Any) -> Layout:
         sequence_parallel=bool(getattr(layout_map, "sequence_parallel", False)),
         gather_again=bool(getattr(layout_map, "gather_again", True)),
         gathers_ahead=int(getattr(layout_map, "gathers_ahead", 1)),
+        zero=read_zero(getattr(layout_map, "zero", 0)),
+    )
+
+
+def read_zero(stage: Any) -> Zero:
+    """Return a stage of ZeRO; raise PlanError for what is none that there is."""
+    if type(stage) is int and stage in (0, 1, 3):
+        return cast(Zero, stage)
+    raise PlanError(
+        f"zero is {stage!r}; it is 1 for optimizer state in parts, and the gradients that it takes, 3 for weights in "
+        f"parts too, 0 for neither"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 from tp_planner.ir.mesh import Mesh
 
 DeviceType = Literal["cpu", "cuda"]
+Zero = Literal[0, 1, 3]  # the stages of ZeRO (https://arxiv.org/abs/1910.02054) that there are, 0 for none
 
 AxisSpec = str | None | tuple[str, ...]
 
@@ -47,6 +48,7 @@ class Layout:
     ``devices`` is what the devices of the mesh are, where that is said. With ``sequence_parallel`` tensors between
     regions are shards of the sequence; what is gathered from them for a region is not kept for the backward pass but
     gathered again there, if ``gather_again``. What replicas store in parts is gathered so many gathers ahead.
+    ``zero`` says what replicas store in parts beside that: 1 an optimizer's slots, 3 weights too.
     """
 
     mesh: Mesh
@@ -55,6 +57,7 @@ class Layout:
     sequence_parallel: bool = False
     gather_again: bool = True
     gathers_ahead: int = 1
+    zero: Zero = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mesh", self.mesh.across(self._axis_left_to_the_batch()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from itertools import groupby
@@ -157,6 +158,18 @@ def divides(shape: Shape, placement: Placement, parts: int) -> bool:
     if isinstance(placement, PackedShard):
         return all(part % parts == 0 for part in placement.parts)
     return not isinstance(placement, Shard | StridedShard) or shape[placement.dim] % parts == 0
+
+
+def smallest_parts(shape: Shape, parts: int, but: int | None = None) -> Placement:
+    """Return the cut that leaves the largest part smallest, of the first dim that does; whole if no dim is so long.
+
+    Dim ``but`` is not cut.
+
+    >>> str(smallest_parts((6, 8), 4)), str(smallest_parts((8, 8), 4)), str(smallest_parts((3, 2), 4))
+    ('S(1)', 'S(0)', 'R')
+    """
+    cuts = [Shard(dim) for dim, length in enumerate(shape) if length >= parts and dim != but]
+    return min(cuts, key=lambda cut: math.prod(local_shape(shape, cut, parts)), default=WHOLE)
 
 
 def local_shape(shape: Shape, placement: Placement, parts: int, rank: int = 0) -> Shape:

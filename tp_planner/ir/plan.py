@@ -8,7 +8,7 @@ from typing import Literal
 
 from tp_planner.ir.contract import Recording, check_contract
 from tp_planner.ir.errors import PlanError
-from tp_planner.ir.layout import DeviceType, LayoutRule
+from tp_planner.ir.layout import DeviceType, LayoutRule, Zero
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.placement import (
     WHOLE,
@@ -91,7 +91,8 @@ class VariablePlan:
     """Where one variable is stored.
 
     Over the batch axis it is what the model axis left that is cut once more: each part is one of ``batch_placement``
-    of the shard that ``placement`` says.
+    of the shard that ``placement`` says. Where that leaves it whole, ``slot_placement`` says of what part of it each
+    replica has the mean of the gradients, and an optimizer's slots, and makes the update.
     """
 
     key: str
@@ -105,11 +106,13 @@ class VariablePlan:
     rule: str | None  # pattern of the layout rule that decided, if any
     reason: str
     batch_placement: Placement = WHOLE
+    slot_placement: Placement = WHOLE
 
     @property
     def stored_as(self) -> str:
-        """The placement, and that on the batch axis if it says anything: ``"S(0)"`` or ``"S(0), batch S(1)"``."""
-        return f"{self.placement}" + ("" if self.batch_placement == WHOLE else f", batch {self.batch_placement}")
+        """The placement, and those on the batch axis that say anything: ``"S(0), batch S(1)"``, ``"R, slots S(0)"``."""
+        across = "" if self.batch_placement == WHOLE else f", batch {self.batch_placement}"
+        return f"{self.placement}{across}" + ("" if self.slot_placement == WHOLE else f", slots {self.slot_placement}")
 
     @property
     def is_sharded(self) -> bool:
@@ -285,8 +288,9 @@ class Plan:
     order in which that begins. ``gatherings`` are what replicas store in parts and read together, in the order of
     reading; each gather is started when the one ``gathers_ahead`` places before it is needed. ``sums`` are those of
     variables that are used on shards of the residual stream: their gradients are added over the model axis together,
-    when the backward pass ends. ``device`` is the one whose kernels ``step`` counts; layers and collectives are the
-    same on all.
+    when the backward pass ends. ``zero`` is what was asked to be in parts over the batch axis, whatever rules say: 1
+    for an optimizer's slots, 3 for weights too, 0 for neither. ``device`` is the one whose kernels ``step`` counts;
+    layers and collectives are the same on all.
     """
 
     model: str
@@ -308,6 +312,12 @@ class Plan:
     guessed: tuple[GuessedDim, ...] = ()
     gatherings: tuple[Gathering, ...] = ()
     gathers_ahead: int = 1
+    zero: Zero = 0
+
+    @property
+    def shares_updates(self) -> bool:
+        """Whether replicas share the update of any variable that each of them stores whole."""
+        return any(each.slot_placement != WHOLE for each in self.variables)
 
     @property
     def shards_stream(self) -> bool:

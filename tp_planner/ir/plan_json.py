@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tp_planner.ir.errors import PlanError
-from tp_planner.ir.layout import DeviceType, LayoutRule
+from tp_planner.ir.layout import DeviceType, LayoutRule, Zero
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.placement import Replicate, local_shape, parse_placement
 from tp_planner.ir.plan import (
@@ -120,6 +120,7 @@ def _encode_variable(variable: VariablePlan) -> dict[str, Any]:
         "trainable": variable.trainable,
         "placement": str(variable.placement),
         "batch_placement": str(variable.batch_placement),
+        "slot_placement": str(variable.slot_placement),
         "rule": variable.rule,
         "reason": variable.reason,
     }
@@ -143,6 +144,7 @@ def _decode_variable(data: Mapping[str, Any], parts: int, replicas: int) -> Vari
         data["rule"],
         data["reason"],
         across,
+        parse_placement(data["slot_placement"]),
     )
 
 
@@ -259,6 +261,7 @@ def _encode_plan(plan: Plan) -> dict[str, Any]:
         "notes": list(plan.notes),
         "buckets": [list(bucket) for bucket in plan.buckets],
         "gathers_ahead": plan.gathers_ahead,
+        "zero": plan.zero,
         "gatherings": [_encode_gathering(each) for each in plan.gatherings],
         "sequence_parallel": plan.sequence_parallel,
         "sums": [list(bucket) for bucket in plan.sums],
@@ -277,6 +280,13 @@ def _decode_device(name: str) -> DeviceType:
         case "cpu" | "cuda":
             return name
     raise ValueError(f"device {name!r} is neither 'cpu' nor 'cuda'")
+
+
+def _decode_zero(stage: object) -> Zero:
+    match stage:
+        case 0 | 1 | 3:
+            return stage
+    raise ValueError(f"zero is {stage!r}, not 0, 1 or 3")
 
 
 def _decode_plan(data: Mapping[str, Any]) -> Plan:
@@ -307,4 +317,5 @@ def _decode_plan(data: Mapping[str, Any]) -> Plan:
         guessed=tuple(GuessedDim(each["input"], each["dim"], each["size"]) for each in data["guessed"]),
         gatherings=tuple(map(_decode_gathering, data["gatherings"])),
         gathers_ahead=data["gathers_ahead"],
+        zero=_decode_zero(data["zero"]),
     )

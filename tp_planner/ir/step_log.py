@@ -63,6 +63,13 @@ class Early:
     begins: bool
 
 
+class Arrived(NamedTuple):
+    """The gradient of a variable, a storage, is complete."""
+
+    variable: str
+    storage: int
+
+
 @dataclass(frozen=True, slots=True)
 class Edge:
     """The forward or backward pass of a block begins or ends; ``call`` is the block's call.
@@ -88,7 +95,7 @@ class Again:
     made: tuple[tuple[int, int], ...] = ()
 
 
-Event = Allocated | Freed | Kernel | Collective | Began | Early | Edge | Again
+Event = Allocated | Freed | Kernel | Collective | Began | Early | Arrived | Edge | Again
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +232,9 @@ class _Unfolding:
                 self.early.remove((event.storage, chain))
             elif chain and isinstance(event, Allocated | Freed):
                 self._storage_again(event, chain, _renamed_origin(self.log.origins.get(event.storage), names))
+            elif chain and isinstance(event, Arrived):
+                copy = self.copies[chain][event.storage]
+                self.out.events.append(Arrived(names.get(event.variable, event.variable), copy))
             elif chain and isinstance(event, Collective):
                 self.out.events.append(_renamed(event, names))
             elif isinstance(event, Freed) and event.storage in self.gone:

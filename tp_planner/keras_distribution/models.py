@@ -24,7 +24,7 @@ from tp_planner.api import parallelize
 from tp_planner.frontend.calling import in_layer_call, leaves_no_trace
 from tp_planner.frontend.inputs import CallArguments
 from tp_planner.frontend.layer_tree import named_variables
-from tp_planner.frontend.layout_map import read_device_mesh, read_layout_map
+from tp_planner.frontend.layout_map import read_device_mesh, read_layout_map, read_zero
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.keras_distribution.births import UnplannedVariable, is_unplanned, not_sharding, paths_born_under
@@ -204,7 +204,8 @@ def plan_and_apply(model: keras.Model, inputs: CallArguments | None) -> None:
 
 def _layout_of(distribution: Any) -> Layout:
     if isinstance(distribution, keras.distribution.DataParallel):
-        return Layout(read_device_mesh(distribution.device_mesh), ())
+        zero = read_zero(getattr(distribution, "zero", 0))  # which users set, as of a LayoutMap
+        return Layout(read_device_mesh(distribution.device_mesh), (), zero=zero)
     layout_map = getattr(distribution, "_layout_map", None)
     if layout_map is None:
         raise PlanError(

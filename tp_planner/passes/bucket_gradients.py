@@ -1,7 +1,7 @@
 """Bucket gradients: which gradients travel together, so that few collectives do and they start early.
 
-Replicas average the gradients that each of them has. Ranks of the model axis add up those of variables which they hold
-whole and use on shards of the residual stream.
+Replicas average the gradients that each of them has; of those whose update they share, each is left its part. Ranks of
+the model axis add up those of variables which they hold whole and use on shards of the residual stream.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ Buckets = tuple[tuple[str, ...], ...]
 
 def bucket_gradients(variables: Sequence[VariablePlan], late: Set[str] = frozenset()) -> Buckets:
     """Return the keys of the variables whose gradients every replica has, in buckets of one dtype each.
+
+    Those whose updates are shared are in buckets of their own.
 
     Those of ``late`` come behind the others, for they are there when the backward pass ends.
     """
@@ -48,19 +50,20 @@ def _is_whole(variable: VariablePlan) -> bool:
 
 
 def _buckets(variables: Sequence[VariablePlan], takes: Callable[[VariablePlan], bool]) -> Buckets:
-    """Return the keys of the variables that are taken, in buckets of one dtype each.
+    """Return the keys of the variables that are taken, in buckets of one dtype each, their updates shared or not.
 
     The last variables are first, because their gradients are. A bucket is full when one more gradient would make it
     larger than ``BUCKET_BYTES``.
     """
     buckets: list[list[str]] = []
-    open_buckets: dict[str, tuple[list[str], int]] = {}  # by dtype: the bucket and its bytes
+    open_buckets: dict[tuple[str, bool], tuple[list[str], int]] = {}  # by kind: the bucket and its bytes
     for variable in filter(takes, reversed(variables)):
         size = math.prod(variable.local_shape) * variable.itemsize
-        bucket, filled = open_buckets.get(variable.dtype, ([], 0))
+        kind = variable.dtype, variable.slot_placement == WHOLE
+        bucket, filled = open_buckets.get(kind, ([], 0))
         if not bucket or filled + size > BUCKET_BYTES:
             bucket, filled = [], 0
             buckets.append(bucket)
         bucket.append(variable.key)
-        open_buckets[variable.dtype] = bucket, filled + size
+        open_buckets[kind] = bucket, filled + size
     return tuple(tuple(bucket) for bucket in buckets)

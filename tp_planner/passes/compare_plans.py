@@ -52,6 +52,7 @@ def _of_plan(plan: Plan) -> Properties:
         "inputs": ", ".join(f"{_shape(shape)} {dtype}" for shape, dtype in plan.inputs),
         "guessed sizes": ", ".join(f"{each.input} dim {each.dim}: {each.size}" for each in plan.guessed),
         "buckets of gradients": "; ".join(f"({', '.join(bucket)})" for bucket in plan.buckets),
+        "ZeRO": str(plan.zero),
         "gathers ahead": str(plan.gathers_ahead),
         "gathered together": "; ".join(map(_of_gathering, plan.gatherings)),
         "sequence parallel": "yes" if plan.sequence_parallel else "no",

@@ -74,14 +74,30 @@ class Gathered:
                 self._buffer = _OPS.wait_tensor(self._buffer)
             self._arrived, self._sent = True, None
 
+    def write(self, number: int, whole: torch.Tensor) -> None:
+        """Write a whole tensor, whose parts are not packed, to where it belongs."""
+        chunks, cut, ranks = self._chunks(number), self._cuts[number], self._axis.size
+        dim = cut.placement.dim
+        if cut.shape[dim] % ranks == 0:
+            whole.unflatten(dim, (ranks, cut.shape[dim] // ranks)).movedim(dim, 0).copy_(chunks)
+            return
+        start = 0
+        for rank, chunk in enumerate(chunks):
+            length = cut.length(ranks, rank)
+            whole.narrow(dim, start, length).copy_(chunk.narrow(dim, 0, length))
+            start += length
+
+    def _chunks(self, number: int) -> torch.Tensor:
+        """Return the chunks of a tensor, one for each rank, all as long as the longest."""
+        self.wait()
+        ranks, (start, end) = self._axis.size, self._spans[number]
+        rows: torch.Tensor = self._buffer.view(ranks, self._row)[:, start:end]
+        return rows.view(self._dtypes[number]).view(ranks, *self._cuts[number].chunk(ranks))
+
     def whole(self, number: int) -> torch.Tensor:
         """Return a whole tensor: of several a copy, so that each of them goes alone."""
-        self.wait()
-        cut, ranks, (start, end) = self._cuts[number], self._axis.size, self._spans[number]
+        chunks, cut, ranks = self._chunks(number), self._cuts[number], self._axis.size
         dim = cut.placement.dim
-        chunks = (
-            self._buffer.view(ranks, self._row)[:, start:end].view(self._dtypes[number]).view(ranks, *cut.chunk(ranks))
-        )
         if len(self._cuts) == 1 and dim == 0 and cut.shape[0] % ranks == 0:
             whole = chunks.view(cut.shape)
         else:

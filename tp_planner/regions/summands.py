@@ -30,13 +30,14 @@ def site_of(number: int) -> Site:
 class Summands:
     """The summands of one parallel model.
 
-    ``waiting`` says that they are set aside; before that, in a simulated step, they pass as they are. ``at_sum`` is
-    called with each variable whose sum has arrived.
+    ``waiting`` says that they are set aside; before that, in a simulated step, they pass as they are. ``before_sum`` is
+    called with each variable to whose gradient its sum is about to be added, ``at_sum`` when it is.
     """
 
     def __init__(self, axis: Axis, replicas: Replicas | None) -> None:
         self.axis, self._replicas = axis, replicas
         self.waiting = False
+        self.before_sum: Callable[[Any], None] = lambda variable: None
         self.at_sum: Callable[[Any], None] = lambda variable: None
         self._buckets: list[tuple[Site, Sequence[Any]]] = []
         self._set_aside: dict[int, dict[int, torch.Tensor]] = {}  # by pass, then by id of the variable
@@ -113,6 +114,7 @@ class Summands:
     def _hand_out(self, variables: Sequence[Any], flat: torch.Tensor) -> None:
         sums = flat.split([math.prod(variable.shape) for variable in variables])
         for variable, each in zip(variables, sums, strict=True):
+            self.before_sum(variable)
             parameter, total = variable._value, each.view(variable._value.shape)
             if parameter.grad is None:
                 parameter.grad = total

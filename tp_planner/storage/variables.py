@@ -209,11 +209,6 @@ def is_in_shards(variable: Any) -> bool:
     return isinstance(variable._value, DTensor)
 
 
-def is_sharded_over(variable: Any, axis: Axis) -> bool:
-    """Whether a Keras variable is stored in shards over this axis."""
-    return is_sharded(variable) and any(axis == cut for _, cut in variable._stored.sharding.cuts)
-
-
 def local_tensor(variable: Any) -> torch.Tensor:
     """Return the plain tensor that this rank stores of a variable, without gradient history."""
     value = variable._value

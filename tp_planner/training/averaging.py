@@ -3,103 +3,25 @@
 As torch's DistributedDataParallel does (https://arxiv.org/abs/2006.15704), which fails on DTensor parameters, and sees
 only what is called through its wrapper, not what ``fit`` calls. A bucket's all-reduce starts when the last of its
 gradients has arrived and no bucket before it waits; ``backward()`` returns when all have ended. Gradients are then
-views of their bucket.
+views of their bucket. A bucket whose update is shared is waited for when the next one starts, so that what was sent is
+not kept for longer.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from tp_planner.regions.calls import Site
 from tp_planner.regions.replicas import SAMPLES, Replicas, add_in_place, wait
-from tp_planner.storage.variables import local_tensor
+from tp_planner.training.buckets import Bucket, SharedBucket, local_gradient
+from tp_planner.training.shares import share_of
 
 GRADIENTS = Site("", "gradients")
-
-
-class Bucket:
-    """Variables of one dtype whose gradients travel together, and behind them a mark for each that has one.
-
-    The gradient of a single variable travels as it is. ``always`` says that the bucket travels in every backward pass;
-    else it does only if one of its gradients has arrived. One that is ``late`` waits for the end of the pass, when the
-    last summands of its gradients have been added.
-    """
-
-    def __init__(self, variables: Sequence[Any], site: Site, always: bool, late: bool = False) -> None:
-        self.variables, self.site, self.always, self.late = tuple(variables), site, always, late
-        shapes = [local_tensor(variable).shape for variable in variables]
-        ends = list(itertools.accumulate(shape.numel() for shape in shapes))
-        self._views = [(end - shape.numel(), end, shape) for end, shape in zip(ends, shapes, strict=True)]
-        self.device = local_tensor(variables[0]).device
-        self.arrived: set[int] = set()  # positions of variables
-        self.flat: torch.Tensor | None = None
-
-    @property
-    def is_complete(self) -> bool:
-        return len(self.arrived) == len(self.variables)
-
-    def fill(self, replicas: Replicas) -> torch.Tensor:
-        """Put the gradients that have arrived into one tensor, in which they are from now on, and return it weighed."""
-        gradients = [self._gradient(position) for position in range(len(self.variables))]
-        if len(gradients) == 1:
-            self.flat = gradients[0].reshape(-1)
-        elif self.is_complete:
-            self.flat = _joined(gradients, gradients[0].new_ones(len(gradients)))
-        else:
-            marks = [float(position in self.arrived) for position in range(len(gradients))]
-            self.flat = _joined(gradients, gradients[0].new_tensor(marks))
-        if replicas.samples:
-            self.flat.mul_(replicas.share(self.device))
-        else:  # it may be the gradient of the mean of nothing
-            self.flat.zero_()
-        for position in self.arrived:
-            self._place(position)
-        return self.flat
-
-    def _gradient(self, position: int) -> torch.Tensor:
-        gradient = self.variables[position]._value.grad
-        if gradient is None:
-            return torch.zeros_like(local_tensor(self.variables[position]))
-        return _local(gradient)  # of an earlier pass, where none has arrived in this one: the average goes on from it
-
-    def _view(self, position: int) -> torch.Tensor:
-        assert self.flat is not None
-        start, end, shape = self._views[position]
-        return self.flat[start:end].view(shape)
-
-    def _place(self, position: int) -> None:
-        parameter, view = self.variables[position]._value, self._view(position)
-        parameter.grad = DTensor(view, parameter._spec, requires_grad=False) if isinstance(parameter, DTensor) else view
-
-    def finish(self) -> None:
-        """Wait for the sum; gradients that only other replicas have are this replica's too."""
-        if self.flat is None:
-            return
-        wait(self.flat)
-        missing = set(range(len(self.variables))) - self.arrived
-        if missing and not isinstance(self.flat, FakeTensor):
-            marks = (
-                self.flat[-len(self.variables) :].tolist() if len(self.variables) > 1 else self.flat.any().reshape(1)
-            )
-            for position in missing:
-                if marks[position] > 0:
-                    self._place(position)
-        self.arrived, self.flat = set(), None
-
-
-def _joined(gradients: Sequence[torch.Tensor], marks: torch.Tensor) -> torch.Tensor:
-    return torch.cat([*(gradient.reshape(-1) for gradient in gradients), marks])
-
-
-def _local(gradient: torch.Tensor) -> torch.Tensor:
-    return gradient._local_tensor if isinstance(gradient, DTensor) else gradient
 
 
 class Averaging:
@@ -108,17 +30,18 @@ class Averaging:
     def __init__(self, replicas: Replicas, buckets: Sequence[Bucket]) -> None:
         self._replicas, self._buckets = replicas, buckets
         self._next = 0
+        self._travelling: SharedBucket | None = None
 
     def watch(self, undo: list[Callable[[], None]]) -> None:
         """Begin; add what ends it."""
         self._replicas.at_end.append(self._end)
         for bucket in self._buckets:
             for position, variable in enumerate(bucket.variables):
-                undo.append(self._watch(bucket, position).remove)
+                undo += [handle.remove for handle in self._watch(bucket, position)]
                 _averaged_by[id(variable)] = self
                 undo.append(functools.partial(_forget, id(variable)))
 
-    def _watch(self, bucket: Bucket, position: int) -> Any:
+    def _watch(self, bucket: Bucket, position: int) -> list[Any]:
         parameter = bucket.variables[position]._value
 
         def arrived(_: torch.Tensor) -> None:
@@ -127,10 +50,12 @@ class Averaging:
         frozen = not parameter.requires_grad
         if frozen:  # it may be trained later, and hooks are taken by parameters only that need a gradient
             parameter.requires_grad = True
-        handle = parameter.register_post_accumulate_grad_hook(arrived)
+        handles = [parameter.register_post_accumulate_grad_hook(arrived)]
+        if isinstance(bucket, SharedBucket):
+            handles.append(parameter.register_hook(lambda _: bucket.expect(position)))
         if frozen:
             parameter.requires_grad = False
-        return handle
+        return handles
 
     def _arrived(self, bucket: Bucket, position: int) -> None:
         self._replicas.meet(bucket.device)
@@ -140,16 +65,30 @@ class Averaging:
                 return
             self._send(self._buckets[self._next])
 
+    def expect(self, variable: Any) -> None:
+        """Note that the gradient of a variable of a late bucket is about to be added to what is in its parameter."""
+        for bucket, position in self._late_places(variable):
+            bucket.expect(position)
+
     def arrive(self, variable: Any) -> None:
         """Note that the gradient of a variable of a late bucket is in its parameter."""
+        for bucket, position in self._late_places(variable):
+            bucket.arrived.add(position)
+
+    def _late_places(self, variable: Any) -> Iterator[tuple[Bucket, int]]:
         for bucket in self._buckets:
             if bucket.late:
-                bucket.arrived.update(position for position, each in enumerate(bucket.variables) if each is variable)
+                yield from ((bucket, place) for place, each in enumerate(bucket.variables) if each is variable)
 
     def _send(self, bucket: Bucket) -> None:
         self._next += 1
-        if bucket.arrived or bucket.always:
-            add_in_place(bucket.fill(self._replicas), self._replicas.axis, bucket.site)
+        if not (bucket.arrived or bucket.always):
+            return
+        if isinstance(bucket, SharedBucket):
+            if self._travelling is not None:
+                self._travelling.finish()
+            self._travelling = bucket
+        bucket.send(self._replicas)
 
     def mean(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the means over the replicas of gradients that no backward pass has left in their parameters."""
@@ -176,9 +115,9 @@ class Averaging:
                 for bucket in self._buckets:
                     bucket.finish()
         finally:
-            self._next = 0
+            self._next, self._travelling = 0, None
             for bucket in self._buckets:
-                bucket.arrived, bucket.flat = set(), None
+                bucket.clear()
 
 
 _averaged_by: dict[int, Averaging] = {}  # by id of the variable
@@ -192,26 +131,37 @@ def averaged(gradients: Sequence[Any], variables: Sequence[Any]) -> Sequence[Any
     """Return the gradients, those averaged that are not what a backward pass has left in the variables' parameters.
 
     They may come from ``torch.autograd.grad``, which no hook sees. A mean of means is what it was, so that gradients
-    which a training loop has made of averaged ones may come too.
+    which a training loop has made of averaged ones may come too. Of a variable whose update is shared it is this
+    replica's part.
     """
     strays = [
         position
         for position, (gradient, variable) in enumerate(zip(gradients, variables, strict=False))
-        if gradient is not None and id(variable) in _averaged_by and not _is_left_in(gradient, variable._value)
+        if gradient is not None and id(variable) in _averaged_by and _is_stray(gradient, variable)
     ]
     if not strays:
         return gradients
-    means = _averaged_by[id(variables[strays[0]])].mean([_local(gradients[position]) for position in strays])
+    means = _averaged_by[id(variables[strays[0]])].mean([local_gradient(gradients[position]) for position in strays])
     result = list(gradients)
     for position, mean in zip(strays, means, strict=True):
-        given = gradients[position]
+        given, share = gradients[position], share_of(variables[position])
+        if share is not None:
+            result[position] = share.of_gradient(mean)
+            continue
         result[position] = DTensor(mean, given._spec, requires_grad=False) if isinstance(given, DTensor) else mean
     return result
+
+
+def _is_stray(gradient: torch.Tensor, variable: Any) -> bool:
+    share = share_of(variable)
+    if share is not None:  # the part is shorter than the whole on all ranks
+        return local_gradient(gradient).shape != share.part.shape
+    return not _is_left_in(gradient, variable._value)
 
 
 def _is_left_in(gradient: torch.Tensor, parameter: torch.Tensor) -> bool:
     if parameter.grad is None:
         return False
-    given, left = _local(gradient), _local(parameter.grad)
+    given, left = local_gradient(gradient), local_gradient(parameter.grad)
     same_storage = given.untyped_storage()._cdata == left.untyped_storage()._cdata
     return same_storage and given.storage_offset() == left.storage_offset()

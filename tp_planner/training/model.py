@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -19,7 +19,8 @@ from tp_planner.regions.replicas import Replicas
 from tp_planner.regions.summands import site_of
 from tp_planner.replay.replay import REPLAYED, replaying
 from tp_planner.storage.log import logger
-from tp_planner.training.averaging import Averaging, Bucket
+from tp_planner.training.averaging import Averaging
+from tp_planner.training.buckets import Bucket, SharedBucket
 from tp_planner.training.changing import refuse_changes
 from tp_planner.training.draws import OwnDraws, own_seeds
 from tp_planner.training.entries import PHASES, entering
@@ -30,8 +31,10 @@ from tp_planner.training.optimizer import (
     adopt_optimizer,
     release_optimizer,
     release_optimizers_of,
+    require_elementwise,
 )
 from tp_planner.training.same_data import SameData, has_to_be_fed_alike
+from tp_planner.training.shares import Shares, share_of, shares_in
 from tp_planner.training.torch_helpers import help_with_parameters_of
 from tp_planner.training.torch_optimizers import follow_parameters
 from tp_planner.training.totals import logs_of_all, results_of_all
@@ -79,8 +82,13 @@ def take_over(model: keras.Model, applied: Applied) -> None:
 
 
 def adopt_its_optimizer(model: keras.Model, applied: Applied) -> None:
-    """Let the optimizer that a parallel model is compiled with update its shards."""
+    """Let the optimizer that a parallel model is compiled with update its shards.
+
+    Raises PlanError for one that cannot update the parts that the plan leaves each replica.
+    """
     if getattr(model, "optimizer", None) is not None:
+        if applied.plan.shares_updates:
+            require_elementwise(model.optimizer)
         adopt_optimizer(model.optimizer, applied.axes)
 
 
@@ -125,9 +133,10 @@ def _of_its_rank(plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def _take_replicas_into_account(model: keras.Model, applied: Applied, replicas: Replicas) -> None:
     """Average gradients, let losses and metrics be those of the whole batch, and random numbers this replica's."""
+    Shares(replicas.axis, shares_in(applied.plan, applied.axes, named_variables(model))).watch(applied.undo)
     averaging = Averaging(replicas, _buckets(model, applied))
     averaging.watch(applied.undo)
-    applied.summands.at_sum = averaging.arrive
+    applied.summands.before_sum, applied.summands.at_sum = averaging.expect, averaging.arrive
     _override(model, "get_metrics_result", results_of_all(model, replicas), applied)
     for name in STEPS:
         if getattr(type(model), name) is not getattr(Trainer, name):
@@ -176,7 +185,7 @@ def _buckets(model: keras.Model, applied: Applied) -> list[Bucket]:
     """Return the plan's buckets, and behind them one for each other variable, which may be trained later."""
     variables, late = named_variables(model), _used_on_stream(applied)
     planned = [
-        Bucket([variables[key] for key in keys], Site("", f"gradients {number}"), always=True, late=keys[0] in late)
+        _bucket([variables[key] for key in keys], Site("", f"gradients {number}"), late=keys[0] in late)
         for number, keys in enumerate(applied.plan.buckets)
     ]
     known = {key for keys in applied.plan.buckets for key in keys}
@@ -187,6 +196,14 @@ def _buckets(model: keras.Model, applied: Applied) -> list[Bucket]:
         if key not in known and variable._value.is_floating_point()
     ]
     return planned + others
+
+
+def _bucket(variables: Sequence[Any], site: Site, late: bool) -> Bucket:
+    shares = [share for variable in variables if (share := share_of(variable)) is not None]
+    if shares:
+        assert len(shares) == len(variables)
+        return SharedBucket(shares, site, always=True, late=late)
+    return Bucket(variables, site, always=True, late=late)
 
 
 def let_go(model: keras.Model, applied: Applied) -> None:
@@ -230,8 +247,7 @@ def _compiling(model: keras.Model, applied: Applied) -> Callable[..., Any]:
     def compiling(*args: Any, **kwargs: Any) -> Any:
         result = plain(model, *args, **kwargs)
         _replay_if_asked(model, applied)
-        if model.optimizer is not None:
-            adopt_optimizer(model.optimizer, applied.axes)
+        adopt_its_optimizer(model, applied)
         return result
 
     return compiling

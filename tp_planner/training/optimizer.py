@@ -1,8 +1,9 @@
 """Keras optimizers on sharded variables.
 
 An adopted optimizer is the user's own object with a class that mixes in what sharding needs. Its slots are born
-with their variable's placement. Elementwise updates (all of Adam's family, SGD, ...) run on plain local shards, see
-``updates.py``; any other update runs on the whole value of one variable at a time.
+with their variable's placement, or that of the part which this replica updates, see ``shares.py``. Elementwise updates
+(all of Adam's family, SGD, ...) run on plain local shards, see ``updates.py``; any other update runs on the whole value
+of one variable at a time.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from torch.distributed.tensor import DTensor
 
+from tp_planner.ir.errors import PlanError
 from tp_planner.ir.placement import Partial, Replicate
 from tp_planner.ir.plan import Transition
 from tp_planner.job.axes import Axes, Axis
@@ -27,7 +29,6 @@ from tp_planner.regions.calls import Site, reading_local_values, running, standi
 from tp_planner.storage.sharding import Sharding
 from tp_planner.storage.variables import (
     is_sharded,
-    is_sharded_over,
     local_tensor,
     make_parallel,
     make_plain,
@@ -35,6 +36,7 @@ from tp_planner.storage.variables import (
     whole_tensor,
 )
 from tp_planner.training.averaging import averaged
+from tp_planner.training.shares import being_shares, share_of, slot_sharding
 from tp_planner.training.updates import update_elementwise
 
 SUM_OVER_RANKS = Transition(Partial(), Replicate())
@@ -51,25 +53,28 @@ _adopted: weakref.WeakSet[Any] = weakref.WeakSet()
 class ParallelOptimizer:
     """Mixed into the class of an adopted optimizer, before the Keras class."""
 
-    _slots: list[tuple[Any, Any]]  # (variable, slot) of sharded variables
+    _slots: list[tuple[Any, Any]]  # (variable, slot) of slots in shards
     _updated: Sequence[Any]  # the variables of the update that is running
     _axes: Axes
 
     def add_variable_from_reference(
         self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
     ) -> Any:
-        """Add a slot; the slot of a sharded variable is created as this rank's shard only."""
+        """Add a slot; one that is to be in shards is created as this rank's shard only."""
         create = functools.partial(
             super().add_variable_from_reference,  # type: ignore[misc]
             reference_variable,
             name=name,
             initializer=initializer,
         )
-        if not is_sharded(reference_variable):
+        sharding = slot_sharding(reference_variable)
+        if sharding is None:
             return create()
+        if share_of(reference_variable) is not None:
+            require_elementwise(self)
         with keras.device("meta"):
             slot = create()
-        local = _initial_shard(keras.initializers.get(initializer), slot, reference_variable._stored.sharding)
+        local = _initial_shard(keras.initializers.get(initializer), slot, sharding)
         local = local.to(local_tensor(reference_variable).device)
         bind_slot(self, reference_variable, slot, local)
         return slot
@@ -82,7 +87,15 @@ class ParallelOptimizer:
 
     def _backend_apply_gradients(self, grads: Sequence[torch.Tensor], trainable_variables: Sequence[Any]) -> None:
         self.__dict__["_updated"] = trainable_variables  # past Keras's tracking, which would make them slots
-        super()._backend_apply_gradients(grads, trainable_variables)  # type: ignore[misc]
+        with being_shares(self._trainable_variables):  # type: ignore[attr-defined]
+            super()._backend_apply_gradients(grads, trainable_variables)  # type: ignore[misc]
+
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        """Let variables be their moving averages, if there are any."""
+        if not self.use_ema:  # type: ignore[attr-defined]
+            return
+        with reading_local_values(), being_shares(self._trainable_variables):  # type: ignore[attr-defined]
+            super().finalize_variable_values(var_list)  # type: ignore[misc]
 
     def _backend_update_step(
         self, grads: Sequence[torch.Tensor], trainable_variables: Sequence[Any], learning_rate: Any
@@ -126,7 +139,7 @@ class ParallelOptimizer:
         """Return the squared norm of each whole gradient; one all-reduce over an axis for all of them."""
         squared = torch.stack([grad.square().sum() for grad in grads])
         for axis in self._axes_of(self._updated):
-            sharded = [is_sharded_over(variable, axis) for variable in self._updated]
+            sharded = [_is_updated_over(axis, variable) for variable in self._updated]
             mask = torch.tensor(sharded, device=squared.device)
             summed = change(torch.where(mask, squared, 0), SUM_OVER_RANKS, axis, CLIPPING)
             squared = torch.where(mask, summed, squared)
@@ -135,7 +148,7 @@ class ParallelOptimizer:
     def _axes_of(self, variables: Sequence[Any]) -> Iterator[Axis]:
         """Yield the axes whose ranks have different gradients: the model axis, and the batch axis if it cuts any."""
         yield self._axes.model
-        if self._axes.batch is not None and any(is_sharded_over(each, self._axes.batch) for each in variables):
+        if self._axes.batch is not None and any(_is_updated_over(self._axes.batch, each) for each in variables):
             yield self._axes.batch
 
     def _clip_each(self, grads: Sequence[torch.Tensor], limit: float) -> Sequence[torch.Tensor]:
@@ -170,12 +183,36 @@ def _elementwise_classes() -> frozenset[type]:
     return frozenset(classes)
 
 
+def require_elementwise(optimizer: Any) -> None:
+    """Raise PlanError for an optimizer of which an update of a part is no part of the update."""
+    inner = getattr(optimizer, "inner_optimizer", None) or optimizer
+    kind = _keras_class(inner)
+    if kind not in _elementwise_classes():
+        raise PlanError(
+            f"{kind.__name__} cannot update weights in parts over the batch axis, as zero=1 has it: what it makes of "
+            f"one element depends on others, or is not known; plan with zero=0, or train with one of "
+            f"{', '.join(each.__name__ for each in ELEMENTWISE)}"
+        )
+
+
+def _keras_class(optimizer: Any) -> type:
+    """Return the class that a user has made an optimizer of, or what Keras put in its place."""
+    plain: type = type(optimizer).__mro__[2] if isinstance(optimizer, ParallelOptimizer) else type(optimizer)
+    return plain
+
+
+def _is_updated_over(axis: Axis, variable: Any) -> bool:
+    """Whether each rank of the axis updates a part of a variable."""
+    sharding = slot_sharding(variable)
+    return sharding is not None and any(axis == cut for _, cut in sharding.cuts)
+
+
 def updates_all_at_once(optimizer: Any) -> bool:
     """Whether an update is a few ops on the lists of all variables, and nothing else depends on their number.
 
     Lion has such a method, and loops in it.
     """
-    kind = type(optimizer).__mro__[2] if isinstance(optimizer, ParallelOptimizer) else type(optimizer)
+    kind = _keras_class(optimizer)
     extras = ("clipnorm", "global_clipnorm", "clipvalue", "use_ema", "gradient_accumulation_steps")
     return (
         kind in _elementwise_classes()
@@ -204,16 +241,19 @@ def adopt_optimizer(optimizer: Any, axes: Axes) -> None:
     optimizer.__class__ = _parallel_class(plain)
     _adopted.add(optimizer)
     if optimizer.built and inner is None:
-        for variable, slot in slots_of(optimizer, list(filter(is_sharded, optimizer._trainable_variables))):
+        cut = [variable for variable in optimizer._trainable_variables if slot_sharding(variable) is not None]
+        for variable, slot in slots_of(optimizer, cut):
             local = _part_of_slot(slot._value.detach(), variable)
             bind_slot(optimizer, variable, slot, local.to(local_tensor(variable).device))
 
 
 def _part_of_slot(value: torch.Tensor, variable: Any) -> torch.Tensor:
     """Return this rank's part of a slot; one that was created in shards is stored as its variable is."""
+    share, sharding = share_of(variable), slot_sharding(variable)
+    assert sharding is not None
     if isinstance(value, DTensor):
-        return value._local_tensor
-    part: torch.Tensor = variable._stored.sharding.own(value)
+        return value._local_tensor if share is None else share.of_gradient(value._local_tensor).clone()
+    part: torch.Tensor = sharding.own(value)
     return part.clone()
 
 
@@ -231,9 +271,9 @@ def _adopting(plain: Any) -> Any:
     def apply(self: Any, grads: Sequence[Any], trainable_variables: Any = None) -> Any:
         variables = None if trainable_variables is None else list(trainable_variables)
         known = variables or (self._trainable_variables if self.built else [])
-        sharded = next((variable for variable in known if is_sharded(variable)), None)
-        if sharded is not None and not isinstance(self, ParallelOptimizer):
-            adopt_optimizer(self, sharded._stored.sharding.axes)
+        sharding = next((sharding for variable in known if (sharding := slot_sharding(variable))), None)
+        if sharding is not None and not isinstance(self, ParallelOptimizer):
+            adopt_optimizer(self, sharding.axes)
             return self.apply(grads, variables)
         if running.updating:  # an optimizer around this one has seen the gradients
             return plain(self, grads, variables)
@@ -280,8 +320,9 @@ def _move_slots(optimizer: Any, homes: Mapping[int, torch.device]) -> None:
 
 
 def bind_slot(optimizer: Any, variable: Any, slot: Any, local: torch.Tensor) -> None:
-    """Make ``slot`` a sharded variable placed like ``variable``, with ``local`` as this rank's shard."""
-    sharding = variable._stored.sharding
+    """Make ``slot`` a sharded variable cut as the update of ``variable`` is, with ``local`` as this rank's shard."""
+    sharding = slot_sharding(variable)
+    assert sharding is not None
     make_parallel(slot, sharded_parameter(local, tuple(slot.shape), sharding, requires_grad=False), sharding)
     optimizer._slots.append((variable, slot))
 

@@ -93,7 +93,9 @@ def _are_slots(candidates: list[Any], variables: list[Any]) -> bool:
     first = next((pair for pair in zip(candidates, variables, strict=True) if pair[0] is not None), None)
     if first is None or first[0] is first[1]:
         return False
-    return isinstance(first[0], BackendVariable) and tuple(first[0].shape) == tuple(first[1].shape)
+    return (
+        isinstance(first[0], BackendVariable) and _changed_in_place(first[0]).shape == _changed_in_place(first[1]).shape
+    )
 
 
 def _changed_in_place(variable: Any) -> torch.Tensor:
