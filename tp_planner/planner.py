@@ -45,6 +45,7 @@ from tp_planner.passes.shard_into_loss import note_whole_logits, shard_into_loss
 from tp_planner.passes.share_updates import share_updates
 from tp_planner.passes.split_unevenly import split_unevenly
 from tp_planner.passes.spread_conflicts import spread_conflicts
+from tp_planner.passes.store_in_parts import store_in_parts
 from tp_planner.passes.walk.packing import stored_in_parts
 from tp_planner.passes.walk.stream import Stream
 from tp_planner.progress import stage
@@ -78,6 +79,8 @@ def make_plan(
         layers, variables = survey(model)
         require_quick_rules(layout.rules, layers, variables)
         resolution = resolve_rules(layout, variables, {name: layer.path for name, layer in layers.items()})
+        if layout.zero == 3:
+            resolution = store_in_parts(resolution, variables, layout.mesh, _state_of_layers(model))
         arguments, guessed = known_inputs(model, inputs)
         traces = traces or Traces(model, arguments)
         job = _Job(model, layout, arguments, guessed, optimizer, loss, layers, variables, resolution, traces)
@@ -245,6 +248,12 @@ class _Job:
             gathers_ahead=self.layout.gathers_ahead,
             zero=self.layout.zero,
         )
+
+
+def _state_of_layers(model: keras.Model) -> set[str]:
+    """Return the variables that layers were never to train."""
+    state = {id(each) for layer in named_layers(model).values() for each in layer._non_trainable_variables}
+    return {key for key, variable in named_variables(model).items() if id(variable) in state}
 
 
 def _one_replica(plan: Plan) -> str:
