@@ -28,7 +28,10 @@ from tp_planner.planner import make_plan
 from tp_planner.storage.variables import whole_tensor
 
 TOLERANCE = 1e-5
-OF_ITS_OWN = {"pali_gemma": 4e-5}  # whose gradients on one device are as far from those in float64
+OF_ITS_OWN = {
+    "pali_gemma": 4e-5,  # whose gradients on one device are as far from those in float64
+    "deberta": 3e-5,  # one rounding of its weights moves its third loss by 1.2e-5 on one device
+}
 STEPS = 3
 BATCH_SIZE = 2
 # Families that the usual run trains; `make sweep` trains the others, too.
