@@ -27,7 +27,8 @@ from tp_planner.ir.placement import Placement, Replicate, SequenceShard, Shape, 
 from tp_planner.ir.plan import Plan
 from tp_planner.job.axes import Axes
 from tp_planner.layers.apply import applied_for_simulation
-from tp_planner.passes.walk.facts import Conflict, Origin, Origins, Walk, on_stream
+from tp_planner.passes.walk.facts import Conflict, Origin, Origins, Walk
+from tp_planner.passes.walk.stream import or_gathered
 from tp_planner.patches import replaced
 from tp_planner.regions.calls import running
 
@@ -263,22 +264,8 @@ def _culprits(graph: ModelGraph, walk: Walk, op: Op) -> Origins:
     """Return the origins of the shards that ``op`` reads; where it reads none, of all in its enclosing calls."""
     found = frozenset().union(*(walk.origins.get(tensor, frozenset()) for tensor in op.inputs))
     if found:
-        return _or_gathered(found, graph, walk, op.call)
+        return or_gathered(found, graph, walk, op.call)
     return _sharded_inside(graph, walk, op.call)
-
-
-def _or_gathered(origins: Origins, graph: ModelGraph, walk: Walk, start: int) -> Origins:
-    """Return where shards come from; of the residual stream first, which the innermost call is to gather if it can."""
-    of_stream = frozenset(origin for origin in origins if on_stream(frozenset({origin})))
-    if not of_stream:
-        return origins
-    gathering = {placed.call for placed in walk.boundaries if isinstance(placed.boundary.forward.source, SequenceShard)}
-    for call in graph.enclosing(start):
-        takes = {tensor for _, tensor in call.inputs if isinstance(walk.placements.get(tensor), SequenceShard)}
-        around = (outer for outer in graph.enclosing(call.id) if outer.id in gathering)
-        if takes - {tensor for outer in around for _, tensor in outer.inputs}:
-            return frozenset({("gather", (call.layer, call.mode))})
-    return of_stream
 
 
 def _sharded_inside(graph: ModelGraph, walk: Walk, start: int) -> Origins:
@@ -289,5 +276,5 @@ def _sharded_inside(graph: ModelGraph, walk: Walk, start: int) -> Origins:
         tensors += [tensor for _, tensor in call.inputs]
         found = frozenset().union(*(walk.origins.get(tensor, frozenset()) for tensor in tensors))
         if found:
-            return _or_gathered(found, graph, walk, start)
+            return or_gathered(found, graph, walk, start)
     return frozenset().union(*walk.origins.values())

@@ -32,7 +32,7 @@ from tp_planner.passes.walk.facts import (
     changes_of,
     on_stream,
 )
-from tp_planner.passes.walk.stream import NO_STREAM, Stream
+from tp_planner.passes.walk.stream import NO_STREAM, Stream, or_gathered
 
 _QUOTED = re.compile(r"'([^']*)'")
 
@@ -121,7 +121,8 @@ def _disagreements(graphs: Sequence[ModelGraph], walks: Sequence[Walk]) -> list[
             known, origins = first.setdefault((call.layer, call.mode), done)
             if known != done[0]:
                 reason = f"the code of layer {call.layer!r} runs other functions in training than in inference"
-                conflicts.append(Conflict(call.layer, origins | done[1], reason))
+                met = or_gathered(origins | done[1], graph, walk, call.id)
+                conflicts.append(Conflict(call.layer, met, reason))
     return conflicts
 
 

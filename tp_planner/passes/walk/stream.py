@@ -15,7 +15,7 @@ from tp_planner.ir.placement import WHOLE, Placement, SequenceShard, Shard
 from tp_planner.ir.plan import Boundary
 from tp_planner.passes.follow_ops import FunctionFollowed, Refused, follow_function
 from tp_planner.passes.walk.crossings import cut, gathered
-from tp_planner.passes.walk.facts import CallRecord, Origins
+from tp_planner.passes.walk.facts import CallRecord, Origins, Walk
 from tp_planner.passes.walk.known import SEQUENCE, Known, as_shards, as_stream
 from tp_planner.passes.walk.notes import Notes
 
@@ -133,6 +133,20 @@ def gather_around(call: int, origins: Origins, known: Known) -> Origins:
         if any(isinstance(known.placement(tensor, layer.id), SequenceShard) for _, tensor in layer.inputs):
             return gather_at(layer)
     return origins
+
+
+def or_gathered(origins: Origins, graph: ModelGraph, walk: Walk, start: int) -> Origins:
+    """Return where shards come from; of the residual stream first, which the innermost call is to gather if it can."""
+    of_stream = frozenset(origin for origin in origins if origin[0] == "stream")
+    if not of_stream:
+        return origins
+    gathering = {placed.call for placed in walk.boundaries if isinstance(placed.boundary.forward.source, SequenceShard)}
+    for call in graph.enclosing(start):
+        takes = {tensor for _, tensor in call.inputs if isinstance(walk.placements.get(tensor), SequenceShard)}
+        around = (outer for outer in graph.enclosing(call.id) if outer.id in gathering)
+        if takes - {tensor for outer in around for _, tensor in outer.inputs}:
+            return frozenset({("gather", (call.layer, call.mode))})
+    return of_stream
 
 
 def change_stream(call: Call, known: Known, notes: Notes) -> None:
