@@ -183,6 +183,28 @@ def unnamed_model() -> str:
     return ""
 
 
+def train_compiled(way: str, what: str) -> list[list[float]]:
+    """Return the losses of a loop of one's own on one device, and here under ``torch.compile`` of the model or step."""
+    alone = nested()
+    with used(way, Nested(), RULES) as model:
+        return [loop(alone, lambda plain: plain, ""), loop(model, torch.compile, what)]
+
+
+def loop(model: keras.Model, compiled: Callable[..., Any], what: str) -> list[float]:
+    optimizer, x = torch.optim.SGD(model.parameters(), 0.01), torch.from_numpy(X)
+    called = compiled(model) if what == "model" else model
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (called(x) ** 2).mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    made = compiled(step) if what == "step" else step
+    return [float(made()) for _ in range(3)]
+
+
 # In the parent
 
 WAYS = ("parallelize", "distribution", "called")
@@ -218,3 +240,13 @@ def test_a_second_model_that_no_rule_names(pools: Pools, first: str) -> None:
 
 def test_rules_that_match_in_no_model(pools: Pools) -> None:
     assert pools(2).run(unnamed_model) == ["layout rule 'head/kernel' matches no variable; closest: 'down/kernel'"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["model", "step"])
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_under_torch_compile(pools: Pools, way: str, what: str) -> None:
+    """A parallel model runs as it is in what a user compiles, also where its first call there plans it."""
+    for expected, losses in pools(2).run(train_compiled, way, what):
+        assert losses[2] < losses[0]
+        np.testing.assert_allclose(losses, expected, rtol=1e-10)

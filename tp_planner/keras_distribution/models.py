@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import keras
+import torch
 import torch.distributed as dist
 from keras.src.models.model import Trainer
 from torch._subclasses.fake_tensor import FakeTensor
@@ -176,6 +177,7 @@ def needs_plan(model: keras.Model) -> bool:
     return not any(model in planned._flatten_layers() for planned in _planned if applied_to(planned) is not None)
 
 
+@torch.compiler.disable  # the first call may be one of user code under torch.compile
 def plan_and_apply(model: keras.Model, inputs: CallArguments | None) -> None:
     """Plan the model for the current distribution, or its own, and shard it.
 

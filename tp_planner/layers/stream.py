@@ -27,6 +27,7 @@ def shard_stream(model: keras.Model, parts: int) -> Callable[[], None]:
     plain = model._call_impl
     whole: dict[tuple[Any, ...], bool] = {}  # by the shapes of a call's inputs
 
+    @torch.compiler.disable  # as calls of parallel layers are
     def call(*args: Any, **kwargs: Any) -> Any:
         if is_symbolic() or not running.stream_is_whole:
             return plain(*args, **kwargs)

@@ -123,13 +123,17 @@ def end_with_call(layer: Any) -> Callable[[], None]:
 
 
 def _call_and_end(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    plain = type(layer)._call_impl
     if running.guarded:
-        return plain(layer, *args, **kwargs)
+        return type(layer)._call_impl(layer, *args, **kwargs)
+    return _call_from_outside(layer, *args, **kwargs)
+
+
+@torch.compiler.disable  # which, where users compile, would break its graph at each hook and compile what is between
+def _call_from_outside(layer: Any, *args: Any, **kwargs: Any) -> Any:
     frames, opened, scopes, watching = len(running.frames), len(running.open), +running.scopes, running.watching
     running.guarded = True
     try:
-        return plain(layer, *args, **kwargs)
+        return type(layer)._call_impl(layer, *args, **kwargs)
     except BaseException:
         while len(running.frames) > frames:
             running.frames.pop().leave()
