@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from unittest import mock
@@ -158,19 +157,39 @@ def test_a_job_that_starts_says_who_is_missing(caplog: pytest.LogCaptureFixture)
     with (
         mock.patch.object(pulse, "let_pulse_beat"),
         mock.patch.object(rendezvous, "PATIENCE_S", 0.1),
-        mock.patch.object(rendezvous, "_begun", Counter()) as begun,
+        mock.patch.object(rendezvous, "_last", None),
         ThreadPoolExecutor() as threads,
     ):
         first = threads.submit(rendezvous.meet_before_start, stores[0], 0, 2)
         while not caplog.messages:
             time.sleep(0.01)
-        begun.clear()  # the second rank is another process
         rendezvous.meet_before_start(stores[1], 1, 2)
         first.result(timeout=10)
     assert caplog.messages[0] == (
         "[ModelParallel] starting the process group: rank 0 has waited 0 s for rank 1, and waits on; "
         "every rank has to make this call"
     )
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_a_job_that_starts_again_has_a_store_of_its_own(order: tuple[int, ...]) -> None:
+    """Whoever comes first, nobody reads what the processes before have left in the store that torchrun keeps."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with (
+        mock.patch.object(pulse, "let_pulse_beat"),
+        mock.patch.object(rendezvous, "_last", None),
+        ThreadPoolExecutor() as threads,
+    ):
+        for attempt in ("first", "second"):
+            ranks = {}
+            for rank in order:
+                store = dist.TCPStore("127.0.0.1", server.port, is_master=False)
+                ranks[rank] = threads.submit(rendezvous.meet_before_start, store, rank, 3)
+                time.sleep(0.05)
+            stores = [ranks[rank].result(timeout=10) for rank in range(3)]
+            assert not any(store.check(["said"]) for store in stores)
+            stores[1].set("said", attempt)
+            assert [store.get("said").decode() for store in stores] == [attempt] * 3
 
 
 def test_waiting_where_torch_says_nothing(caplog: pytest.LogCaptureFixture) -> None:

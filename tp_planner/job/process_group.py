@@ -87,8 +87,7 @@ def _start(backend: str, **options: Any) -> None:
     """Start the process group as torch does by itself, once all ranks have come to its store."""
     with saying_that_it_waits("starting the process group", os.environ["RANK"]):
         store, rank, size = next(rendezvous("env://"))
-    store = PrefixStore("default_pg", store)
-    meet_before_start(store, rank, size)
+    store = PrefixStore("default_pg", meet_before_start(store, rank, size))
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, **options)
 
 

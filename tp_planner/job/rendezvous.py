@@ -12,12 +12,13 @@ import json
 import logging
 import threading
 import time
+import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from tp_planner.ir.errors import ParallelRuntimeError
 from tp_planner.job import pulse
@@ -27,6 +28,8 @@ logger = logging.getLogger("tp_planner")
 PATIENCE_S = 20.0  # after which a rank that waits says so; and again each time it has waited twice as long
 SOON_S = 1.0  # after which it is looked at where the others wait
 LONGEST_NAP_S = 0.2  # between two looks
+_HELLO = "tp_planner/hello"  # where in the store of a job a process says that it has come
+_NO_STORE = "{}: the store where ranks meet cannot be reached; the process that keeps it has ended"
 STAY_S = 3.0  # of a process that ends, for others to read what it brought last
 
 _begun: Counter[tuple[int, ...]] = Counter()  # meetings, by who takes part
@@ -51,15 +54,45 @@ def exchange(what: str, text: str, ranks: Sequence[int] | None = None) -> list[s
     return [text] if dist.get_world_size() == 1 else _meeting(what, ranks).bring(text)
 
 
-def meet_before_start(store: Store, rank: int, size: int) -> None:
-    """Return when all ranks of a job have come to its store, before they start a process group on it.
+def meet_before_start(store: Store, rank: int, size: int) -> Store:
+    """Return a store for this start alone, once all ranks of a job have come to the one that is given.
+
+    torchrun keeps that one when it starts all processes again, with what the processes before have left in it. So rank
+    0 makes a name for this start, and tells it to each process that comes, by a name of that process's own.
 
     Raises ParallelRuntimeError as ``meet`` does.
     """
-    number = _begun[()]
-    _begun[()] += 1
-    what = "starting the process group"
-    Meeting(store, rank, tuple(range(size)), f"tp_planner/start/{number}", what).bring("")
+    what, own = "starting the process group", uuid.uuid4().hex
+    told: set[bytes] = set()
+
+    def tell() -> None:
+        keys = [f"{_HELLO}/{other}" for other in range(1, size)]
+        for name in [store.get(key) for key in keys if store.check([key])]:
+            if name not in told:
+                store.set(f"{_HELLO}/{name.decode()}", own)
+                told.add(name)
+
+    try:
+        start = own if rank == 0 else _told_by_rank_zero(store, rank, own, what)
+    except dist.DistError as error:
+        raise ParallelRuntimeError(_NO_STORE.format(what)) from error
+    fresh = PrefixStore(start, store)
+    Meeting(fresh, rank, tuple(range(size)), "tp_planner/start", what, tell if rank == 0 else _do_nothing).bring("")
+    return fresh
+
+
+def _told_by_rank_zero(store: Store, rank: int, own: str, what: str) -> str:
+    store.set(f"{_HELLO}/{rank}", own)
+    nap, key = 0.001, f"{_HELLO}/{own}"
+    with saying_that_it_waits(what, rank):
+        while not store.check([key]):
+            time.sleep(nap)
+            nap = min(2 * nap, LONGEST_NAP_S)
+    return store.get(key).decode()
+
+
+def _do_nothing() -> None:
+    """Do nothing."""
 
 
 @contextlib.contextmanager
@@ -96,6 +129,7 @@ class Meeting:
     ranks: tuple[int, ...]
     key: str
     what: str
+    do_meanwhile: Callable[[], None] = _do_nothing
 
     def bring(self, text: str) -> list[str]:
         """Return what all brought, by rank, once all have come."""
@@ -106,9 +140,7 @@ class Meeting:
             self._wait(keys)
             brought = [self.store.get(key).decode() for key in keys]
         except dist.DistError as error:
-            raise ParallelRuntimeError(
-                f"{self.what}: the store where ranks meet cannot be reached; the process that keeps it has ended"
-            ) from error
+            raise ParallelRuntimeError(_NO_STORE.format(self.what)) from error
         with contextlib.suppress(dist.DistError):
             self.store.set(self._heard(self.rank), "")
         _stay_for(self)
@@ -132,6 +164,7 @@ class Meeting:
         began, nap, listener = time.monotonic(), 0.001, pulse.Listener(self.store)
         told, next_word = False, PATIENCE_S
         while not self.store.check(keys):
+            self.do_meanwhile()
             waited = time.monotonic() - began
             absent = [rank for rank in self.ranks if not self.store.check([self._place(rank)])]
             if silent := listener.silent(absent):
