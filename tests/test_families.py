@@ -29,7 +29,8 @@ from tp_planner.storage.variables import whole_tensor
 
 TOLERANCE = 1e-5
 OF_ITS_OWN = {
-    "pali_gemma": 4e-5,  # whose gradients on one device are as far from those in float64
+    "albert": 2e-5,  # twice what its gradients on one device differ by from those in float64; so do pali_gemma's
+    "pali_gemma": 5e-5,
     "deberta": 3e-5,  # one rounding of its weights moves its third loss by 1.2e-5 on one device
 }
 STEPS = 3
@@ -138,10 +139,10 @@ def test_same_function(pools: Pools, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", EVERY)
 def test_same_function_on_four_processes(pools: Pools, name: str) -> None:
     """So it does on more processes, where some dims do not divide any more."""
-    assert_same_function(pools(4).run(train_both, name, plan_of(name, 4)))
+    assert_same_function(pools(4).run(train_both, name, plan_of(name, 4)), OF_ITS_OWN.get(name, TOLERANCE))
 
 
 @pytest.mark.slow

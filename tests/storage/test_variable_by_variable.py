@@ -84,6 +84,9 @@ def peaks_of_calls(folder: str) -> dict[str, int]:
             measure(f"{again}load {name}", lambda name=name: model.load_weights(f"{folder}/{name}"))
         backup = keras.callbacks.BackupAndRestore(f"{folder}/backup")
         measure(f"{again}back up", lambda backup=backup: model.fit(x, x, verbose=0, callbacks=[backup]))
+        for name in ("each.keras", "each.weights.h5"):
+            each = keras.callbacks.ModelCheckpoint(f"{folder}/{name}", save_weights_only=name != "each.keras")
+            measure(f"{again}ModelCheckpoint {name}", lambda each=each: model.fit(x, x, verbose=0, callbacks=[each]))
         array = np.ones((WIDTH, WIDTH), "float32")
         measure(f"{again}assign", lambda array=array: model.get_layer("wide_1").kernel.assign(array))
     return {what: most for what, most in found.items() if not what.startswith("first")}

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import DeviceType
 from tp_planner.ir.mesh import Mesh
 from tp_planner.job.axes import Axes, Axis
+from tp_planner.job.pulse import let_pulse_beat
 from tp_planner.job.rendezvous import meet, meet_before_start, saying_that_it_waits
 
 
@@ -87,8 +88,9 @@ def _start(backend: str, **options: Any) -> None:
     """Start the process group as torch does by itself, once all ranks have come to its store."""
     with saying_that_it_waits("starting the process group", os.environ["RANK"]):
         store, rank, size = next(rendezvous("env://"))
-    store = PrefixStore("default_pg", meet_before_start(store, rank, size))
+    store = meet_before_start(store, rank, size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, **options)
+    let_pulse_beat(_get_default_store(), rank)  # so that one that dies before it meets others has had one
 
 
 def _start_alone(devices: DeviceType) -> None:

@@ -32,6 +32,7 @@ class _Pulse:
 
     def __init__(self, store: Store, rank: int) -> None:
         self.store, self._ended = store, threading.Event()
+        store.set(_key(rank), "begins")
         self._thread = threading.Thread(
             target=self._beat, args=(_connected_again(store), _key(rank)), name="tp_planner pulse", daemon=True
         )

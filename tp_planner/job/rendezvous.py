@@ -133,9 +133,9 @@ class Meeting:
 
     def bring(self, text: str) -> list[str]:
         """Return what all brought, by rank, once all have come."""
-        pulse.let_pulse_beat(self.store, self.rank)
         keys = [self._place(rank) for rank in self.ranks]
         try:
+            pulse.let_pulse_beat(self.store, self.rank)
             self.store.set(self._place(self.rank), text)
             self._wait(keys)
             brought = [self.store.get(key).decode() for key in keys]
