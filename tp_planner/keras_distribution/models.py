@@ -177,7 +177,8 @@ def needs_plan(model: keras.Model) -> bool:
     return not any(model in planned._flatten_layers() for planned in _planned if applied_to(planned) is not None)
 
 
-@torch.compiler.disable  # the first call may be one of user code under torch.compile
+# The first call may be one of user code under torch.compile.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def plan_and_apply(model: keras.Model, inputs: CallArguments | None) -> None:
     """Plan the model for the current distribution, or its own, and shard it.
 

@@ -27,7 +27,8 @@ def shard_stream(model: keras.Model, parts: int) -> Callable[[], None]:
     plain = model._call_impl
     whole: dict[tuple[Any, ...], bool] = {}  # by the shapes of a call's inputs
 
-    @torch.compiler.disable  # as calls of parallel layers are
+    # As calls of parallel layers are.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def call(*args: Any, **kwargs: Any) -> Any:
         if is_symbolic() or not running.stream_is_whole:
             return plain(*args, **kwargs)

@@ -128,7 +128,8 @@ def _call_and_end(layer: Any, *args: Any, **kwargs: Any) -> Any:
     return _call_from_outside(layer, *args, **kwargs)
 
 
-@torch.compiler.disable  # which, where users compile, would break its graph at each hook and compile what is between
+# In what users compile, its graph would break at each hook, and what lies between be compiled.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _call_from_outside(layer: Any, *args: Any, **kwargs: Any) -> Any:
     frames, opened, scopes, watching = len(running.frames), len(running.open), +running.scopes, running.watching
     running.guarded = True
