@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import keras
 import numpy as np
 
 from tests.family import (
@@ -330,3 +331,34 @@ PUBLISHED: dict[str, tuple[tuple[str, ...], dict[str, tuple[Any, ...]]]] = {
     ),
     **PUBLISHED_OF_MORE,
 }
+
+
+# As wide as they are published
+
+LENGTH_OF_TEXT = 512
+_TEXT: dict[str, Sizes] = {
+    "gpt2": {"max_sequence_length": LENGTH_OF_TEXT},
+    "opt": {"max_sequence_length": LENGTH_OF_TEXT},
+    "bert": {"max_sequence_length": LENGTH_OF_TEXT},
+    "roberta": {"max_sequence_length": LENGTH_OF_TEXT},
+    "mistral": {"sliding_window": LENGTH_OF_TEXT},
+    "gemma2": {"sliding_window_size": LENGTH_OF_TEXT},
+    "gemma3": {"sliding_window_size": LENGTH_OF_TEXT},
+    "whisper": {"max_encoder_sequence_length": LENGTH_OF_TEXT, "max_decoder_sequence_length": LENGTH_OF_TEXT},
+}
+
+
+def published(name: str, batch: int = 8, blocks: int = 2) -> tuple[keras.Model, Any]:
+    """Return blocks of a family with its head, as wide as its first published size, on meta, and specs of a batch."""
+    keys, rows = PUBLISHED[name]
+    sizes = dict(zip(keys, next(iter(rows.values())), strict=True))
+    family = FAMILIES[name]
+    with keras.device("meta"):
+        model = family.head(family.make_backbone(**sizes, **_TEXT.get(name, {}), num_layers=blocks))
+    specs = {
+        each.name: keras.InputSpec(
+            shape=(batch, *(LENGTH_OF_TEXT if size is None else size for size in each.shape[1:])), dtype=each.dtype
+        )
+        for each in model.inputs
+    }
+    return model, specs if isinstance(model.input, dict) else specs[model.inputs[0].name]

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import pytest
 
-from tests.families import FAMILIES, PUBLISHED
+from tests.families import FAMILIES, published
 from tp_planner.frontend.hardware_file import find_hardware_file, read_hardware_file
 from tp_planner.frontend.layout_file import read_layout_file
 from tp_planner.frontend.survey import survey
@@ -178,34 +178,6 @@ def test_memory_is_no_size() -> None:
 
 
 # KerasHub's families, at a published width
-
-LENGTH_OF_TEXT = 512
-LARGE: dict[str, dict[str, Any]] = {
-    "gpt2": {"max_sequence_length": LENGTH_OF_TEXT},
-    "opt": {"max_sequence_length": LENGTH_OF_TEXT},
-    "bert": {"max_sequence_length": LENGTH_OF_TEXT},
-    "roberta": {"max_sequence_length": LENGTH_OF_TEXT},
-    "mistral": {"sliding_window": LENGTH_OF_TEXT},
-    "gemma2": {"sliding_window_size": LENGTH_OF_TEXT},
-    "gemma3": {"sliding_window_size": LENGTH_OF_TEXT},
-    "whisper": {"max_encoder_sequence_length": LENGTH_OF_TEXT, "max_decoder_sequence_length": LENGTH_OF_TEXT},
-}
-
-
-def published(name: str) -> tuple[keras.Model, Any]:
-    """Return two blocks of the family with its head, as wide as its first published size, and a batch of eight."""
-    keys, rows = PUBLISHED[name]
-    sizes = dict(zip(keys, next(iter(rows.values())), strict=True))
-    family = FAMILIES[name]
-    with keras.device("meta"):
-        model = family.head(family.make_backbone(**sizes, **LARGE.get(name, {})))
-    specs = {
-        each.name: keras.InputSpec(
-            shape=(8, *(LENGTH_OF_TEXT if size is None else size for size in each.shape[1:])), dtype=each.dtype
-        )
-        for each in model.inputs
-    }
-    return model, specs if isinstance(model.input, dict) else specs[model.inputs[0].name]
 
 
 @pytest.mark.slow
