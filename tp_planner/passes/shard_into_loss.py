@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from tp_planner.ir.graph import ModelGraph
 from tp_planner.ir.placement import Replicate, Shard
-from tp_planner.ir.plan import LayerPlan
+from tp_planner.ir.plan import Boundary, LayerPlan
 
 WORTH_A_NOTE = 2**20  # bytes
 
@@ -23,7 +23,7 @@ def shard_into_loss(layers: Sequence[LayerPlan], graphs: Sequence[ModelGraph], p
         graphs: the traces that they were made from.
         parts: number of ranks.
     """
-    returned = {_only_output(graph) for graph in graphs}
+    returned = {only_output(graph) for graph in graphs}
     heads = set.intersection(*map(_makers_of_outputs, graphs))  # an embedding may be called in another mode, too
 
     def is_head(layer: LayerPlan) -> bool:
@@ -48,7 +48,7 @@ def note_whole_logits(layers: Sequence[LayerPlan], loss: str) -> tuple[str, ...]
     return (f"loss {loss} reads whole outputs: {gathers}; a cross-entropy of Keras on logits reads them in shards",)
 
 
-def _only_output(graph: ModelGraph) -> str:
+def only_output(graph: ModelGraph) -> str:
     """Return the name of the tensor that the model returns, if it returns one that nothing in the model reads."""
     if len(graph.outputs) != 1:
         return ""
@@ -67,6 +67,11 @@ def _gathered_at_the_end(layer: LayerPlan) -> str | None:
     boundary = layer.output
     if boundary is None or layer.calls != 1 or layer.epilogue_after_output:
         return None
+    return boundary.tensor if gathers_last_dim(boundary) else None
+
+
+def gathers_last_dim(boundary: Boundary) -> bool:
+    """Whether each rank has a part of the last dim, and then all of it; a gradient comes back as that part."""
     last = Shard(len(boundary.shape) - 1)
     gathers = (boundary.forward.source, boundary.forward.target) == (last, Replicate())
-    return boundary.tensor if gathers and boundary.backward.target == last else None
+    return gathers and boundary.backward.target == last

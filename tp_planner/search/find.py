@@ -15,6 +15,7 @@ from typing import Any
 import keras
 
 from tp_planner.dryrun.collector import without_collector
+from tp_planner.dryrun.loss_work import measure_loss
 from tp_planner.dryrun.op_work import OpMeter
 from tp_planner.dryrun.sharding_rules import DTensorRules
 from tp_planner.frontend.blocks import find_blocks
@@ -32,6 +33,7 @@ from tp_planner.ir.hardware import Hardware
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.placement import WHOLE, Placement, Shape, Shard, divides
+from tp_planner.ir.plan import Boundary
 from tp_planner.job.process_group import planning_axes
 from tp_planner.planner import make_plan
 from tp_planner.progress import stage
@@ -42,6 +44,7 @@ from tp_planner.search.prices import Prices, seconds_of
 from tp_planner.search.program import Solution
 from tp_planner.search.refusals import refused_regions
 from tp_planner.search.rules import axes_of, escaped, write_rules
+from tp_planner.search.unequal import unequal_parts
 from tp_planner.search.ways import Walker
 
 MOST_PLANS = 8  # layouts that are planned, at most
@@ -80,7 +83,7 @@ def search(
         if memory is not None and base.plan.step.memory.peak.total > memory:
             raise PlanError(_too_large(base, (), memory))
         return Found(model.name, hardware.name, base, base.cost, base, ())
-    formulation = _formulate(model, traces, Prices(base.plan, hardware))
+    formulation = _formulate(model, traces, loss, Prices(base.plan, hardware))
     return _Search(make, base, formulation, memory).run()
 
 
@@ -108,7 +111,7 @@ class _Planner:
         return self.candidate(Layout(mesh, tuple(sorted(rules, key=lambda rule: -len(rule.axes))[:1])))
 
 
-def _formulate(model: keras.Model, traces: Traces, prices: Prices) -> Formulation:
+def _formulate(model: keras.Model, traces: Traces, loss: TrainingLoss | None, prices: Prices) -> Formulation:
     with naming_once(model), without_collector(), no_fakes_left(model):
         stage(f"tracing {model.name}")
         graph = traces.of(find_blocks(model), training=True)
@@ -116,8 +119,15 @@ def _formulate(model: keras.Model, traces: Traces, prices: Prices) -> Formulatio
         parts = prices.base.axis_size
         groups = _groups(graph, parts)
         options = {each.key: group.options for group in groups for each in group.variables}
-        formulation = Formulation(graph, groups, prices)
         with planning_axes(prices.base.mesh) as axes, quiet_torch():
+
+            def loss_in_shards(head: Boundary) -> float:
+                assert loss is not None
+                whole, shard = (prices.of_loss(measure_loss(loss, head, axes, each)) for each in (False, True))
+                return shard - whole
+
+            reads_shards = loss is not None and loss.reads_shards
+            formulation = Formulation(graph, groups, prices, loss_in_shards if reads_shards else None)
             rules = DTensorRules(axes.model.mesh)
             formulation.add_steps(Walker(graph, rules, OpMeter(rules, parts), parts, options))
     formulation.constant += seconds_of(prices.base, prices.hardware)
@@ -197,7 +207,19 @@ class _Search:
             if self._fits(candidate.plan) and candidate.cost <= program_cost * (1 + CLOSE):
                 break
             self._refuse(solution, stored, candidate.plan)
+        self._try_unequal_parts(planned)
         return self._found(tuple(planned.values()), bound)
+
+    def _try_unequal_parts(self, planned: dict[tuple[Placement, ...], Candidate]) -> None:
+        """Plan the cheapest layout with vocabularies in unequal parts too, of which the program does not know."""
+        best = self._cheapest(planned.values())
+        unequal = unequal_parts(self.formulation.graph, self.base.plan.axis_size)
+        if best is None or not unequal:
+            return
+        variables = self.formulation.graph.variables
+        key = next(each for each, candidate in planned.items() if candidate is best)
+        stored = dict(zip(variables, key, strict=True)) | unequal
+        planned[tuple(stored.values())] = self._planned(stored, None)
 
     def _refuse(self, solution: Solution, stored: Stored, plan: Plan) -> None:
         """Forbid what has been planned, and was not what the program said, or does not fit."""
@@ -221,7 +243,7 @@ class _Search:
         name, hardware = self.base.plan.model, self.planner.hardware.name
         return Found(name, hardware, best, min(bound, best.cost), self.base, tuple(others))
 
-    def _planned(self, stored: Stored, program_cost: float) -> Candidate:
+    def _planned(self, stored: Stored, program_cost: float | None) -> Candidate:
         variables, mesh, axis = self.formulation.graph.variables, self.base.layout.mesh, self.base.plan.axis
         placed = {
             variables[key].path: axes_of(placement, len(variables[key].shape), axis)
@@ -229,7 +251,7 @@ class _Search:
             if isinstance(placement, Shard)
         }
         if not placed:
-            return replace(self.base, program_cost=program_cost)
+            return replace(self.base, program_cost=program_cost or self.base.cost)
         rules = write_rules(placed, [each.path for each in variables.values()])
         return self.planner.candidate(Layout(mesh, rules), program_cost)
 

@@ -7,11 +7,13 @@ solver proves of the program's cost holds for all of them, as far as the program
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tp_planner.ir.graph import ModelGraph, VariableInfo
 from tp_planner.ir.placement import WHOLE, Placement
+from tp_planner.ir.plan import Boundary
+from tp_planner.passes.shard_into_loss import gathers_last_dim, only_output
 from tp_planner.search.prices import Prices
 from tp_planner.search.program import IntegerProgram, Solution
 from tp_planner.search.steps import Again, Step, steps_of
@@ -39,6 +41,7 @@ class Formulation:
     graph: ModelGraph
     groups: Sequence[Group]
     prices: Prices
+    loss_in_shards: Callable[[Boundary], float] | None = None  # what it costs more than of whole logits, if it can be
     program: IntegerProgram = field(default_factory=IntegerProgram)
     states: dict[Slot, dict[Placement, int]] = field(default_factory=dict)
     constant: float = 0.0  # what a step costs whatever the layout
@@ -48,6 +51,7 @@ class Formulation:
         self._standing = {each.key: group.key for group in self.groups for each in group.variables}
         self._tensors = {each.variable: each for each in self.graph.tensors.values() if each.variable is not None}
         self._gradients = Gradients(self.graph)
+        self._head = only_output(self.graph) if self.loss_in_shards else ""
         for group in self.groups:
             columns = {}
             for option in group.options:
@@ -140,8 +144,18 @@ class Formulation:
 
     def _add_way(self, step: Step, way: Way, shared: Mapping[object, int]) -> int:
         own = {each.where: each for each in way.crossings if each.where not in shared}
-        cost = step.times * self.prices.of_work(way.work) + sum(map(self.prices.of_crossing, own.values()))
+        cost = step.times * self.prices.of_work(way.work) + sum(self._of_crossing(step, each) for each in own.values())
         return self.program.column(cost, integral=True)
+
+    def _of_crossing(self, step: Step, crossing: Crossing) -> float:
+        """Return the time of a boundary; where a head would gather logits, that of a loss which reads shards."""
+        call, boundary = step.layer_call, crossing.boundary
+        if call is None or self.loss_in_shards is None or not self._head or boundary.tensor != self._head:
+            return self.prices.of_crossing(crossing)
+        calls = sum((each.layer, each.mode) == (call.layer, call.mode) for each in self.graph.calls.values())
+        if calls > 1 or not gathers_last_dim(boundary):
+            return self.prices.of_crossing(crossing)
+        return self.loss_in_shards(boundary)
 
     def _need_shared(self, ways: Sequence[Way], columns: Sequence[int], shared: Mapping[object, int]) -> None:
         needing: dict[int, dict[int, float]] = {}

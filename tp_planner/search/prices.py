@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from tp_planner.dryrun.loss_work import LossWork
 from tp_planner.dryrun.op_work import OpWork
 from tp_planner.ir.graph import VariableInfo
 from tp_planner.ir.hardware import Hardware
@@ -56,6 +57,11 @@ class Prices:
             work += OpWork((), 2 * whole, 1)
         collective = Collective(kind, self.base.axis, parts, sent, "", "", "forward", "")
         return collective_time(collective, self.hardware).high + self.of_work(work)
+
+    def of_loss(self, loss: LossWork) -> float:
+        """Return the time of a loss, forward and backward."""
+        sent = sum(collective_time(each, self.hardware).high for each in loss.collectives)
+        return sent + sum(compute_time(work, self.hardware).high for work in loss.work)
 
     # --- variables -------------------------------------------------------------------------------------
 
