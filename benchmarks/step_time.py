@@ -36,12 +36,12 @@ def run(size: str, repeat: int, shard_floor: bool) -> dict[str, Any]:
         command += ["--result", str(result), *(["--shard-floor"] if shard_floor else [])]
         port = free_port()
         workers = [subprocess.Popen(command, env=environment(rank, PROCESSES, port)) for rank in range(PROCESSES)]
-        _wait(workers)
+        wait(workers)
         measured: dict[str, Any] = json.loads(result.read_text())
         return measured
 
 
-def _wait(workers: list[subprocess.Popen[bytes]]) -> None:
+def wait(workers: list[subprocess.Popen[bytes]]) -> None:
     """Wait for the workers; if one fails, stop the others, which would wait for it."""
     try:
         while any(worker.poll() is None for worker in workers):

@@ -123,18 +123,37 @@ class AddPositions(keras.layers.Layer):
         return x + self.embeddings
 
 
-def keras_gpt(size: Size, weights: Weights) -> keras.Model:
-    """Return a causal GPT of flat Keras layers, norms before attention and feed-forward, logits per token."""
+def keras_gpt(size: Size, weights: Weights, nested: bool = False) -> keras.Model:
+    """Return a causal GPT of flat Keras layers, norms before attention and feed-forward, logits per token.
+
+    Where it is ``nested`` each block is a layer of its own.
+    """
     tokens = keras.Input((size.length,), dtype="int32", name="tokens")
     x = keras.layers.Embedding(VOCABULARY, size.width, name="token_embedding")(tokens)
     x = AddPositions(name="position_embedding")(x)
     for index in range(BLOCKS):
-        x = _keras_block(x, f"block_{index}", size)
+        name = f"block_{index}"
+        x = Block(size, name)(x) if nested else _keras_block(x, name, size)
     x = keras.layers.LayerNormalization(name="final_norm")(x)
     model = keras.Model(tokens, keras.layers.Dense(VOCABULARY, name="head")(x), name="gpt")
     for variable in model.trainable_variables:
         variable.assign(weights[variable.path].reshape(variable.shape))
     return model
+
+
+class Block(keras.layers.Layer):
+    """A block as a layer; its layers have the names that they have in a model of flat layers."""
+
+    def __init__(self, size: Size, name: str) -> None:
+        super().__init__(name=name)
+        inputs = keras.Input((size.length, size.width))
+        self.inner = keras.Model(inputs, _keras_block(inputs, name, size), name=f"{name}_inner")
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        self.built = True
+
+    def call(self, x: Any) -> Any:
+        return self.inner(x)
 
 
 def _keras_block(x: Any, name: str, size: Size) -> Any:
