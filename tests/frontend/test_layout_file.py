@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import keras
@@ -84,8 +85,10 @@ def test_layout_of_a_file_on_a_mesh(tmp_path: Path) -> None:
     mesh = Mesh((("model", 2),))
 
     layout = read_layout_file(write(tmp_path, GOOD_RULE)).on(mesh)
+    shared = read_layout_file(write(tmp_path, "zero = 1\n" + GOOD_RULE)).on(mesh)
 
     assert layout == Layout(mesh, (LayoutRule("up/kernel", (None, "model")),))
+    assert shared == replace(layout, zero=1)
 
 
 ONE_PROBLEM = {
@@ -104,7 +107,7 @@ ONE_PROBLEM = {
     ),
     "unknown key of the file": (
         "version = 1\n" + GOOD_RULE,
-        "version: unknown key; known keys: name, description, sequence_parallel, rules",
+        "version: unknown key; known keys: name, description, sequence_parallel, zero, rules",
     ),
     "misspelt key of a rule": (
         GOOD_RULE + "axis = []",
@@ -114,6 +117,7 @@ ONE_PROBLEM = {
         GOOD_RULE + "[rules.mesh]\nmodel = 2",
         "rules[0].mesh: unknown key; known keys: pattern, axes",
     ),
+    "no stage of ZeRO": ("zero = true\n" + GOOD_RULE, "zero: expected 0, 1 or 3, got true"),
     "name is no string": ("name = true\n" + GOOD_RULE, "name: expected a string, got true"),
     "description is no string": (
         "description = ['x']\n" + GOOD_RULE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -108,6 +109,41 @@ def clipped_in_a_loop() -> tuple[list[float], dict[str, float], list[str]]:
     return norms, {key: relative(found[key], expected[key]) for key in expected}, heard
 
 
+def train_on_the_stream(zero: int) -> dict[str, float]:
+    """Train with shards of the residual stream, gradients of two backward passes added up; compare with one process."""
+    case = MODELS["gpt"]
+    models = [case.build("float64") for _ in range(2)]
+    x, y = case.batch(np.random.default_rng(0), 8)
+    replica = dist.get_rank() // 2
+    given = replace(layout("gpt", f"model axis, zero {zero}", (2, 2)), sequence_parallel=True)
+    tp_planner.parallelize(models[1], given, share(x, replica, 2))
+    for model, batch in zip(models, ((x, y), (share(x, replica, 2), share(y, replica, 2))), strict=True):
+        optimizer, variables = keras.optimizers.Adam(0.01, epsilon=1e-3), model.trainable_variables
+        for _ in range(2):
+            model.zero_grad()
+            for _ in range(2):
+                case.make_loss("float64")(batch[1], model(batch[0], training=True)).backward()
+            optimizer.apply([variable.value.grad for variable in variables], variables)
+    expected, found = map(weights, models)
+    return {key: relative(found[key], expected[key]) for key in expected}
+
+
+def record_a_step(name: str, shape: Shape, zero: int) -> list[tuple[str, str, str]]:
+    """Compare a step that clips with its plan; return what of it is over the batch axis and in the update."""
+    case = MODELS[name]
+    x, y = case.batch(np.random.default_rng(0), 8)
+    own = share(x, dist.get_rank() // shape[1], shape[0]), share(y, dist.get_rank() // shape[1], shape[0])
+    model = case.build()
+    model.compile(keras.optimizers.AdamW(global_clipnorm=0.1), case.make_loss(), jit_compile=False)
+    plan = tp_planner.plan(model, layout(name, f"model axis, zero {zero}", shape), own[0], batch_axis="batch")
+    tp_planner.parallelize(model, plan)
+    with tp_planner.record(model) as recorder:
+        model.train_on_batch(*own)
+    plan.check(recorder.recording)
+    assert plan.step.whole_update
+    return [(each.kind, each.axis, each.place) for each in recorder.recording.collectives if each.phase == "update"]
+
+
 def train_parts_of_a_model() -> dict[str, float]:
     """Train one layer with one optimizer, then another with another."""
     case = MODELS["mlp"]
@@ -158,6 +194,29 @@ def test_loops_of_ones_own(pools: Pools) -> None:
             "gradient; train with a Keras optimizer, optimizer.apply(gradients, variables), or plan with zero=0"
         )
         assert lamb == LAMB
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "zero"),
+    [
+        ("mlp", (2, 2), 1),
+        pytest.param("llama", (4, 1), 1, marks=pytest.mark.slow),
+        pytest.param("gpt", (2, 2), 3, marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_planned_runs(pools: Pools, name: str, shape: Shape, zero: int) -> None:
+    """All collectives of a step are the planned ones: norms are summed over both axes, and weights put together."""
+    expected = [("all_reduce", axis, "gradient clipping") for axis in ("model", "batch")]
+    expected += [("all_gather", "batch", "weights 0")] if zero == 1 else []
+    for found in pools(4).run(record_a_step, name, shape, zero):
+        assert found == expected
+
+
+@pytest.mark.parametrize("zero", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_on_the_residual_stream(pools: Pools, zero: int) -> None:
+    """What ranks of the model axis add up is there before replicas are left their parts, and is added once."""
+    for errors in pools(4).run(train_on_the_stream, zero):
+        assert {key: error for key, error in errors.items() if not error <= 1e-12} == {}
 
 
 def test_several_optimizers(pools: Pools) -> None:

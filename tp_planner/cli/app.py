@@ -56,6 +56,14 @@ SequenceParallelOption = Annotated[
         help="Shard what is between sharded layers over the sequence: norms, dropout and sums take less memory.",
     ),
 ]
+ZeroOption = Annotated[
+    int | None,
+    typer.Option(
+        "--zero",
+        metavar="0|1|3",
+        help="Store in parts over the batch axis: 1 an optimizer's slots, 3 weights, too; else as the layout says.",
+    ),
+]
 DeviceOption = Annotated[
     str | None,
     typer.Option(metavar="cpu|cuda", help="Count memory and work of this device's kernels; by default cpu's."),

@@ -107,13 +107,25 @@ def load_hardware(text: str | None) -> Hardware | None:
     return None if text is None else read_hardware_file(find_hardware_file(text))
 
 
-def load_layout(layout: str, mesh: str, sequence_parallel: bool = False, devices: DeviceType | None = None) -> Layout:
-    """Return the layout in a file, or of a preset, on a mesh of such devices, sequence-parallel if either says so."""
+def load_layout(
+    layout: str,
+    mesh: str,
+    sequence_parallel: bool = False,
+    devices: DeviceType | None = None,
+    zero: int | None = None,
+) -> Layout:
+    """Return the layout in a file, or of a preset, on a mesh of such devices, sequence-parallel if either says so.
+
+    With ``zero`` it is of that stage, and of the one that it says itself without.
+    """
     from tp_planner.frontend.layout_file import find_layout_file, read_layout_file
+    from tp_planner.frontend.layout_map import read_zero
     from tp_planner.ir.mesh import parse_mesh
 
     read = read_layout_file(find_layout_file(layout)).on(parse_mesh(mesh))
-    return replace(read, sequence_parallel=read.sequence_parallel or sequence_parallel, devices=devices)
+    stage = read.zero if zero is None else read_zero(zero)
+    streams = read.sequence_parallel or sequence_parallel
+    return replace(read, sequence_parallel=streams, devices=devices, zero=stage)
 
 
 def load_device(name: str | None) -> DeviceType | None:

@@ -20,6 +20,7 @@ from tp_planner.cli.app import (
     OptimizerOption,
     SequenceOption,
     SequenceParallelOption,
+    ZeroOption,
     app,
     write,
 )
@@ -40,6 +41,7 @@ def plan_command(
     optimizer: OptimizerOption = None,
     loss: LossOption = None,
     sequence_parallel: SequenceParallelOption = False,
+    zero: ZeroOption = None,
     device: DeviceOption = None,
     hardware: HardwareOption = None,
     memory: Annotated[
@@ -61,7 +63,7 @@ def plan_command(
 
         profile = load_hardware(hardware)
         devices = load_device(device) or (None if profile is None else profile.device)
-        rules = load_layout(layout, mesh, sequence_parallel, devices)
+        rules = load_layout(layout, mesh, sequence_parallel, devices, zero)
         job = load_job(model, input, batch, sequence, optimizer, loss)
         plan = make_plan(job.model, rules, job.inputs, job.optimizer, job.loss)
         estimate = [] if profile is None else estimate_lines(plan, profile)

@@ -17,6 +17,7 @@ from tp_planner.cli.app import (
     ModelArgument,
     OptimizerOption,
     SequenceParallelOption,
+    ZeroOption,
     app,
     write,
 )
@@ -33,6 +34,7 @@ def verify_command(
     optimizer: OptimizerOption = None,
     loss: LossOption = None,
     sequence_parallel: SequenceParallelOption = False,
+    zero: ZeroOption = None,
     steps: Annotated[int, typer.Option(metavar="COUNT", min=1, help="Training steps to compare.")] = 1,
     scale: Annotated[
         int,
@@ -58,7 +60,7 @@ def verify_command(
         from tp_planner.report.verdict import verdict_sections
         from tp_planner.verification.verify import verify
 
-        rules = load_layout(layout, mesh, sequence_parallel)
+        rules = load_layout(layout, mesh, sequence_parallel, zero=zero)
         built, specs = load_model_and_inputs(model, input or [], batch)
         if scale > 1:
             built = scaled_down(built, scale)

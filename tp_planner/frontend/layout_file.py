@@ -10,29 +10,33 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from tp_planner.ir.errors import PlanError
-from tp_planner.ir.layout import AxisSpec, Layout, LayoutRule
+from tp_planner.ir.layout import AxisSpec, Layout, LayoutRule, Zero
 from tp_planner.ir.mesh import Mesh
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # A wheel carries the presets inside the package; a source tree has them beside it.
 _PRESET_FOLDERS = (_PACKAGE / "presets", _PACKAGE.parent / "plans" / "presets")
 
-_FILE_KEYS = ("name", "description", "sequence_parallel", "rules")
+_FILE_KEYS = ("name", "description", "sequence_parallel", "zero", "rules")
 _RULE_KEYS = ("pattern", "axes")
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutFile:
-    """The content of one layout file: its name, what it is for, its rules in order, and whether streams are sharded."""
+    """The content of one layout file: its name, what it is for, its rules in order, and what is to be in shards beside.
+
+    That are streams, if ``sequence_parallel``, and what ``zero`` is the stage of.
+    """
 
     name: str
     description: str
     rules: tuple[LayoutRule, ...]
     sequence_parallel: bool = False
+    zero: Zero = 0
 
     def on(self, mesh: Mesh) -> Layout:
         """Return the rules as a layout for ``mesh``."""
-        return Layout(mesh, self.rules, sequence_parallel=self.sequence_parallel)
+        return Layout(mesh, self.rules, sequence_parallel=self.sequence_parallel, zero=self.zero)
 
 
 def read_layout_file(path: str | Path) -> LayoutFile:
@@ -53,6 +57,7 @@ def read_layout_file(path: str | Path) -> LayoutFile:
         description=_read_text(document, "description", "", problems),
         rules=_read_rules(document, problems),
         sequence_parallel=_read_bool(document, "sequence_parallel", problems),
+        zero=_read_zero(document, problems),
     )
     if problems:
         raise PlanError(f"{path}: {problem}" for problem in problems)
@@ -123,6 +128,15 @@ def _read_bool(document: Mapping[str, object], key: str, problems: list[str]) ->
         return value
     problems.append(f"{key}: expected true or false, got {_shown(value)}")
     return False
+
+
+def _read_zero(document: Mapping[str, object], problems: list[str]) -> Zero:
+    match document.get("zero", 0):
+        case 0 | 1 | 3 as stage if not isinstance(stage, bool | float):
+            return stage
+        case value:
+            problems.append(f"zero: expected 0, 1 or 3, got {_shown(value)}")
+            return 0
 
 
 def _read_rules(document: Mapping[str, object], problems: list[str]) -> tuple[LayoutRule, ...]:

@@ -124,6 +124,7 @@ def layout_to_toml(layout: Layout, name: str, description: str) -> str:
     """Return a layout as the text of a layout file."""
     lines = [f"name = {_quoted(name)}", f"description = {_quoted(description)}"]
     lines += ["sequence_parallel = true"] if layout.sequence_parallel else []
+    lines += [f"zero = {layout.zero}"] if layout.zero else []
     for rule in layout.rules:
         lines += ["", "[[rules]]", f"pattern = {_quoted(rule.pattern)}", f"axes = [{_entries(rule)}]"]
     return "\n".join(lines) + "\n"
