@@ -33,7 +33,7 @@ from tp_planner.ir.step import NO_STEP
 from tp_planner.job.axes import Axes
 from tp_planner.job.process_group import planning_axes
 from tp_planner.layers.statistics import OF_THE_BATCH
-from tp_planner.passes.bucket_gradients import bucket_gradients, bucket_summands
+from tp_planner.passes.bucket_gradients import bucket_gradients, bucket_summands, sum_where_used
 from tp_planner.passes.choose_styles import choose_styles
 from tp_planner.passes.gather_together import gather_together
 from tp_planner.passes.honor_output_rules import honor_output_rules
@@ -198,8 +198,8 @@ class _Job:
 
     def _across_replicas(self, plan: Plan, graph: ModelGraph) -> Plan:
         """Return the plan with what replicas store and communicate among themselves."""
-        plan = replace(plan, sums=bucket_summands(plan.variables, plan.layers))
         if plan.replicas == 1:
+            plan = replace(plan, sums=bucket_summands(plan.variables, plan.layers))
             return replace(plan, notes=plan.notes + ((_one_replica(plan),) if plan.zero else ()))
         across = {key: resolved.batch_placement for key, resolved in self.resolution.variables.items()}
         variables = tuple(
@@ -214,11 +214,15 @@ class _Job:
             variables = share_updates(variables, plan.axis_size, plan.replicas, self._updated_whole())
         shared = {name for name, layer in named_layers(self.model).items() if isinstance(layer, OF_THE_BATCH)}
         notes = plan.notes + tuple(note_own_state(graph, shared))
-        late = {key for keys in plan.sums for key in keys}
+        sums = bucket_summands(variables, plan.layers)
+        late = {key for keys in sums for key in keys}
+        layers = sum_where_used(plan.layers, variables)
         equal = find_blocks(self.model, self.planned_alike).signatures
         gatherings = gather_together(graph, variables, plan.axis_size, equal)
         buckets = bucket_gradients(variables, late)
-        return replace(plan, variables=variables, buckets=buckets, gatherings=gatherings, notes=notes)
+        return replace(
+            plan, variables=variables, layers=layers, sums=sums, buckets=buckets, gatherings=gatherings, notes=notes
+        )
 
     def _updated_whole(self) -> dict[str, str]:
         """Return the variables that are updated in no way that works on a part, and why."""

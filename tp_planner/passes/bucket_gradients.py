@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
 
 from tp_planner.ir.placement import WHOLE, SequencePartial
-from tp_planner.ir.plan import LayerPlan, Transition, VariablePlan
+from tp_planner.ir.plan import LayerPlan, Transition, VariablePlan, VariableUse
 
 BUCKET_BYTES = 25 * 2**20  # that of torch's DistributedDataParallel
 Buckets = tuple[tuple[str, ...], ...]
@@ -35,6 +36,22 @@ def bucket_summands(variables: Sequence[VariablePlan], layers: Sequence[LayerPla
     """Return the keys of the variables stored whole whose gradients are summands, for they are used on the stream."""
     used = {use.variable for layer in layers for use in layer.uses if _is_summand(use.boundary.backward)}
     return _buckets(variables, lambda each: _has_gradient(each) and each.key in used and _is_whole(each))
+
+
+def sum_where_used(layers: Sequence[LayerPlan], variables: Sequence[VariablePlan]) -> tuple[LayerPlan, ...]:
+    """Return the layers with summands of variables that replicas store in parts added where they are used.
+
+    Those of whole variables wait for the end of the backward pass; these would be cut before it.
+    """
+    in_parts = {each.key for each in variables if each.batch_placement != WHOLE}
+
+    def summed(use: VariableUse) -> VariableUse:
+        backward = use.boundary.backward
+        if use.variable not in in_parts or not isinstance(backward.target, SequencePartial):
+            return use
+        return replace(use, boundary=replace(use.boundary, backward=Transition(backward.source, WHOLE)))
+
+    return tuple(replace(layer, uses=tuple(map(summed, layer.uses))) for layer in layers)
 
 
 def _is_summand(backward: Transition) -> bool:
