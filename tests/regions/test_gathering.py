@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tp_planner
-from tests.replicas import MODELS, Shape, layout
+from tests.replicas import MODELS, Shape, layout, share
 from tests.workers import Pools
 from tp_planner import planner
 from tp_planner.dryrun import simulate
@@ -35,6 +35,7 @@ from tp_planner.planner import make_plan
 from tp_planner.regions.buffers import Cut, Gathered, Reduced
 from tp_planner.regions.calls import running
 from tp_planner.storage.sharding import own_shard
+from tp_planner.storage.variables import local_tensor
 
 # The plan
 
@@ -201,6 +202,44 @@ def test_gathers_run_while_the_block_before_computes(pools: Pools) -> None:
     assert alone == sum(forward)
     assert two[0] == [0, 3, 6, 0, 6, 0, 6, 0, 0]
     assert left == two[3] == 0
+
+
+def bits_after_fifty_steps(ahead: int) -> dict[str, tuple[bool, bytes]]:
+    """Return what this rank stores of each variable and slot after 50 steps of uneven batches.
+
+    Of each: whether it is cut over the model axis, and its bits.
+    """
+    case = MODELS["stacked"]
+    model = case.build("float32")
+    tp_planner.parallelize(model, layout("stacked", "stacked", (2, 2)), gathers_ahead=ahead)
+    model.compile(keras.optimizers.AdamW(0.01), case.make_loss(), jit_compile=False)
+    rng = np.random.default_rng(0)
+    for size in rng.integers(1, 8, 50):
+        x, y = case.batch(rng, int(size))
+        replica = torch.distributed.get_rank() // 2
+        model.train_on_batch(share(x, replica, 2), share(y, replica, 2))
+    stored = {v.path: v for v in (*model.variables, *model.optimizer.variables)}
+    return {path: (is_cut_over_model(v), local_tensor(v).numpy().tobytes()) for path, v in stored.items()}
+
+
+def is_cut_over_model(variable: Any) -> bool:
+    value = variable._value
+    names = getattr(getattr(value, "device_mesh", None), "mesh_dim_names", None) or ()
+    placements = getattr(value, "placements", ())
+    return any(name == "model" and placed.is_shard() for name, placed in zip(names, placements, strict=True))
+
+
+@pytest.mark.slow
+def test_fifty_steps_give_the_same_bits_whatever_is_ahead(pools: Pools) -> None:
+    """And so they do on the ranks of one replica, of what is not cut over them."""
+    ranks, *others = (pools(4).run(bits_after_fifty_steps, ahead) for ahead in range(3))
+    for other in others:
+        for one, another in zip(ranks, other, strict=True):
+            assert [path for path in one if one[path] != another[path]] == []
+    for first, second in zip(ranks[0::2], ranks[1::2], strict=True):
+        whole = [path for path, (is_cut, _) in first.items() if not is_cut]
+        assert len(whole) > 10
+        assert [path for path in whole if first[path] != second[path]] == []
 
 
 def test_early_gathers_take_memory_and_hide_time() -> None:
