@@ -48,7 +48,7 @@ from tp_planner.search.unequal import unequal_parts
 from tp_planner.search.ways import Walker
 
 MOST_PLANS = 8  # layouts that are planned, at most
-CLOSE = 0.005  # by how much more a plan may cost than the program says without others being tried
+CLOSE = 0.01  # by how much more a plan may cost than the program says without others being tried
 MOST_ROUNDS = 24  # times that the program is solved, at most
 
 
