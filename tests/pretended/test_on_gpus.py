@@ -283,7 +283,7 @@ def gpus() -> Iterator[WorkerPool]:
 
 
 # Each sort of code that touches devices once; the others in `make sweep`.
-USUAL = {"gpt, replayed", "llama, recomputed", "replicas in parts", "keras.distribution"}
+USUAL = {"gpt, replayed", "replicas in parts"}
 
 
 @pytest.mark.parametrize(
