@@ -155,7 +155,8 @@ def test_gradients_are_those_of_one_device_and_products_run_behind_their_sums(po
         assert left == asked == {}
         assert said == ""
         sums = [count for kind, count in products if kind != "all_gather_into_tensor"]
-        assert sum(count > 0 for count in sums) >= len(sums) - 2 > 0
+        alone = 4 if way == "LoRA" else 2  # where LoRA's products meet, sums are of other gradients, too
+        assert sum(count > 0 for count in sums) >= len(sums) - alone > 0
         if way == "heads":
             assert [count for count in sums if count] == [1, 1, 3, 1, 3]  # head, and two blocks
 
