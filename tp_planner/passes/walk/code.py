@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from tp_planner.ir.graph import REPEAT, FunctionCall, Op, Repeat
 from tp_planner.ir.placement import WHOLE, Partial, Placement, SequencePartial, SequenceShard
-from tp_planner.passes.follow_ops import FunctionFollowed, Refused, follow_function, sizes_in_arguments
+from tp_planner.passes.follow_ops import Followed, FunctionFollowed, Refused, follow_function, sizes_in_arguments
 from tp_planner.passes.walk.crossings import cut, entering, gathered, summed
 from tp_planner.passes.walk.facts import Origins, is_mixed, on_stream
-from tp_planner.passes.walk.known import OWN_GRADIENT, Known, as_shards, as_stream
+from tp_planner.passes.walk.known import JOINED, OWN_GRADIENT, Known, as_shards, as_stream, in_other_order
 from tp_planner.passes.walk.notes import Notes
 from tp_planner.passes.walk.packing import note_refusal
 from tp_planner.passes.walk.stream import gather_for_function, mismatch_of_stream
@@ -30,6 +30,8 @@ def follow_op(op: Op, known: Known, notes: Notes) -> None:
         return
     origins = known.origins_of(op.inputs, call)
     followed = Refused(MIXED) if is_mixed(origins) else known.follow(op, inputs)
+    if isinstance(followed, Followed) and on_stream(origins) and in_other_order(followed.outputs):
+        followed = Refused(JOINED)
     if isinstance(followed, Refused):
         reason = f"{op.name} in {known.graph.calls[call].layer!r} {followed.reason}"
         note_refusal(followed, call, origins, reason, known, notes, in_code=op.id not in known.graph.own_gradients)
@@ -124,6 +126,8 @@ def _follow(
         return found
     if any("float" not in known.graph.tensors[tensor].dtype for tensor in found.summed):
         return Refused(f"{function.name} in {known.graph.calls[function.call].layer!r} leaves a sum that is no number")
+    if in_other_order(found.placements.values()):
+        return Refused(f"{function.name} in {known.graph.calls[function.call].layer!r} {JOINED}")
     # In a call that keeps the stream whole, sizes are those that the code writes.
     if sizes_in_arguments(function, known.graph, found, known.parts):
         return Refused(f"{function.name} in {known.graph.calls[function.call].layer!r} is given sizes of the whole")

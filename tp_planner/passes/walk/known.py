@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from tp_planner.ir.graph import Call, FunctionCall, ModelGraph, Op
-from tp_planner.ir.placement import WHOLE, Partial, Placement, SequenceShard, Shard, divides
+from tp_planner.ir.placement import WHOLE, PackedShard, Partial, Placement, SequenceShard, Shard, divides
 from tp_planner.passes.choose_styles import StyleChoice
 from tp_planner.passes.follow_ops import Followed, Refused, ShardingRules
 from tp_planner.passes.walk.facts import Closings, LayerMode, Origins, VariableRead
@@ -26,6 +26,14 @@ SEQUENCE = 1  # the dim of the residual stream, (batch, sequence, width), that i
 def as_stream(placement: Placement) -> Placement:
     """Return the placement of what an op makes of shards of the stream."""
     return SequenceShard(placement.dim) if isinstance(placement, Shard) else placement
+
+
+JOINED = "joins shards of sequences, whose order would be another"
+
+
+def in_other_order(placements: Iterable[Placement]) -> bool:
+    """Whether shards of the stream would be of several sequences side by side, which no shard of the whole is."""
+    return any(isinstance(placement, PackedShard) for placement in placements)
 
 
 def as_shards(inputs: Mapping[int, Placement]) -> dict[int, Placement]:

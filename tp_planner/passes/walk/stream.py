@@ -16,7 +16,7 @@ from tp_planner.ir.plan import Boundary
 from tp_planner.passes.follow_ops import FunctionFollowed, Refused, follow_function
 from tp_planner.passes.walk.crossings import cut, gathered
 from tp_planner.passes.walk.facts import CallRecord, Origins, Walk
-from tp_planner.passes.walk.known import SEQUENCE, Known, as_shards, as_stream
+from tp_planner.passes.walk.known import SEQUENCE, Known, as_shards, as_stream, in_other_order
 from tp_planner.passes.walk.notes import Notes
 
 
@@ -80,7 +80,11 @@ def _is_cuttable(variable: str, known: Known) -> bool:
 
 def _stays_on_stream(call: Call, found: FunctionFollowed) -> bool:
     placed = [found.placements.get(tensor, WHOLE) for tensor in call.outputs]
-    return not found.summed and all(placement == WHOLE or isinstance(placement, Shard) for placement in placed)
+    return (
+        not found.summed
+        and not in_other_order(found.placements.values())
+        and all(placement == WHOLE or isinstance(placement, Shard) for placement in placed)
+    )
 
 
 def _write_down(
