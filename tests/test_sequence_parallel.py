@@ -303,3 +303,33 @@ def test_what_cannot_follow_takes_the_stream_gathered() -> None:
     assert leaving is not None
     assert (leaving.forward.collective, leaving.backward.collective) == ("reduce_scatter", "all_gather")
     assert (taken.forward.collective, taken.backward.collective) == ("all_gather", None)  # experts sum the gradient
+
+
+def join_sequences() -> float:
+    """Return how far the output is off of two sequences that a model joins, each left in shards by a layer."""
+
+    def build(seed: int) -> keras.Model:
+        with building("float64"):
+            inputs = [keras.Input((length, 8), name=name) for name, length in (("image", 4), ("text", 6))]
+            ends = []
+            for given in inputs:
+                hidden = keras.layers.Dense(16, activation="relu", name=f"{given.name}_up")(given)
+                ends.append(keras.layers.Dense(8, name=f"{given.name}_down")(hidden))
+            joined = keras.layers.Concatenate(axis=1)(ends)
+            return randomize(keras.Model(inputs, keras.layers.LayerNormalization()(joined) * joined), seed)
+
+    rules = {".*_up/kernel": (None, "model"), ".*_up/bias": ("model",), ".*_down/kernel": ("model", None)}
+    single, sharded = build(0), build(dist.get_rank())
+    rng = np.random.default_rng(0)
+    x = [rng.standard_normal((2, length, 8)) for length in (4, 6)]
+    tp_planner.parallelize(sharded, layout_map(rules), x, sequence_parallel=True)
+    applied = applied_to(sharded)
+    assert applied is not None
+    assert applied.plan.shards_stream
+    expected, found = (_array(model(x)) for model in (single, sharded))
+    return float(np.max(np.abs(found - expected)))
+
+
+def test_sequences_that_are_joined(pools: Pools) -> None:
+    """They are gathered first: each rank's shards of one and of the other are no shard of both."""
+    assert max(pools(2).run(join_sequences)) < 1e-12

@@ -25,6 +25,7 @@ SEQUENCE = 1  # the dim of the residual stream, (batch, sequence, width), that i
 
 def as_stream(placement: Placement) -> Placement:
     """Return the placement of what an op makes of shards of the stream."""
+    assert not isinstance(placement, PackedShard), "asked of in_other_order first"
     return SequenceShard(placement.dim) if isinstance(placement, Shard) else placement
 
 
