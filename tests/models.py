@@ -757,7 +757,7 @@ USUAL = frozenset(
 
 
 # Of these, what tests take that need long for each.
-FEWEST = frozenset({"convnet", "gpt", "llama"})
+FEWEST = frozenset({"convnet", "gpt"})
 
 
 def usual(names: Iterable[str]) -> list[Any]:

@@ -27,6 +27,7 @@ def test_pages_say_what_the_figures_beside_them_say(script: Callable[[str], Modu
         assert (folder / "README.md").read_text().splitlines() == "\n".join(page.page(page.read(folder))).splitlines()
 
 
+@pytest.mark.slow
 def test_communication_is_told_apart_by_blocks(script: Callable[[str], ModuleType]) -> None:
     """Whisper has layers in front of its blocks that are named like blocks, and cross-attention."""
     row = script("communication").measure("whisper", 2)

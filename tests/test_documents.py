@@ -97,7 +97,11 @@ def test_scripts_run_alone(block: Block, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("block", "line"),
-    [(block, line) for block in COMMANDS for line in block.text.splitlines()],
+    [
+        pytest.param(block, line, marks=[pytest.mark.slow] * ("tp-planner run" in line))
+        for block in COMMANDS
+        for line in block.text.splitlines()
+    ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_commands_run(block: Block, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

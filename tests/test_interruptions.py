@@ -156,7 +156,15 @@ def interrupt_generate(count: int) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(40, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("interrupt", [interrupt_parallelize, interrupt_replay, interrupt_generate])
+@pytest.mark.parametrize(
+    ("interrupt", "count"),
+    [
+        (interrupt_parallelize, 1),
+        *(
+            pytest.param(each, 40, marks=pytest.mark.slow)
+            for each in (interrupt_parallelize, interrupt_replay, interrupt_generate)
+        ),
+    ],
+)
 def test_interrupted_ranks(pools: Pools, interrupt: Callable[[int], list[str]], count: int) -> None:
     assert pools(2).run(interrupt, count) == [[], []]

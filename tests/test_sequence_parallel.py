@@ -43,10 +43,10 @@ from tp_planner.planner import make_plan
 from tp_planner.training.model import applied_to
 
 MODELS: dict[str, tuple[str, Mapping[str, Any]]] = {
-    "gpt with dropout": ("gpt", {"dropout": 0.2}),
     "llama": ("llama", {}),
 }
 REST: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "gpt with dropout": ("gpt", {"dropout": 0.2}),
     **{name: (name, {}) for name in CASES if name != "llama"},
     "llama with tied embeddings and one head for keys": ("llama", {"tied": True, "kv_heads": 1}),
     "llama with blocks that are computed again": ("llama", {"recomputed": True}),

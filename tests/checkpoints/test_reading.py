@@ -154,12 +154,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, keras.M
     return models, paths
 
 
-def test_every_format_is_read_in_shards(workers: WorkerPool, written: Any) -> None:
+@pytest.mark.parametrize("name", ["gpt", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tied", "llama"))])
+def test_every_format_is_read_in_shards(workers: WorkerPool, written: Any, name: str) -> None:
     """A model that is built on the meta device has the file's weights, bit for bit, and computes what it should."""
     models, paths = written
-    if workers.size == 4:
-        paths = {"gpt": {kind: paths["gpt"][kind] for kind in ("h5", "torch")}}
-    for answers in workers.run(load_all, paths):
+    for answers in workers.run(load_all, {name: paths[name]}):
         for (name, _), (weights, output, devices) in answers.items():
             np.testing.assert_equal(weights, {key: each.numpy() for key, each in tensors_of(models[name]).items()})
             x, _ = CASES[name].batch(np.random.default_rng(0), 2)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tp_planner
-from tests.dryrun.test_simulation import metered_step, metered_training, size_of
+from tests.dryrun.test_simulation import like, metered_training, size_of
 from tests.models import building, randomize
 from tests.workers import Pools, layout_map
 from tp_planner.frontend.training_loss import TrainingLoss
@@ -86,7 +86,7 @@ def trained(name: str) -> tuple[Plan, Step, Memory, dict[str, int]]:
     model.train_on_batch(features(), targets)
     for hook in hooks:
         hook.remove()
-    same = min((metered_step(model, features()) for _ in range(6)), key=lambda step: size_of(step.memory))
+    same = like(plan.step.memory, model, features())
     by_keras = min((metered_training(model, features(), targets) for _ in range(3)), key=size_of)
     return plan, same, by_keras, seen
 

@@ -179,9 +179,9 @@ def different_batches() -> str:
     ("ranks", "kind"),
     [
         (2, "data"),
-        (2, "mesh"),
+        pytest.param(2, "mesh", marks=pytest.mark.slow),
         (4, "mesh"),
-        (4, "transposed"),
+        pytest.param(4, "transposed", marks=pytest.mark.slow),
         (4, "replicated, zero 1"),
         pytest.param(4, "data", marks=pytest.mark.slow),
         pytest.param(2, "data, zero 1", marks=pytest.mark.slow),
@@ -199,7 +199,11 @@ def test_replicas_do_what_one_process_does(pools: Pools, ranks: int, kind: str, 
 
 @pytest.mark.parametrize(
     ("ranks", "kind"),
-    [(2, "data"), (4, "replicated"), pytest.param(4, "replicated, zero 1", marks=pytest.mark.slow)],
+    [
+        (2, "data"),
+        pytest.param(4, "replicated", marks=pytest.mark.slow),
+        pytest.param(4, "replicated, zero 1", marks=pytest.mark.slow),
+    ],
 )
 def test_replicas_are_bit_identical_after_fifty_steps(pools: Pools, ranks: int, kind: str) -> None:
     """Ranks at the same place of their replicas store the same bits: weights, statistics and optimizer slots.

@@ -120,7 +120,9 @@ def export(folder: str, way: str) -> tuple[str, list[float], list[float]]:
 # In the parent
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt], ids=lambda error: error.__name__)
+@pytest.mark.parametrize(
+    "error", [ValueError, pytest.param(KeyboardInterrupt, marks=pytest.mark.slow)], ids=lambda error: error.__name__
+)
 @pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(each, marks=pytest.mark.slow) for each in NAMES[1:])])
 def test_models_are_right_after_interrupted_steps(pools: Pools, name: str, error: type[BaseException]) -> None:
     for _, alone, models in pools(2).run(interrupt, name, error):

@@ -198,7 +198,7 @@ MEMORY: list[tuple[str, str, Shape]] = [
     ("gpt", "model axis, zero 1", (2, 2)),
     ("recomputed", "both axes", (2, 2)),
 ]
-OTHERS = {"gpt", "recomputed"}  # which `make sweep` measures
+OTHERS = {"gpt", "llama", "recomputed"}  # which `make sweep` measures
 MEASURED = [pytest.param(each, marks=pytest.mark.slow) if each[0] in OTHERS else each for each in MEMORY]
 
 

@@ -581,7 +581,9 @@ def test_hostile_names_do_nothing(browser: Any, tmp_path: Path) -> None:
     assert texts(browser, "h1") == [HOSTILE]
 
 
-@pytest.mark.parametrize("differ", [False, True], ids=["equal blocks", "blocks that differ"])
+@pytest.mark.parametrize(
+    "differ", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["equal blocks", "blocks that differ"]
+)
 def test_large_plans(browser: Any, tmp_path: Path, differ: bool) -> None:
     """126 blocks are one where they are equal; else they are folded at first, and every layer is there."""
     plan = with_blocks(126, differ)

@@ -12,6 +12,7 @@ from typing import Any
 import h5py
 import keras
 import numpy as np
+import pytest
 import torch.distributed as dist
 
 import tp_planner
@@ -41,8 +42,8 @@ def trained(folder: str | None = None) -> tuple[keras.Model, Any, Any]:
 # On the ranks
 
 
-def save_both(folder: str) -> list[str]:
-    """Train and save a plain model and a sharded one; return the files this rank sees being written."""
+def save_both(folder: str) -> None:
+    """Train and save a plain model and a sharded one."""
     rules = CASES["gpt"].rules
     for name in ("single", "sharded"):
         model, x, y = trained()
@@ -55,7 +56,6 @@ def save_both(folder: str) -> list[str]:
             model.save(f"{folder}/{name}.keras")
     checkpoint = keras.callbacks.ModelCheckpoint(f"{folder}/epoch_{{epoch}}.weights.h5", save_weights_only=True)
     model.fit(x, y, epochs=2, verbose=0, callbacks=[checkpoint])
-    return sorted(path.name for path in Path(folder).iterdir())
 
 
 def resume(folder: str, sharded: bool) -> list[float]:
@@ -131,10 +131,17 @@ def assign_wrong_shape() -> str:
 # In the parent
 
 
-def test_files_are_those_of_a_single_device(pools: Callable[[int], WorkerPool], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def saved(pools: Callable[[int], WorkerPool], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two processes have saved a plain model and a sharded one."""
+    folder = tmp_path_factory.mktemp("saved")
+    pools(2).run(save_both, str(folder))
+    return folder
+
+
+def test_files_are_those_of_a_single_device(saved: Path) -> None:
     """Rank 0 writes the files that plain Keras would write, and no rank writes another one."""
-    names = pools(2).run(save_both, str(tmp_path))[0]
-    assert names == [
+    assert sorted(path.name for path in saved.iterdir()) == [
         "epoch_1.weights.h5",
         "epoch_2.weights.h5",
         "sharded.keras",
@@ -142,18 +149,17 @@ def test_files_are_those_of_a_single_device(pools: Callable[[int], WorkerPool], 
         "single.keras",
         "single.weights.h5",
     ]
-    single, sharded = (contents(tmp_path / f"{name}.weights.h5") for name in ("single", "sharded"))
+    single, sharded = (contents(saved / f"{name}.weights.h5") for name in ("single", "sharded"))
     assert single.keys() == sharded.keys()
     for name, value in single.items():
         np.testing.assert_allclose(sharded[name], value, rtol=1e-12, atol=1e-15, err_msg=name)
-    config = [_config(tmp_path / f"{name}.keras") for name in ("single", "sharded")]
+    config = [_config(saved / f"{name}.keras") for name in ("single", "sharded")]
     assert config[0] == config[1]
 
 
-def test_plain_keras_reads_the_files(pools: Callable[[int], WorkerPool], tmp_path: Path) -> None:
+def test_plain_keras_reads_the_files(saved: Path) -> None:
     """A plain model loaded from a sharded model's file has its weights and its optimizer's slots."""
-    pools(2).run(save_both, str(tmp_path))
-    loaded = {name: keras.saving.load_model(tmp_path / f"{name}.keras") for name in ("single", "sharded")}
+    loaded = {name: keras.saving.load_model(saved / f"{name}.keras") for name in ("single", "sharded")}
     for one, other in zip(loaded["single"].variables, loaded["sharded"].variables, strict=True):
         np.testing.assert_allclose(other.numpy(), one.numpy(), rtol=1e-12, atol=1e-15)
     slots = zip(loaded["single"].optimizer.variables, loaded["sharded"].optimizer.variables, strict=True)
@@ -161,18 +167,16 @@ def test_plain_keras_reads_the_files(pools: Callable[[int], WorkerPool], tmp_pat
         np.testing.assert_allclose(other.numpy(), one.numpy(), rtol=1e-12, atol=1e-15)
 
 
-def test_training_goes_on(workers: WorkerPool, tmp_path: Path) -> None:
+def test_training_goes_on(workers: WorkerPool, saved: Path) -> None:
     """A model loaded with its optimizer gives the same losses sharded as on one device."""
-    workers.run(save_both, str(tmp_path))
-    single, sharded = (workers.run(resume, str(tmp_path), sharded)[0] for sharded in (False, True))
+    single, sharded = (workers.run(resume, str(saved), sharded)[0] for sharded in (False, True))
     np.testing.assert_allclose(sharded, single, rtol=1e-6)  # Keras reports losses in float32
 
 
-def test_load_weights_spreads_a_file(workers: WorkerPool, tmp_path: Path) -> None:
+def test_load_weights_spreads_a_file(workers: WorkerPool, saved: Path) -> None:
     """load_weights gives every rank its shards of a plain file."""
-    workers.run(save_both, str(tmp_path))
-    found = workers.run(load_into_sharded, str(tmp_path))
-    expected = keras.saving.load_model(tmp_path / "single.keras")
+    found = workers.run(load_into_sharded, str(saved))
+    expected = keras.saving.load_model(saved / "single.keras")
     for variable in expected.variables:
         np.testing.assert_array_equal(found[-1][variable.path], variable.numpy())
 

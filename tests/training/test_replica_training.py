@@ -233,7 +233,7 @@ def test_layers_that_share_a_generator(pools: Pools) -> None:
     ("rules", "optimizers"),
     [
         pytest.param("model axis", ASKING, marks=pytest.mark.slow),
-        ("both axes", ASKING),
+        pytest.param("both axes", ASKING, marks=pytest.mark.slow),
         ("model axis, zero 1", SHARED),
         pytest.param("both axes, zero 1", ELEMENTWISE, marks=pytest.mark.slow),
         pytest.param("model axis, zero 1", ELEMENTWISE, marks=pytest.mark.slow),

@@ -331,7 +331,9 @@ def test_optimizer(pools: Callable[[int], WorkerPool], optimizer: str) -> None:
     check_equal(pools(2).run(train_with, optimizer, False)[0], 1e-12)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor", "loss scaling", "moving average"])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow), "adafactor", "loss scaling", "moving average"]
+)
 def test_optimizer_built_before(pools: Callable[[int], WorkerPool], optimizer: str) -> None:
     """An optimizer that has trained the plain model goes on with the same slots, sharded."""
     check_equal(pools(4).run(train_with, optimizer, True)[0], 1e-12)

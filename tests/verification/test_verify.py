@@ -223,9 +223,9 @@ def test_running_models_of_each_kind_are_verified(pools: Pools) -> None:
 @pytest.mark.parametrize(
     ("mesh", "fault", "layers"),
     [
-        ({"batch": 2, "model": 1}, "", ()),
+        pytest.param({"batch": 2, "model": 1}, "", (), marks=pytest.mark.slow),
         ({"batch": 1, "model": 2}, "", ()),
-        ({"batch": 1, "model": 2}, "a weight of its own", ("final_norm",)),
+        pytest.param({"batch": 1, "model": 2}, "a weight of its own", ("final_norm",), marks=pytest.mark.slow),
         ({"batch": 1, "model": 2}, "no sum after attention", ("block_0_attention/attention_output",)),
     ],
 )
