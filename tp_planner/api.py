@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from tp_planner.agreement import agree, agree_on_mesh, as_on_rank_zero
 from tp_planner.checkpoints.initial import READING, Values, initial_values, read_and_initialize
-from tp_planner.checkpoints.values import lacks_values, values_from
+from tp_planner.checkpoints.reading import reading_together
+from tp_planner.checkpoints.values import lacks_values, tensors_for, values_of
 from tp_planner.checkpoints.waiting_loads import loads_for
 from tp_planner.frontend.fingerprint import fingerprint
 from tp_planner.frontend.layer_tree import named_variables
@@ -302,12 +303,11 @@ def _apply(
     if weights is None:
         return apply_layers(model, chosen, axes, scatter)
     with contextlib.ExitStack() as opened:
-        values = together(
-            READING, lambda: opened.enter_context(values_from(model, Path(weights), names, this_device()))
-        )
+        tensors = together(READING, lambda: opened.enter_context(tensors_for(model, Path(weights), names)))
         applied: list[Applied] = []
         try:
-            together(READING, lambda: applied.append(apply_layers(model, chosen, axes, values)))
+            with reading_together(READING) as reading:
+                applied.append(apply_layers(model, chosen, axes, values_of(tensors, reading, this_device())))
         except BaseException:
             for each in applied:
                 each.revert(model, old_value)

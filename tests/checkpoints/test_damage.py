@@ -24,8 +24,9 @@ from tests.checkpoints.test_formats import sharding
 from tests.checkpoints.test_nothing_is_lost import X, Y, built, values
 from tests.models import CASES
 from tp_planner.checkpoints.formats.opening import open_weights
+from tp_planner.checkpoints.reading import Reading
 from tp_planner.checkpoints.shelf import checkpoints_in
-from tp_planner.checkpoints.values import values_from
+from tp_planner.checkpoints.values import tensors_for, values_of
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.placement import Replicate
@@ -189,7 +190,8 @@ def copied(source: Path, folder: Path, name: str) -> Path:
 def loaded(model: keras.Model, path: Path) -> dict[str, np.ndarray]:
     """Return what each variable of a model would be given."""
     found = {}
-    with values_from(model, path, None, torch.device("cpu")) as value_of:
+    with tensors_for(model, path, None) as tensors:
+        value_of = values_of(tensors, Reading(), torch.device("cpu"))
         for key, variable in named_variables(model).items():
             found[key] = value_of(variable, WHOLE).numpy()
     return found

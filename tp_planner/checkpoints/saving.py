@@ -46,6 +46,7 @@ from tp_planner.checkpoints.progress import (
     set_random_state,
     steps_made,
 )
+from tp_planner.checkpoints.reading import reading_together
 from tp_planner.checkpoints.values import lacks_values, misfit
 from tp_planner.ir.errors import PlanError
 from tp_planner.job.process_group import this_device
@@ -200,7 +201,9 @@ def load_checkpoint(model: keras.Model, folder: str | Path) -> Progress:
         tensors = together(LOADING, lambda: opened.enter_context(open_dcp(path)).tensors, _tell)
         _build_optimizer(model, tensors)
         found = together(LOADING, lambda: _match(model, tensors, path, about), _tell)
-        together(LOADING, lambda: _fill(found), _tell)
+        with reading_together(LOADING) as reading:
+            for variable, tensor in found:
+                reading.read(tensor, pieces_of(variable), local_tensor(variable))
     set_random_state(about.random_state, _device())
     return Progress(about.step, about.epoch, about.batch, path)
 
@@ -268,11 +271,3 @@ def _match(
     if problems:
         raise PlanError(problems)
     return found
-
-
-def _fill(found: list[tuple[Any, StoredTensor]]) -> None:
-    with torch.no_grad():
-        for variable, tensor in found:
-            local = local_tensor(variable)
-            for piece in pieces_of(variable):
-                tensor.read(piece.of_whole, local[tuple(slice(*span) for span in piece.of_part)])

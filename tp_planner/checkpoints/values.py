@@ -19,6 +19,7 @@ from tp_planner.checkpoints.contents import MODEL, lack, names_there
 from tp_planner.checkpoints.formats.opening import is_of_keras, open_weights
 from tp_planner.checkpoints.formats.stored import StoredTensor, Weights
 from tp_planner.checkpoints.progress import structure_in
+from tp_planner.checkpoints.reading import Reading
 from tp_planner.frontend.keras_files import places_in_files
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.ir.errors import PlanError
@@ -26,6 +27,7 @@ from tp_planner.storage.sharding import Sharding
 
 # Returns this rank's stored tensor of a variable: (variable, sharding) -> local tensor
 Values = Callable[[Any, Sharding], torch.Tensor]
+Tensors = Mapping[int, StoredTensor]  # by the ``id`` of a variable
 Names = Mapping[str, str]  # the key of a variable, and the name of its tensor in a file
 
 
@@ -35,33 +37,33 @@ def lacks_values(model: keras.Model) -> bool:
 
 
 @contextlib.contextmanager
-def values_from(model: keras.Model, path: Path, names: Names | None, device: torch.device) -> Iterator[Values]:
-    """Yield what reads this rank's part of each variable from a file, to the device.
+def tensors_for(model: keras.Model, path: Path, names: Names | None) -> Iterator[Tensors]:
+    """Yield the tensor of each variable in a file, by the ``id`` of the variable.
 
     Args:
         model: a built model, plain, on any device.
         path: a file or folder of weights.
         names: names in the file by the variables' keys, where they are others than those that the format gives: in
             Keras's files the place in the model, in others the key.
-        device: of this rank.
 
     Raises:
         PlanError: with every variable that the file has not, or has with another shape or kind of number.
     """
     with open_weights(path) as weights:
         found = _find(model, weights, _names_in(model, weights, dict(names or {})))
-        seen = {id(variable): found[key] for key, variable in named_variables(model).items()}
-        yield lambda variable, sharding: read_part(seen[id(variable)], variable, sharding, device)
+        yield {id(variable): found[key] for key, variable in named_variables(model).items()}
 
 
-def read_part(tensor: StoredTensor, variable: Any, sharding: Sharding, device: torch.device) -> torch.Tensor:
-    """Return this rank's part of a variable, read from where it is stored."""
-    shape = tuple(variable.shape)
-    part = torch.empty(sharding.local_shape(shape), dtype=variable._value.dtype, device=device)
-    with torch.no_grad():
-        for piece in sharding.pieces(shape):
-            tensor.read(piece.of_whole, part[tuple(slice(*span) for span in piece.of_part)])
-    return part
+def values_of(tensors: Tensors, reading: Reading, device: torch.device) -> Values:
+    """Return what reads this rank's part of each variable, to its device."""
+
+    def read(variable: Any, sharding: Sharding) -> torch.Tensor:
+        shape = tuple(variable.shape)
+        part = torch.empty(sharding.local_shape(shape), dtype=variable._value.dtype, device=device)
+        reading.read(tensors[id(variable)], sharding.pieces(shape), part)
+        return part
+
+    return read
 
 
 def _names_in(model: keras.Model, weights: Weights, given: dict[str, str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from tp_planner.checkpoints.formats.stored import (
+    Buffer,
     Extent,
     RawFile,
     StoredTensor,
@@ -91,9 +92,10 @@ def _files_of_index(path: Path, text: bytes) -> list[str]:
 def _open(path: Path, parts: list[tuple[Path, int]]) -> Weights:
     tensors: dict[str, StoredTensor] = {}
     opened: list[Any] = []
+    buffer = Buffer()
     try:
         for part, begin in parts:
-            raw = RawFile(part)
+            raw = RawFile(part, buffer)
             opened.append(raw)
             file = h5py.File(Window(raw, begin, raw.size - begin), "r") if begin else h5py.File(part, "r")
             opened.append(file)

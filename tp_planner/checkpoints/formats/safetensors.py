@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tp_planner.checkpoints.formats.stored import (
+    Buffer,
     Extent,
     RawFile,
     StoredTensor,
@@ -64,9 +65,10 @@ def open_safetensors_index(path: Path) -> Weights:
 def _open(path: Path, parts: list[Path]) -> Weights:
     tensors: dict[str, StoredTensor] = {}
     files: list[RawFile] = []
+    buffer = Buffer()
     try:
         for part in parts:
-            files.append(RawFile(part))
+            files.append(RawFile(part, buffer))
             tensors |= _tensors(files[-1])
         require_apart(path, tensors)
     except BaseException:

@@ -27,6 +27,7 @@ LARGEST_READ = 64 * 2**20  # bytes
 SHORTEST_RUN = 256 * 2**10  # bytes; shorter runs are cut from rows that are read whole, which takes less time
 
 Span = tuple[int, int]  # the first index, and the one after the last
+Block = Sequence[Span]  # a part of a tensor, a span for each dim
 
 
 class Stored(Protocol):
@@ -48,6 +49,17 @@ class Chunk:
     offsets: Shape
     stored: Stored
 
+    @property
+    def of_whole(self) -> Block:
+        """Which part of the tensor it is."""
+        return [(begin, begin + size) for begin, size in zip(self.offsets, self.stored.shape, strict=True)]
+
+    def shared(self, block: Block) -> tuple[Block, Block] | None:
+        """Return what it has of a block of the tensor, as that of the tensor and as that of the chunk, if anything."""
+        if (of_whole := overlap(block, self.of_whole)) is None:
+            return None
+        return of_whole, [(a - begin, b - begin) for (a, b), begin in zip(of_whole, self.offsets, strict=True)]
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -62,40 +74,66 @@ class StoredTensor:
         """Return the tensor that lies in the file in one piece."""
         return cls(stored.shape, stored.dtype, (Chunk((0,) * len(stored.shape), stored),))
 
-    def read(self, spans: Sequence[Span], into: torch.Tensor) -> None:
-        """Copy a part into a tensor of its shape, of any dtype and device; ``spans`` are its indices, one a dim."""
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, block: Block, into: torch.Tensor) -> None:
+        """Copy a part into a tensor of its shape, of any dtype and device."""
         for chunk in self.chunks:
-            ends = [begin + size for begin, size in zip(chunk.offsets, chunk.stored.shape, strict=True)]
-            shared = [
-                (max(start, begin), min(stop, end))
-                for (start, stop), begin, end in zip(spans, chunk.offsets, ends, strict=True)
-            ]
-            if all(start < stop for start, stop in shared):
-                there = [(a - begin, b - begin) for (a, b), begin in zip(shared, chunk.offsets, strict=True)]
-                here = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(shared, spans, strict=True))
-                _read(chunk.stored, 0, chunk.stored.shape, there, into[here])
+            if (shared := chunk.shared(block)) is not None:
+                _read(chunk.stored, 0, chunk.stored.shape, shared[1], into[indices_in(block, shared[0])])
+
+    def bytes_read(self, block: Block) -> int:
+        """Return how many bytes of the file are read for a part."""
+        shared = [(chunk.stored.shape, chunk.shared(block)) for chunk in self.chunks]
+        return sum(_bytes_read(shape, each[1], self.dtype.itemsize) for shape, each in shared if each is not None)
 
 
-def _read(stored: Stored, begin: int, shape: Shape, spans: Sequence[Span], into: torch.Tensor) -> None:
+def overlap(one: Block, other: Block) -> Block | None:
+    """Return what two blocks of a tensor have in common, if anything."""
+    common = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True)]
+    return common if all(start < stop for start, stop in common) else None
+
+
+def indices_in(outer: Block, inner: Block) -> tuple[slice, ...]:
+    """Return where a block lies in one that it is part of."""
+    return tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(inner, outer, strict=True))
+
+
+def _read(stored: Stored, begin: int, shape: Shape, block: Block, into: torch.Tensor) -> None:
     """Copy a part of the subtensor of ``shape`` whose elements begin at ``begin``."""
     if not shape:
         into.copy_(stored.read(begin, begin + 1).reshape(()))
         return
-    (start, stop), rest, row = spans[0], spans[1:], math.prod(shape[1:])
-    own, itemsize = math.prod(b - a for a, b in rest), stored.dtype.itemsize
-    whole_rows = own == row
-    if row * itemsize > LARGEST_READ or (not whole_rows and own * itemsize >= SHORTEST_RUN):
-        if len(shape) == 1:
-            raise AssertionError("an element is no larger than a read")
+    (start, stop), rest, row = block[0], block[1:], math.prod(shape[1:])
+    if _is_read_row_by_row(shape, block, stored.dtype.itemsize):
         for index in range(start, stop):
             _read(stored, begin + index * row, shape[1:], rest, into[index - start])
         return
     cut = (slice(None), *(slice(a, b) for a, b in rest))
-    step = max(1, LARGEST_READ // max(row * itemsize, 1))
+    step = max(1, LARGEST_READ // max(row * stored.dtype.itemsize, 1))
     for first in range(start, stop, step):
         last = min(first + step, stop)
         rows = stored.read(begin + first * row, begin + last * row).reshape(last - first, *shape[1:])
         into[first - start : last - start].copy_(rows[cut])
+
+
+def _is_read_row_by_row(shape: Shape, block: Block, itemsize: int) -> bool:
+    """Whether of each row its part is read by itself, not rows whole."""
+    row, own = math.prod(shape[1:]) * itemsize, math.prod(stop - start for start, stop in block[1:]) * itemsize
+    return row > LARGEST_READ or (own != row and own >= SHORTEST_RUN)
+
+
+def _bytes_read(shape: Shape, block: Block, itemsize: int) -> int:
+    """Return how many bytes ``_read`` reads."""
+    if not shape:
+        return itemsize
+    (start, stop), rest = block[0], block[1:]
+    if _is_read_row_by_row(shape, block, itemsize):
+        return (stop - start) * _bytes_read(shape[1:], rest, itemsize)
+    return (stop - start) * math.prod(shape[1:]) * itemsize
 
 
 @dataclass(frozen=True)
@@ -117,27 +155,38 @@ class Extent:
         return torch.from_numpy(self.file.read(self.offset + start * size, (stop - start) * size)).view(self.dtype)
 
 
-class RawFile:
-    """A file that is read through one bounded buffer."""
+class Buffer:
+    """Memory for what is read, which the next read overwrites."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def of(self, length: int) -> np.ndarray:
+        """Return room for so many bytes."""
+        if self._bytes.size < length:
+            self._bytes = np.empty(length, np.uint8)
+        return self._bytes[:length]
+
+
+class RawFile:
+    """A file that is read through one bounded buffer, which files of the same weights share."""
+
+    def __init__(self, path: Path, buffer: Buffer) -> None:
+        self.path, self._buffer = path, buffer
         self._descriptor = os.open(path, os.O_RDONLY)
         self.size = os.fstat(self._descriptor).st_size
-        self._buffer = np.empty(0, np.uint8)
 
     def read(self, offset: int, length: int) -> np.ndarray:
         """Return bytes of the file, valid until the next read. Raises PlanError where the file ends before."""
-        if self._buffer.size < length:
-            self._buffer = np.empty(length, np.uint8)
-        wanted = self._buffer.data[:length]
+        room = self._buffer.of(length)
+        wanted = room.data
         done = 0
         while done < length:
             count = os.preadv(self._descriptor, [wanted[done:]], offset + done)
             if not count:
                 raise PlanError(f"{self.path}: the file ends at byte {self.size}, in the middle of a tensor")
             done += count
-        return self._buffer[:length]
+        return room
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -185,10 +234,10 @@ class Weights:
             close()
 
 
-def raw_file_in(folder: Path, name: str, opened: dict[str, RawFile]) -> RawFile:
+def raw_file_in(folder: Path, name: str, opened: dict[str, RawFile], buffer: Buffer) -> RawFile:
     """Return a file of a folder, opened once. Raises PlanError for a name that leads elsewhere, or no such file."""
     if name not in opened:
-        opened[name] = RawFile(path_in(folder, name))
+        opened[name] = RawFile(path_in(folder, name), buffer)
     return opened[name]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from tp_planner.checkpoints.formats.stored import (
+    Buffer,
     Chunk,
     Extent,
     RawFile,
@@ -50,6 +52,8 @@ _INDEX_CLASSES = {
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
 }
 
+Opened = Callable[[str], RawFile]  # a file of the folder by its name, opened
+
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
@@ -64,9 +68,10 @@ def open_dcp(folder: Path) -> Weights:
     """Return the tensors that ``torch.distributed.checkpoint`` saved to a folder, by their names in the state dict."""
     index = _read_index(folder)
     files: dict[str, RawFile] = {}
+    opened = functools.partial(raw_file_in, folder, opened=files, buffer=Buffer())
     try:
         tensors = {
-            str(name): _stored(folder, str(name), entry, index.storage_data, files)
+            str(name): _stored(folder, str(name), entry, index.storage_data, opened)
             for name, entry in index.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
@@ -92,12 +97,10 @@ def _read_index(folder: Path) -> Any:
         raise PlanError(f"{path}: cannot be read: {error}; copy it again") from None
 
 
-def _stored(
-    folder: Path, name: str, entry: TensorStorageMetadata, where: Any, files: dict[str, RawFile]
-) -> StoredTensor:
+def _stored(folder: Path, name: str, entry: TensorStorageMetadata, where: Any, opened: Opened) -> StoredTensor:
     shape, dtype = tuple(entry.size), entry.properties.dtype
     chunks = tuple(
-        Chunk(tuple(chunk.offsets), _chunk(folder, name, tuple(chunk.sizes), dtype, info, files))
+        Chunk(tuple(chunk.offsets), _chunk(folder, name, tuple(chunk.sizes), dtype, info, opened))
         for chunk in entry.chunks
         for info in [where[MetadataIndex(name, chunk.offsets)]]
     )
@@ -115,10 +118,10 @@ def _count(shape: Shape) -> int:
     return torch.Size(shape).numel()
 
 
-def _chunk(folder: Path, name: str, shape: Shape, dtype: torch.dtype, info: Any, files: dict[str, RawFile]) -> _Saved:
+def _chunk(folder: Path, name: str, shape: Shape, dtype: torch.dtype, info: Any, opened: Opened) -> _Saved:
     if getattr(info, "transform_descriptors", None):
         raise PlanError(f"{folder}: {name!r} is stored with {info.transform_descriptors}; save it without")
-    file = raw_file_in(folder, info.relative_path, files)
+    file = opened(info.relative_path)
     if info.offset < 0 or info.length < 0 or info.offset + info.length > file.size:
         raise PlanError(f"{file.path}: {name!r} ends at byte {info.offset + info.length}, the file at {file.size}")
     return _Saved(file, name, info.offset, info.length, shape, dtype)
