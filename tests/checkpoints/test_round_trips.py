@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import keras
 import numpy as np
@@ -14,6 +15,7 @@ import tp_planner
 from tests.checkpoints.test_saving import PARTS, UNEVEN, mesh_map, share, whole
 from tests.models import CASES
 from tests.workers import Pools
+from tp_planner.checkpoints import reading
 from tp_planner.checkpoints.converting import convert
 from tp_planner.checkpoints.formats.opening import open_weights
 from tp_planner.frontend.layer_tree import named_variables
@@ -31,6 +33,7 @@ FORMATS: dict[str, tuple[Callable[[Any, str], Any], Callable[[Any, str], Any]]] 
         lambda model, path: model.load_weights(path),
     ),
 }
+ZEROS = {"gpt": (1, 3), "llama": (3,), "convnet": (1,), "lora": (1,)}  # the stages of ZeRO besides none
 # In which models without values are born; the checkpoint's are in shards, the others whole.
 CONVERTED = ("weights.safetensors", "folder")
 
@@ -43,8 +46,8 @@ def layouts(name: str, size: int) -> dict[str, LayoutOf]:
     rules = CASES[case_of(name)].rules
     if size == 2:
         return {"2": (rules, 1, 0), **({"2 uneven": (UNEVEN, 1, 0)} if name == "gpt" else {})}
-    found = {"4": (rules, 1, 0), "2x2": (rules, 2, 0)}
-    return found | ({"2x2 in parts": (PARTS, 2, 0), "2x2 shared": (rules, 2, 1)} if name == "gpt" else {})
+    found = {"4": (rules, 1, 0), "2x2": (rules, 2, 0), **{f"2x2 zero={zero}": (rules, 2, zero) for zero in ZEROS[name]}}
+    return found | ({"2x2 in parts": (PARTS, 2, 0)} if name == "gpt" else {})
 
 
 def case_of(name: str) -> str:
@@ -103,7 +106,8 @@ def read(name: str, layout: LayoutOf, folders: list[str]) -> list[tuple[str, str
     found = []
     for folder in folders:
         for kind in formats(name):
-            FORMATS[kind][1](model, f"{folder}/{kind}")
+            with mock.patch.object(reading, "SMALLEST_SHARED", 1):
+                FORMATS[kind][1](model, f"{folder}/{kind}")
             found.append((folder, kind, whole(model), float(model.train_on_batch(x, y))))
     return found
 
@@ -116,7 +120,8 @@ def born(name: str, layout: LayoutOf, paths: list[str]) -> list[tuple[str, Array
         with tp_planner.deferred_init():
             model, _, _ = compiled(name, 2)
         batch_axis = "batch" if replicas > 1 else None
-        tp_planner.parallelize(model, mesh_map(*layout), batch_axis=batch_axis, weights=path)
+        with mock.patch.object(reading, "SMALLEST_SHARED", 1):
+            tp_planner.parallelize(model, mesh_map(*layout), batch_axis=batch_axis, weights=path)
         found.append((path, {key: whole_tensor(each).numpy().copy() for key, each in named_variables(model).items()}))
     return found
 
