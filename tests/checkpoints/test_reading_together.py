@@ -109,7 +109,7 @@ def refusals(path: str) -> list[str]:
         raise ValueError("not here")
 
     def asks_for_another(together: Any, tensor: stored.StoredTensor) -> None:
-        read(together, stored.StoredTensor((2048, 256), tensor.dtype, tensor.chunks))
+        read(together, stored.StoredTensor((2048, 512), tensor.dtype, tensor.chunks))
 
     def ends(together: Any, tensor: stored.StoredTensor) -> None:
         pass
@@ -140,17 +140,17 @@ def test_parts_are_those_of_the_whole(workers: WorkerPool, tmp_path: Path) -> No
 
 def test_nothing_is_read_in_vain(workers: WorkerPool, tmp_path: Path) -> None:
     """Of columns, whose runs are short, each rank reads an equal share; of rows its own; what all need each reads."""
-    save_file({"w": torch.zeros(1024, 512)}, tmp_path / "w.safetensors")
-    share = 1024 * 512 * 4 // workers.size
+    save_file({"w": torch.zeros(1024, 1024)}, tmp_path / "w.safetensors")
+    share = 1024 * 1024 * 4 // workers.size
     for found in workers.run(bytes_read, str(tmp_path / "w.safetensors")):
         assert found == {"columns": share, "rows": share, "whole": share * workers.size}
 
 
 def test_an_error_on_one_rank_is_one_on_all(pools: Pools, tmp_path: Path) -> None:
     """Nobody waits for one that cannot read, whatever is wrong there; the rank itself raises its own error."""
-    save_file({"w": torch.zeros(1024, 512)}, tmp_path / "w.safetensors")
+    save_file({"w": torch.zeros(1024, 1024)}, tmp_path / "w.safetensors")
     first, second = pools(2).run(refusals, str(tmp_path / "w.safetensors"))
-    here, there = "(1024, 512) and torch.float32", "(2048, 256) and torch.float32"
+    here, there = "(1024, 1024) and torch.float32", "(2048, 512) and torch.float32"
     differ = (
         "PlanError: reading: ranks read different files or models: rank 0 asks for a tensor of {}, rank 1 for {}; "
         "give all of them the same"

@@ -27,7 +27,7 @@ from tp_planner.job.rendezvous import saying_that_it_waits
 from tp_planner.storage.sharding import Piece
 
 # Measured (``benchmarks/README.md``): smaller tensors are read sooner than ranks have met.
-SMALLEST_SHARED = 2**20  # bytes
+SMALLEST_SHARED = 4 * 2**20  # bytes
 MOST_IN_VAIN = 1.25  # times what all ranks need; reading is shared where apart they would read more
 
 Parts = Sequence[Sequence[Piece]]  # what each rank stores of a tensor
