@@ -31,6 +31,7 @@ INTERNALS: dict[str, str] = {
     "torch._C._set_grad_enabled": "torch.set_grad_enabled, which is a context manager too",
     "torch._C._will_engine_execute_node": "a hook of the node itself",
     "torch.Tensor._make_wrapper_subclass": "none: a tensor that stands for shards is made by it",
+    "torch._dynamo.exc.TorchDynamoException": "RuntimeError, of which it is one",
     "torch._foreach_mul": "clones of the tensors, one by one",
     "torch._fused_adam_": "torch._foreach ops, as in torch.optim's own Adam",
     "torch._fused_sgd_": "torch._foreach ops, as in torch.optim's own SGD",
@@ -58,6 +59,7 @@ INTERNALS: dict[str, str] = {
     "torch.testing._internal.distributed.fake_pg.FakeStore": "a HashStore with the backend 'fake'",
     "torch.utils._mode_utils.no_dispatch": "torch._C._DisableTorchDispatch",
     "torch.utils._python_dispatch.TorchDispatchMode": "none: what runs is watched by it",
+    "torch.utils._python_dispatch._get_current_dispatch_mode": "a flag of the modes of our own that are entered",
     "torch.utils._python_dispatch._disable_current_modes": "none: real values are read under fake tensors",
     "torch.utils._pytree": "optree",
 }

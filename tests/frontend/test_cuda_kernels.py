@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import dropout
+from keras import ops
+from torch.nn.functional import dropout, rms_norm
 from torch.nn.functional import scaled_dot_product_attention as attention
 from torch.utils.checkpoint import checkpoint
 
@@ -98,17 +99,90 @@ def test_real_tensors_meet_their_own_kernels() -> None:
     torch.testing.assert_close(found, attention(*tensors), rtol=0, atol=0)
 
 
+BRANCHING = {"gemma": {"CachedGemmaAttention"}, "gemma3": {"CachedGemma3Attention"}}
+
+
 @pytest.mark.parametrize(
-    "name", [name if name in ("gpt2", "llama3") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+    "name", [name if name in ("gpt2", "gemma") else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 )
 def test_layers_and_collectives_are_those_of_the_cpu(name: str) -> None:
-    """Kernels change what a step holds and computes, and nothing else in the plan."""
+    """Kernels change what a step holds and computes, and nothing else in the plan.
+
+    Gemma's attention takes another branch on GPUs, in which no layer has to be told the sizes of shards.
+    """
     family, on_cpu = FAMILIES[name], plan_of(name, 2)
     inputs, _ = family.batch(np.random.default_rng(0), 2)
     on_cuda = make_plan(family.build(), replace(family.layout(2), devices="cuda"), inputs)
     assert on_cuda.device == "cuda"
-    assert replace(on_cuda, device="cpu", step=on_cpu.step) == on_cpu
+    told = [each for each in on_cpu.layers if each.functions and each not in on_cuda.layers]
+    assert {each.class_name for each in told} == BRANCHING.get(name, set())
+    layers = tuple(each for each in on_cpu.layers if each not in told)
+    assert replace(on_cuda, device="cpu", step=on_cpu.step) == replace(on_cpu, layers=layers)
     assert on_cuda.step.memory.peak.parameters % 512 == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_norms_keep_their_input_and_a_number_of_each_row(dtype: str) -> None:
+    """The composite that the CPU runs keeps a product and a sum more; a weight of another dtype is no fused norm's."""
+    with FakeCpuMode(), kernels_of("cuda"), _Names() as seen:
+        x = torch.empty(4, 8, dtype=getattr(torch, dtype), requires_grad=True)
+        made = rms_norm(x, (8,), torch.empty(8, dtype=x.dtype))
+        made.sum().backward()
+    assert (made.shape, made.dtype) == (x.shape, x.dtype)
+    assert [name for name in seen.names if "norm" in name] == [
+        "native_layer_norm.default",
+        "native_layer_norm_backward.default",
+    ]
+    with FakeCpuMode(), kernels_of("cuda"), _Names() as seen:
+        rms_norm(torch.empty(4, 8), (8,), torch.empty(8, dtype=torch.float64))
+    assert "native_layer_norm.default" not in seen.names
+
+
+BRANCHES = {
+    "softmax of float16": (lambda x: ops.softmax(x), "float16", torch.float16),
+    "product of float16": (lambda x: ops.matmul(x, ops.transpose(x)), "float16", torch.float16),
+    "product of integers": (lambda x: ops.matmul(x, ops.transpose(x)), "int32", torch.float32),
+}
+
+
+@pytest.mark.parametrize(("function", "dtype", "on_cuda"), BRANCHES.values(), ids=BRANCHES)
+def test_branches_of_keras(function: Any, dtype: str, on_cuda: torch.dtype) -> None:
+    """Keras computes in float32 on the CPU what CUDA computes in float16, and the other way round with integers."""
+    with FakeCpuMode():
+        x = torch.empty(4, 8, dtype=getattr(torch, dtype))
+        computed = []
+        for device in ("cpu", "cuda"):
+            with kernels_of(device), _Dtypes() as seen:  # type: ignore[arg-type]
+                function(x)
+            computed.append(seen.dtypes)
+    assert on_cuda in computed[1]
+    assert on_cuda not in computed[0]
+
+
+class _Dtypes(WatchingMode):
+    """Notes the dtypes in which products and softmax compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def watch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        made = func(*args, **kwargs)
+        if func.__name__.partition(".")[0] in ("mm", "_softmax"):
+            self.dtypes.add(made.dtype)
+        return made
+
+
+def test_nothing_is_copied_for_flash_attention() -> None:
+    """Keras copies what other kernels of attention read."""
+    clones = []
+    with FakeCpuMode():
+        x = torch.empty(2, 8, 4, 16, dtype=BFLOAT16)
+        for device in ("cpu", "cuda"):
+            with kernels_of(device), _Names() as seen:  # type: ignore[arg-type]
+                ops.dot_product_attention(x, x, x)
+            clones.append(sum("clone" in name for name in seen.names))
+    assert clones == [3, 0]
 
 
 PAIR = Layout(Mesh((("model", 2),)), (LayoutRule("up/kernel", (None, "model")),))

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 
+from tp_planner.frontend.cuda_branches import branches_of_cuda
 from tp_planner.ir.layout import DeviceType
 from tp_planner.patches import wrapped
 
@@ -42,12 +43,12 @@ def kernels_of(device: DeviceType) -> Iterator[None]:
         return run_with_mode
 
     why = "a mode is off inside of torch functions, and backward is one, in which layers may run again"
-    with mode, wrapped(autograd, "_engine_run_backward", with_mode, why):
+    with mode, branches_of_cuda(_takes_flash), wrapped(autograd, "_engine_run_backward", with_mode, why):
         yield
 
 
 class CudaKernels(TorchFunctionMode):
-    """Runs CUDA's attention and dropout on fake CPU tensors.
+    """Runs CUDA's attention, dropout and norms on fake CPU tensors.
 
     A mode, and not a patch of ``torch.nn.functional``: functions are known by the names that layers call them by, in
     plans and when they run, and code may have imported this one by its own name.
@@ -102,6 +103,10 @@ def choose_attention(
     if (half or query.dtype == torch.float32) and same_batch and same_heads and aligned:
         return "efficient"
     return "math"
+
+
+def _takes_flash(query: Any, key: Any, value: Any, mask: Any, is_causal: bool) -> bool:
+    return choose_attention(query, key, value, mask, is_causal) == "flash"
 
 
 def _attention(
@@ -169,7 +174,22 @@ def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace
     return made
 
 
+def _rms_norm(
+    input: torch.Tensor, normalized_shape: Any, weight: torch.Tensor | None = None, eps: float | None = None
+) -> torch.Tensor:
+    """Return what CUDA's fused norm makes, which keeps its input and a number of each row.
+
+    The CPU has it as a dozen ops, and no other op for it: a layer norm keeps the same, and a second number of each row.
+    """
+    if not input.is_floating_point() or (weight is not None and weight.dtype != input.dtype):
+        return torch.nn.functional.rms_norm(input, normalized_shape, weight, eps)
+    made: torch.Tensor
+    made, *_ = torch.native_layer_norm(input, normalized_shape, weight, None, eps or torch.finfo(input.dtype).eps)
+    return made
+
+
 _KERNELS: dict[Any, Callable[..., torch.Tensor]] = {
     torch.nn.functional.scaled_dot_product_attention: _attention,
     torch.nn.functional.dropout: _dropout,
+    torch.nn.functional.rms_norm: _rms_norm,
 }

@@ -1,6 +1,6 @@
 """Functions of Keras's torch backend that have no public name, wherever the installed Keras keeps them.
 
-Keras 3.15 has them in ``keras.src.backend.torch.core``, Keras 3.16 in ``keras.src.backend.torch.ops.core``.
+Keras 3.15 has them in ``keras.src.backend.torch.core`` and beside it, Keras 3.16 in ``keras.src.backend.torch.ops``.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from keras.src.backend import torch as torch_backend
 from keras.src.backend.common import dtypes
 
-core = torch_backend.core if hasattr(torch_backend, "core") else torch_backend.ops.core
+_modules = torch_backend if hasattr(torch_backend, "core") else torch_backend.ops
+core, nn, numpy = _modules.core, _modules.nn, _modules.numpy
 
 convert_to_numpy = core.convert_to_numpy
 convert_to_tensor = core.convert_to_tensor

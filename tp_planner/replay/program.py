@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 Program = Callable[..., Any]
+Writing = Callable[[Sequence["Name"], Sequence["Step"], Any], Program]  # of inputs, steps and an output made of names
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,8 @@ class Name:
 class Step:
     """A call of a function. Names stand in its arguments for what earlier steps made; its ``result`` is made of names.
 
-    ``changes`` says that the function changes one of its arguments.
+    ``changes`` says that the function changes one of its arguments, ``alone`` that it is a torch function which, given
+    plain tensors, does nothing but compute: it changes none, draws no random numbers and communicates nothing.
     """
 
     result: Any
@@ -37,6 +39,7 @@ class Step:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     changes: bool = False
+    alone: bool = False
 
     def uses(self) -> Iterator[Name]:
         """Yield the names in its arguments, as often as they stand there."""
@@ -59,16 +62,34 @@ def names_in(tree: Any) -> Iterator[Name]:
 
 def compiled(inputs: Sequence[Name], steps: Sequence[Step], output: Any) -> Program:
     """Return the function of ``inputs`` that runs the steps and returns ``output``; each value goes at its last use."""
-    return _Writer().function(inputs, steps, output)
+    return written(inputs, steps, output).program
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A program, its text, and what the text has no literals for, in the order of its globals."""
+
+    program: Program
+    text: str
+    constants: tuple[Any, ...]
+
+
+def written(inputs: Sequence[Name], steps: Sequence[Step], output: Any) -> Written:
+    """Return the program that ``compiled`` does, and how it is written."""
+    writer = _Writer()
+    text = writer.text(inputs, steps, output)
+    constants = tuple(writer.scope.values())
+    exec(text, writer.scope)
+    return Written(writer.scope["program"], text, constants)
 
 
 class _Writer:
-    """Writes a program as Python; what has no literal becomes a global of it."""
+    """Writes a program as Python; what has no literal becomes a global of it, in ``scope``."""
 
     def __init__(self) -> None:
-        self._scope: dict[str, Any] = {}
+        self.scope: dict[str, Any] = {}
 
-    def function(self, inputs: Sequence[Name], steps: Sequence[Step], output: Any) -> Program:
+    def text(self, inputs: Sequence[Name], steps: Sequence[Step], output: Any) -> str:
         last: dict[Name, int] = dict.fromkeys(inputs, -1)
         for number, step in enumerate(steps):
             last.update(dict.fromkeys((*names_in(step.result), *step.uses()), number))
@@ -80,9 +101,7 @@ class _Writer:
         for number, step in enumerate(steps):
             lines.append(f"    {self._target(step.result)} = {self._call(step)}")
             lines += [f"    del {', '.join(names)}" for names in [unused.get(number)] if names]
-        exec("\n".join([*lines, f"    return {self._expression(output)}"]), self._scope)
-        program: Program = self._scope["program"]
-        return program
+        return "\n".join([*lines, f"    return {self._expression(output)}"])
 
     def _target(self, result: Any) -> str:
         if isinstance(result, tuple):
@@ -111,6 +130,6 @@ class _Writer:
         return self._constant(value)
 
     def _constant(self, value: Any) -> str:
-        name = f"c{len(self._scope)}"
-        self._scope[name] = value
+        name = f"c{len(self.scope)}"
+        self.scope[name] = value
         return name

@@ -22,7 +22,7 @@ from tp_planner.frontend.calling import leaves_no_trace
 from tp_planner.frontend.kept_tensors import kept_tensors
 from tp_planner.regions.calls import run_at_once, running
 from tp_planner.regions.left_out import watching
-from tp_planner.replay.program import Program
+from tp_planner.replay.program import Program, Writing, compiled
 from tp_planner.replay.tape import Tape
 from tp_planner.storage.log import logger
 
@@ -35,7 +35,11 @@ REPLAYED = ("call", "call_with_cache", "call_decoder_with_cache")
 
 
 def replaying(
-    model: keras.Model, method: str, layers: Mapping[str, keras.Layer], gathers_again: bool = False
+    model: keras.Model,
+    method: str,
+    layers: Mapping[str, keras.Layer],
+    gathers_again: bool = False,
+    write: Writing = compiled,
 ) -> Callable[..., Any]:
     """Return what replaces a method of a model, one of ``REPLAYED``.
 
@@ -44,6 +48,7 @@ def replaying(
         method: the method's name.
         layers: the model's layers by name.
         gathers_again: whether what the plan gathers is not to be kept for the backward pass.
+        write: makes programs of steps.
     """
     plain = getattr(model, method)
     what = f"model {model.name!r}" if method == "call" else f"{method} of model {model.name!r}"
@@ -74,10 +79,12 @@ def replaying(
         with Tape(tensors) as tape:
             output = plain(*args, **kwargs)
         _look_for_what_stays(tape, layers, output)
-        programs[key] = tape.program(output)
+        programs[key] = tape.program(output, write)
         if tape.problem:
             refused.add(key)
-            logger.warning("[ModelParallel] jit_compile=True does nothing for %s: %s", what, tape.problem)
+            logger.warning(
+                "[ModelParallel] jit_compile=%r does nothing for %s: %s", model.jit_compile, what, tape.problem
+            )
         return output
 
     return call

@@ -95,7 +95,7 @@ def _with_bias(step: Step, product: Step, bias: Any) -> Step:
     dims, (x, weight) = _contracts(product), _factors(product)
     if product.function is product_apart:
         apart = functools.partial(linear, contracted=dims), dims, x, weight, bias
-        return replace(step, function=product_apart, args=apart)
+        return replace(step, function=product_apart, args=apart, alone=False)
     return replace(step, function=linear, args=(x, weight, bias, dims))
 
 

@@ -25,7 +25,7 @@ from tp_planner.frontend.functions import function_name
 from tp_planner.frontend.keras_internals import core
 from tp_planner.patches import replaced, wrapped
 from tp_planner.regions.calls import run_at_once, running
-from tp_planner.replay.program import Name, Program, Step, compiled
+from tp_planner.replay.program import Name, Program, Step, Writing, compiled
 from tp_planner.replay.rewrites import rewritten
 from tp_planner.storage.variables import BackendVariable
 
@@ -48,6 +48,7 @@ class Tape:
 
     def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
         self.problem = ""
+        self.draws = 0  # of random numbers, by ops
         self._names = WeakTensorKeyDictionary()
         self._generators: dict[int, tuple[torch.Generator, Name]] = {}
         self._count = 0  # of names
@@ -75,8 +76,10 @@ class Tape:
         """Note why there is no program; the first reason counts."""
         self.problem = self.problem or problem
 
-    def add(self, function: Any, args: Any, kwargs: Any, result: Any, changes: bool = False) -> None:
-        """Write down a call of a function; ``changes`` says that it has changed an argument."""
+    def add(
+        self, function: Any, args: Any, kwargs: Any, result: Any, changes: bool = False, alone: bool = False
+    ) -> None:
+        """Write down a call of a function; see ``Step`` for what is said of it."""
         if function is torch._C._set_grad_enabled:
             self._modes = _modes()
         elif self._modes != _modes():
@@ -86,10 +89,13 @@ class Tape:
         if self.problem:
             return
         given, named = self._with_names(args), self._with_names(kwargs)
-        self._steps.append(Step(self._result(result), function, given, named, changes))
+        self._steps.append(Step(self._result(result), function, given, named, changes, alone))
 
-    def program(self, output: Any) -> Program | None:
-        """Return the function of the call's input tensors that returns ``output`` anew; None if there is none."""
+    def program(self, output: Any, write: Writing = compiled) -> Program | None:
+        """Return the function of the call's input tensors that returns ``output`` anew; None if there is none.
+
+        ``write`` makes it of the names of the inputs, the steps, and the output in names.
+        """
         if self._modes != _modes():
             self.fail("code switches gradients or dtypes by other means than torch functions")
         if not _is_of_plain_containers(output):
@@ -97,7 +103,7 @@ class Tape:
         result = self._with_names(output)
         if self.problem:
             return None
-        return compiled(self._inputs, rewritten(self._steps, result), result)
+        return write(self._inputs, rewritten(self._steps, result), result)
 
     def has_made(self, value: Any) -> bool:
         """Whether a value is a tensor that the call has made."""
@@ -211,16 +217,22 @@ class _Functions(TorchFunctionMode):
         if self.away:
             return func(*args, **kwargs)
         args, kwargs = _values_of_variables(args), _values_of_variables(kwargs)
-        before = _versions((args, kwargs))
+        before, draws = _versions((args, kwargs)), self._tape.draws
         result = func(*args, **kwargs)
         name = function_name(func)
         if name in NOTHING_TO_DO and result is args[0]:
             return result
         if result is None or any(True for _ in tensors_in(result)):
-            self._tape.add(func, args, kwargs, result, before is None or before != _versions((args, kwargs)))
+            changes = before is None or before != _versions((args, kwargs))
+            alone = not changes and draws == self._tape.draws and _are_plain((args, kwargs, result))
+            self._tape.add(func, args, kwargs, result, changes, alone)
         elif not _is_metadata(result):
             self._tape.fail(f"torch's {name} returns a {type(result).__name__}")
         return result
+
+
+def _are_plain(tree: Any) -> bool:
+    return not any(isinstance(each, DTensor) for each in tensors_in(tree))
 
 
 def _versions(tree: Any) -> list[int] | None:
@@ -262,6 +274,7 @@ class _MadeStorages(WatchingMode):
         with torch._C.DisableTorchFunction():  # what is called here is no code of the model
             if not self.away and _shows_values(func, args):
                 self._tape.fail(f"code depends on values, by {func}")
+            self._tape.draws += torch.Tag.nondeterministic_seeded in func.tags
             result = func(*args, **kwargs)
             given = set(map(_storage_key, tensors_in((args, kwargs))))
             for leaf in tensors_in(result):

@@ -17,6 +17,7 @@ from tp_planner.patches import wrap_for_good
 from tp_planner.regions.calls import Site, in_a_step_of
 from tp_planner.regions.replicas import Replicas
 from tp_planner.regions.summands import site_of
+from tp_planner.replay.compilers import written_by
 from tp_planner.replay.replay import REPLAYED, replaying
 from tp_planner.storage.log import logger
 from tp_planner.training.averaging import Averaging
@@ -254,21 +255,28 @@ def _compiling(model: keras.Model, applied: Applied) -> Callable[..., Any]:
 
 
 def _replay_if_asked(model: keras.Model, applied: Applied) -> None:
-    """Let calls be replayed if the model is compiled with jit_compile=True; torch.compile has no part in it."""
+    """Let calls be replayed if the model is compiled with jit_compile=True, or by a compiler that it names.
+
+    Raises PlanError for one that it is not replayed by.
+    """
     for name in (*REPLAYED, *_ASKS_FOR_TORCH_COMPILE):
         if hasattr(model.__dict__.get(name), "belongs_to_jit_compile"):  # and is none that a user has put there
             del model.__dict__[name]
-    if not (model.compiled and model.jit_compile is True):
+    if not (model.compiled and model.jit_compile):
         return
+    write = written_by(model.jit_compile, model)
     for name in _ASKS_FOR_TORCH_COMPILE:
         _override_for_jit_compile(model, name, lambda: False, applied)
     if any(isinstance(each.batch_placement, Shard) for each in applied.plan.variables):
-        logger.warning("[ModelParallel] jit_compile=True does nothing for model %r: variables are in parts", model.name)
-        return
-    for name in (each for each in REPLAYED if hasattr(model, each)):
-        _override_for_jit_compile(
-            model, name, replaying(model, name, named_layers(model), applied.plan.gathers_again), applied
+        logger.warning(
+            "[ModelParallel] jit_compile=%r does nothing for model %r: variables are in parts",
+            model.jit_compile,
+            model.name,
         )
+        return
+    layers, gathers_again = named_layers(model), applied.plan.gathers_again
+    for name in (each for each in REPLAYED if hasattr(model, each)):
+        _override_for_jit_compile(model, name, replaying(model, name, layers, gathers_again, write), applied)
 
 
 def _override_for_jit_compile(model: keras.Model, name: str, function: Callable[..., Any], applied: Applied) -> None:

@@ -1,0 +1,180 @@
+"""Programs by graphs, pretended: what they compute is what they do without, however the model is called."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import torch
+
+import tp_planner
+from tests.models import CASES
+from tests.pretended.graphs import Graph, pretended_graphs
+from tests.workers import WorkerPool, layout_map
+from tp_planner.frontend.layer_tree import named_variables
+from tp_planner.ir.errors import ParallelRuntimeError, PlanError
+
+BATCH_SIZE = 4
+STEPS = 5
+
+
+# On the ranks
+
+
+def parallel(name: str, jit_compile: Any, **sizes: Any) -> tuple[keras.Model, list[Any]]:
+    """Return a compiled parallel model, and batches."""
+    case, rng = CASES[name], np.random.default_rng(5)
+    batches = [case.batch(rng, BATCH_SIZE) for _ in range(STEPS)]
+    model = case.build("float64", **sizes)
+    tp_planner.parallelize(model, layout_map(case.rules), inputs=batches[0][0])
+    keras.utils.set_random_seed(7)
+    model.compile(keras.optimizers.AdamW(0.01), case.make_loss("float64"), jit_compile=jit_compile)
+    return model, batches
+
+
+def trained(name: str, jit_compile: Any, **sizes: Any) -> dict[str, Any]:
+    model, batches = parallel(name, jit_compile, **sizes)
+    losses = [float(model.train_on_batch(x, y)) for x, y in batches]
+    outputs = [model.predict_on_batch(x) for x, _ in batches]
+    model.train_on_batch(*batches[0])
+    return {
+        "losses": losses,
+        "outputs": outputs,
+        **{key: np.array(each) for key, each in named_variables(model).items()},
+    }
+
+
+def steps_by_graphs(name: str, sizes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Return what training gives without graphs and by them, and how often these were replayed."""
+    plain = trained(name, True, **sizes)
+    with pretended_graphs():
+        return plain, trained(name, "cudagraphs", **sizes), Graph.replays
+
+
+def other_calls() -> dict[str, Any]:
+    """Return gradients and outputs, without graphs and by them, of calls that would overwrite each other."""
+    found = {}
+    for jit_compile in (True, "cudagraphs"):
+        with pretended_graphs():
+            model, batches = parallel("mlp", jit_compile)
+            inputs = [torch.from_numpy(np.asarray(x)) for x, _ in batches]
+            for x in inputs[:3]:
+                model(x).sum().backward()
+            model.zero_grad()
+            outputs = [model(x) for x in inputs]  # before any of their backward passes
+            sum(each.square().sum() for each in outputs).backward()
+            both = [each.value.grad.clone() for each in model.trainable_variables]
+            model(inputs[0]).square().sum().backward()  # added to those
+            added = [each.value.grad.clone() for each in model.trainable_variables]
+            bias = model.layers[-1].bias
+            before = bias.value.detach().clone()
+            with keras.StatelessScope([(bias, torch.ones_like(before))]):
+                stateless = model(inputs[0])
+            values = [*outputs, *both, *added, stateless, model(inputs[1]), bias.value - before]
+            found[str(jit_compile)] = [keras.ops.convert_to_numpy(_local(each)) for each in values], Graph.replays
+    return found
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    tensor = tensor.detach()
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def backward_again() -> str:
+    """Return what is said of a second backward pass behind another call."""
+    with pretended_graphs():
+        model, batches = parallel("mlp", "cudagraphs")
+        x = torch.from_numpy(np.asarray(batches[0][0]))
+        for _ in range(5):
+            loss = model(x).sum()
+            loss.backward(retain_graph=True)
+        model(x).sum().backward()
+        try:
+            loss.backward()
+        except ParallelRuntimeError as error:
+            return str(error)
+    return ""
+
+
+def reasons() -> list[str]:
+    """Return what is said of a model on CPUs, of kernels that no graph holds, and of an unknown compiler."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("tp_planner").addHandler(handler)
+    model, batches = parallel("mlp", "cudagraphs")
+    for x, y in batches:
+        model.train_on_batch(x, y)
+    with pretended_graphs():
+        torch.cuda.graph = None  # type: ignore[assignment, misc]
+        model.compile("sgd", "mse", jit_compile="cudagraphs")
+        for x, y in batches:
+            model.train_on_batch(x, y)
+    try:
+        model.compile("sgd", "mse", jit_compile="xla")
+    except PlanError as error:
+        said.append(str(error))
+    logging.getLogger("tp_planner").removeHandler(handler)
+    return said
+
+
+def steps_by_inductor() -> tuple[dict[str, Any], dict[str, Any]]:
+    return trained("mlp", True), trained("mlp", "inductor")
+
+
+# In the parent
+
+
+def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-10, atol=1e-12, err_msg=key)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("gpt", {"dropout": 0.2}), *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("mlp", "llama", "vit"))],
+)
+def test_steps_by_graphs(pools: Callable[[int], WorkerPool], name: str, sizes: dict[str, Any]) -> None:
+    """The same losses, predictions and weights; what is drawn is drawn between graphs."""
+    for plain, by_graphs, replays in pools(2).run(steps_by_graphs, name, sizes):
+        assert_equal(by_graphs, plain)
+        assert replays > STEPS
+
+
+def test_nothing_is_overwritten(pools: Callable[[int], WorkerPool]) -> None:
+    """Several calls before a backward pass, gradients that are added up, and values of another scope."""
+    for found in pools(2).run(other_calls):
+        (expected, none), (values, replays) = found["True"], found["cudagraphs"]
+        assert (none, replays > 0) == (0, True)
+        for value, wanted in zip(values, expected, strict=True):
+            np.testing.assert_allclose(value, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_a_second_backward_pass_is_refused(pools: Callable[[int], WorkerPool]) -> None:
+    for said in pools(2).run(backward_again):
+        assert said == (
+            "a backward pass runs a second time after the model was called again, and jit_compile='cudagraphs' "
+            "keeps what it needs of the last call alone; compile the model with jit_compile=True"
+        )
+
+
+def test_reasons(pools: Callable[[int], WorkerPool]) -> None:
+    prefix = "[ModelParallel] jit_compile='cudagraphs' replays model 'mlp' without graphs: "
+    for said in pools(2).run(reasons):
+        assert said == [
+            prefix + "it is not on a CUDA device",
+            prefix + "TypeError: 'NoneType' object is not callable",
+            "model 'mlp' is compiled with jit_compile='xla'; it is True, which replays calls, 'inductor' or "
+            "'cudagraphs', by which what lies between their boundaries runs, or False",
+        ]
+
+
+@pytest.mark.slow
+def test_steps_by_inductor(pools: Callable[[int], WorkerPool]) -> None:
+    """Fused kernels round otherwise."""
+    for plain, compiled in pools(2).run(steps_by_inductor):
+        assert_equal(compiled, plain)
