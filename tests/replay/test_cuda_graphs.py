@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 import tp_planner
 from tests.models import CASES
@@ -70,11 +71,14 @@ def other_calls() -> dict[str, Any]:
             both = [each.value.grad.clone() for each in model.trainable_variables]
             model(inputs[0]).square().sum().backward()  # added to those
             added = [each.value.grad.clone() for each in model.trainable_variables]
-            bias = model.layers[-1].bias
-            before = bias.value.detach().clone()
-            with keras.StatelessScope([(bias, torch.ones_like(before))]):
+            model.zero_grad()
+            for x in inputs[:3]:
+                model(x).square().sum().backward()
+            summed = [each.value.grad for each in model.trainable_variables]
+            whole = [each for each in model.trainable_variables if not isinstance(each._value, DTensor)]
+            with keras.StatelessScope([(each, torch.ones_like(each.value)) for each in whole]):
                 stateless = model(inputs[0])
-            values = [*outputs, *both, *added, stateless, model(inputs[1]), bias.value - before]
+            values = [*outputs, *both, *added, *summed, stateless, model(inputs[1])]
             found[str(jit_compile)] = [keras.ops.convert_to_numpy(_local(each)) for each in values], Graph.replays
     return found
 
