@@ -118,8 +118,13 @@ class Part:
 
     @classmethod
     def of(cls, variable: Any, copied: bool) -> Part:
-        """Return a variable's part; ``copied`` to the host if it may change before it is written."""
+        """Return a variable's part; ``copied`` to the host if it may change before it is written.
+
+        Summands of replicas are added for it, so that all ranks have to ask.
+        """
         local = local_tensor(variable)
+        if isinstance(variable, ParallelVariable):
+            local = variable._stored.sharding.added(local)
         if copied:
             local = local.to("cpu", copy=True)
         return cls(local, tuple(variable.shape), pieces_of(variable))

@@ -52,7 +52,7 @@ from tp_planner.ir.errors import PlanError
 from tp_planner.job.process_group import this_device
 from tp_planner.job.rendezvous import exchange
 from tp_planner.job.together import Telling, together
-from tp_planner.storage.variables import is_sharded, local_tensor
+from tp_planner.storage.variables import ParallelVariable, is_sharded, local_tensor
 from tp_planner.training.model import applied_to
 
 logger = logging.getLogger("tp_planner")
@@ -204,6 +204,7 @@ def load_checkpoint(model: keras.Model, folder: str | Path) -> Progress:
         with reading_together(LOADING) as reading:
             for variable, tensor in found:
                 reading.read(tensor, pieces_of(variable), local_tensor(variable))
+        _leave_sums_to_one(found)
     set_random_state(about.random_state, _device())
     return Progress(about.step, about.epoch, about.batch, path)
 
@@ -271,3 +272,11 @@ def _match(
     if problems:
         raise PlanError(problems)
     return found
+
+
+def _leave_sums_to_one(found: list[tuple[Any, StoredTensor]]) -> None:
+    """Of sums whose summands replicas have, and all have just read, let the first replica have it all."""
+    with torch.no_grad():
+        for variable, _ in found:
+            if isinstance(variable, ParallelVariable) and not variable._stored.sharding.is_first_summand:
+                local_tensor(variable).zero_()

@@ -7,7 +7,7 @@ that are no such means are made ones (``losses.py``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -97,3 +97,16 @@ def wait(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor once what was begun on it has ended."""
     result: torch.Tensor = torch.ops._c10d_functional.wait_tensor(tensor)
     return result
+
+
+def add_together(tensors: Sequence[torch.Tensor], axis: Axis, site: Site) -> list[torch.Tensor]:
+    """Return the sums of tensors over the axis, those of one dtype added in one collective."""
+    sums = list(tensors)
+    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+        same = [position for position, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        flat = torch.cat([tensors[position].reshape(-1) for position in same])
+        add_in_place(flat, axis, site)
+        parts = wait(flat).split([tensors[position].numel() for position in same])
+        for position, part in zip(same, parts, strict=True):
+            sums[position] = part.view(tensors[position].shape)
+    return sums

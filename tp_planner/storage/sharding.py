@@ -1,4 +1,7 @@
-"""How a variable is cut: over the model axis, then each piece over the batch axis; and a rank's part of it."""
+"""How a variable is cut: over the model axis, then each piece over the batch axis; and a rank's part of it.
+
+Instead of parts, replicas may have summands: of a sum that they put off.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import torch
 from tp_planner.ir.placement import (
     WHOLE,
     PackedShard,
+    Partial,
     Placement,
     Shape,
     Shard,
@@ -20,7 +24,7 @@ from tp_planner.ir.placement import (
     local_shape,
 )
 from tp_planner.job.axes import Axes, Axis
-from tp_planner.regions.boundaries import gather
+from tp_planner.regions.boundaries import all_reduce, gather
 from tp_planner.regions.parts_side_by_side import own_parts
 
 Span = tuple[int, int]  # the first index, and the one after the last
@@ -36,7 +40,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a variable is cut: over the model axis, then each piece over the batch axis."""
+    """How a variable is cut: over the model axis, then each piece over the batch axis, or summands of it there."""
 
     axes: Axes
     placement: Placement
@@ -48,6 +52,11 @@ class Sharding:
         placed = zip((self.placement, self.batch_placement), self.axes.all, strict=False)
         return tuple((placement, axis) for placement, axis in placed if isinstance(placement, Shard))
 
+    @property
+    def is_summed(self) -> bool:
+        """Whether replicas have summands: what is stored is the sum over the batch axis."""
+        return isinstance(self.batch_placement, Partial)
+
     def local_shape(self, shape: Shape) -> Shape:
         """Return the shape of what this rank stores of a tensor of ``shape``."""
         for placement, axis in self.cuts:
@@ -55,10 +64,21 @@ class Sharding:
         return shape
 
     def own(self, value: Any) -> Any:
-        """Return what this rank stores of a whole tensor or array."""
+        """Return what this rank stores of a whole tensor or array; of summands the first replica has all."""
         for placement, axis in self.cuts:
             value = own_shard(value, placement, axis)
-        return value
+        if self.is_first_summand:
+            return value
+        return torch.zeros_like(value) if isinstance(value, torch.Tensor) else np.zeros_like(value)
+
+    @property
+    def is_first_summand(self) -> bool:
+        """Whether this replica has all of a sum that is stored anew; it has where there are no summands."""
+        return not self.is_summed or self.axes.all[1].rank == 0
+
+    def added(self, part: torch.Tensor) -> torch.Tensor:
+        """Return what this rank stores, with the summands of all replicas added; no gradient flows through it."""
+        return all_reduce(part.contiguous(), self.axes.all[1]) if self.is_summed else part
 
     def pieces(self, shape: Shape) -> tuple[Piece, ...]:
         """Return the blocks of a tensor of ``shape`` of which this rank's part is made, as ``own`` cuts them."""
@@ -78,7 +98,7 @@ class Sharding:
 
     def whole(self, part: torch.Tensor, shape: Shape) -> torch.Tensor:
         """Return the whole tensor of ``shape``, gathered from all ranks; no gradient flows through it."""
-        lengths = []
+        part, lengths = self.added(part), []
         for placement, axis in self.cuts:
             lengths.append((placement, shape[placement.dim], axis))
             shape = local_shape(shape, placement, axis.size, axis.rank)

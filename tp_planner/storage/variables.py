@@ -2,7 +2,8 @@
 
 A parallel variable is the user's own Variable object with another class and a DTensor inside. Its shape is the
 whole shape everywhere. It is cut over the model axis, and what a rank holds of it there may be cut once more over the
-batch axis: then the parts are put together before each use, and let go after it. Its ``value`` is
+batch axis: then the parts are put together before each use, and let go after it. Of an optimizer's sums of gradients
+replicas may hold summands there, which are added wherever the whole value is read. Its ``value`` is
 
 - during a planned layer call, what the plan says the layer reads: a plain local tensor, gradients flowing back;
 - during an optimizer update, this rank's plain shard;
@@ -24,6 +25,7 @@ from keras.src.backend.common.stateless_scope import get_stateless_scope, in_sta
 from keras.src.backend.common.variables import get_autocast_scope
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Partial as TorchPartial
 from torch.distributed.tensor import Replicate as TorchReplicate
 from torch.distributed.tensor import Shard as TorchShard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -132,6 +134,8 @@ class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
             target = self._stored.whole
         elif isinstance(value, DTensor):
             value = self._part_of(value)
+        elif running.values == "local" and tuple(value.shape) == tuple(target.shape):
+            pass  # what this rank has made of its own
         elif tuple(value.shape) == tuple(self.shape):
             value = self._stored.sharding.own(value)
         elif tuple(value.shape) != tuple(target.shape) or not (running.values == "local" or running.frames):
@@ -152,7 +156,7 @@ class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
         """Return what this rank stores of a value that is a DTensor; nothing moves if it is cut as the variable is."""
         own = self._value
         alike = isinstance(own, DTensor) and value.device_mesh == own.device_mesh and value.placements == own.placements
-        if not alike and parts_of(self._stored.placement):
+        if not alike and (parts_of(self._stored.placement) or self._stored.sharding.is_summed):
             part: torch.Tensor = self._stored.sharding.own(value.full_tensor())
             return part
         return value.redistribute(placements=own.placements).to_local()
@@ -223,7 +227,7 @@ def sharded_parameter(
     stride = tuple(math.prod(max(size, 1) for size in shape[dim + 1 :]) for dim in range(len(shape)))
     placements = [_torch_placement(each) for each in (sharding.placement, sharding.batch_placement)]
     mesh = sharding.axes.mesh
-    if not isinstance(sharding.batch_placement, Shard):
+    if not (isinstance(sharding.batch_placement, Shard) or sharding.is_summed):
         mesh, placements = sharding.axes.model.mesh, placements[:1]
     if has_unequal_parts(sharding.placement):
         mesh = mesh_of_parts(mesh, parts_of(sharding.placement))
@@ -237,7 +241,7 @@ def _torch_placement(placement: Placement) -> Any:
     Of equal parts side by side it has a name. Unequal ones it has none for: their mesh has; see ``unequal_parts``.
     """
     if not isinstance(placement, Shard):
-        return TorchReplicate()
+        return TorchPartial() if isinstance(placement, Partial) else TorchReplicate()
     if parts_of(placement) and not has_unequal_parts(placement):
         return _StridedShard(placement.dim, split_factor=len(parts_of(placement)))
     return TorchShard(placement.dim)
@@ -393,7 +397,7 @@ def whole_array(variable: Any) -> np.ndarray:
 
     Raises ParallelRuntimeError as ``rendezvous.meet`` does.
     """
-    if is_sharded(variable):
+    if is_in_shards(variable):
         meet(f"reading the whole value of variable {variable.path!r}")
     array: np.ndarray = convert_to_numpy(whole_tensor(variable))
     return array

@@ -4,11 +4,12 @@ As torch's DistributedDataParallel does (https://arxiv.org/abs/2006.15704), whic
 only what is called through its wrapper, not what ``fit`` calls. A bucket's all-reduce starts when the last of its
 gradients has arrived and no bucket before it waits; ``backward()`` returns when all have ended. Gradients are then
 views of their bucket. A bucket whose update is shared is waited for when the next one starts, so that what was sent is
-not kept for longer.
+not kept for longer. In a micro-step whose gradients an optimizer adds up, no bucket is sent before the last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,7 +18,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tp_planner.regions.calls import Site
-from tp_planner.regions.replicas import SAMPLES, Replicas, add_in_place, wait
+from tp_planner.regions.replicas import SAMPLES, Replicas, add_in_place, add_together, wait
+from tp_planner.training.accumulation import MicroStep
 from tp_planner.training.buckets import Bucket, SharedBucket, local_gradient
 from tp_planner.training.shares import share_of
 
@@ -31,6 +33,26 @@ class Averaging:
         self._replicas, self._buckets = replicas, buckets
         self._next = 0
         self._travelling: SharedBucket | None = None
+        self._micro_step: MicroStep | None = None
+        self._put_off: list[Bucket] = []  # those of the running pass whose gradients are to be weighed, and no more
+
+    @contextlib.contextmanager
+    def micro_step_of(self, optimizer: Any) -> Iterator[None]:
+        """Inside, one training step runs whose gradients go to this optimizer, and to nothing else.
+
+        If it puts averaging off, gradients that are not averaged are gone afterwards.
+        """
+        if not getattr(optimizer, "puts_averaging_off", False):
+            yield
+            return
+        self._micro_step = optimizer.__dict__["_micro_step"] = MicroStep(optimizer)
+        try:
+            yield
+        finally:
+            for variable in self._micro_step.own.values():
+                variable._value.grad = None
+            self._micro_step = None
+            del optimizer.__dict__["_micro_step"]
 
     def watch(self, undo: list[Callable[[], None]]) -> None:
         """Begin; add what ends it."""
@@ -88,6 +110,11 @@ class Averaging:
             if self._travelling is not None:
                 self._travelling.finish()
             self._travelling = bucket
+        elif self._micro_step is not None:
+            if self._micro_step.puts_off(bucket.variables):
+                self._put_off.append(bucket)
+                return
+            bucket.sums = self._micro_step.sums_of(bucket.variables)
         bucket.send(self._replicas)
 
     def mean(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -96,26 +123,22 @@ class Averaging:
             samples = self._replicas.samples
             total = gradients[0].new_full((1,), samples, dtype=torch.float64)
             add_in_place(total, self._replicas.axis, SAMPLES)
-            share, means = samples / wait(total), list(gradients)
-            for dtype in sorted({gradient.dtype for gradient in gradients}, key=str):
-                same = [position for position, gradient in enumerate(gradients) if gradient.dtype == dtype]
-                flat = torch.cat([gradients[position].reshape(-1) for position in same])
-                flat = flat.mul_(share) if samples else flat.zero_()
-                add_in_place(flat, self._replicas.axis, GRADIENTS)
-                parts = wait(flat).split([gradients[position].numel() for position in same])
-                for position, part in zip(same, parts, strict=True):
-                    means[position] = part.view(gradients[position].shape)
-            return means
+            share = samples / wait(total)
+            weighed = [each * share.to(each.dtype) if samples else torch.zeros_like(each) for each in gradients]
+            return add_together(weighed, self._replicas.axis, GRADIENTS)
 
     def _end(self) -> None:
         try:
             with torch.no_grad():
                 for bucket in self._buckets[self._next :]:
                     self._send(bucket)
+                for bucket in self._put_off:
+                    bucket.weigh(self._replicas)
                 for bucket in self._buckets:
                     bucket.finish()
         finally:
             self._next, self._travelling = 0, None
+            self._put_off.clear()
             for bucket in self._buckets:
                 bucket.clear()
 

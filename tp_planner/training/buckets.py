@@ -6,7 +6,7 @@ Of a bucket that is averaged it is the whole, of one whose update is shared the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Bucket:
         self._views = [(end - shape.numel(), end, shape) for end, shape in zip(ends, shapes, strict=True)]
         self.device = local_tensor(variables[0]).device
         self.arrived: set[int] = set()  # positions of variables
+        self.sums: Mapping[int, torch.Tensor] = {}  # by position, what this replica has added up before, and not sent
         self.flat: torch.Tensor | None = None
 
     @property
@@ -59,13 +60,17 @@ class Bucket:
         else:
             marks = [float(position in self.arrived) for position in range(len(gradients))]
             self.flat = _joined(gradients, gradients[0].new_tensor(marks))
-        if replicas.samples:
-            self.flat.mul_(replicas.share(self.device))
-        else:  # it may be the gradient of the mean of nothing
-            self.flat.zero_()
+        _weigh(self.flat, replicas)
+        for position, before in self.sums.items():
+            self._view(position).add_(before)
         for position in self.arrived:
             self._place(position)
         return self.flat
+
+    def weigh(self, replicas: Replicas) -> None:
+        """Weigh the gradients that have arrived by samples, where they are; they are not sent in this pass."""
+        for position in self.arrived:
+            _weigh(self._gradient(position), replicas)
 
     def _gradient(self, position: int) -> torch.Tensor:
         gradient = self.variables[position]._value.grad
@@ -100,7 +105,7 @@ class Bucket:
 
     def clear(self) -> None:
         """Be as before the pass."""
-        self.arrived, self.flat = set(), None
+        self.arrived, self.flat, self.sums = set(), None, {}
 
 
 class SharedBucket(Bucket):
@@ -165,6 +170,13 @@ class SharedBucket(Bucket):
             self.variables[position]._value.grad = before
         self._before, self._reduced = {}, None
         super().clear()
+
+
+def _weigh(gradient: torch.Tensor, replicas: Replicas) -> None:
+    if replicas.samples:
+        gradient.mul_(replicas.share(gradient.device))
+    else:  # it may be the gradient of the mean of nothing
+        gradient.zero_()
 
 
 def _joined(gradients: Sequence[torch.Tensor], marks: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from tp_planner.regions.summands import site_of
 from tp_planner.replay.compilers import written_by
 from tp_planner.replay.replay import REPLAYED, replaying
 from tp_planner.storage.log import logger
+from tp_planner.training.accumulation import why_in_each
 from tp_planner.training.averaging import Averaging
 from tp_planner.training.buckets import Bucket, SharedBucket
 from tp_planner.training.changing import refuse_changes
@@ -90,7 +91,7 @@ def adopt_its_optimizer(model: keras.Model, applied: Applied) -> None:
     if getattr(model, "optimizer", None) is not None:
         if applied.plan.shares_updates:
             require_elementwise(model.optimizer)
-        adopt_optimizer(model.optimizer, applied.axes)
+        adopt_optimizer(model.optimizer, applied.axes, puts_averaging_off=not why_in_each(model, model.optimizer))
 
 
 def _keep_logits_in_shards(model: keras.Model, applied: Applied) -> None:
@@ -138,6 +139,8 @@ def _take_replicas_into_account(model: keras.Model, applied: Applied, replicas: 
     averaging = Averaging(replicas, _buckets(model, applied))
     averaging.watch(applied.undo)
     applied.summands.before_sum, applied.summands.at_sum = averaging.expect, averaging.arrive
+    if type(model).train_step is Trainer.train_step:
+        _override(model, "train_step", _in_micro_steps(model, averaging), applied)
     _override(model, "get_metrics_result", results_of_all(model, replicas), applied)
     for name in STEPS:
         if getattr(type(model), name) is not getattr(Trainer, name):
@@ -155,6 +158,18 @@ def _take_replicas_into_account(model: keras.Model, applied: Applied, replicas: 
 
 def _reporting_all(model: keras.Model, plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return functools.wraps(plain)(lambda data: logs_of_all(model, plain(data)))
+
+
+def _in_micro_steps(model: keras.Model, averaging: Averaging) -> Callable[..., Any]:
+    """Return the training step, in which averaging knows which optimizer gets the gradients, and nothing else does."""
+    plain = model.train_step
+
+    @functools.wraps(plain)
+    def train_step(data: Any) -> Any:
+        with averaging.micro_step_of(model.optimizer):
+            return plain(data)
+
+    return train_step
 
 
 def _compare_what_it_is_fed(model: keras.Model, applied: Applied) -> None:

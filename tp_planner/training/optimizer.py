@@ -35,6 +35,15 @@ from tp_planner.storage.variables import (
     sharded_parameter,
     whole_tensor,
 )
+from tp_planner.training.accumulation import (
+    ACCUMULATOR,
+    add_up,
+    count_on,
+    is_last,
+    is_put_off,
+    micro_steps_of,
+    sharding_of_sums,
+)
 from tp_planner.training.averaging import averaged
 from tp_planner.training.shares import being_shares, share_of, slot_sharding
 from tp_planner.training.updates import update_elementwise
@@ -56,6 +65,7 @@ class ParallelOptimizer:
     _slots: list[tuple[Any, Any]]  # (variable, slot) of slots in shards
     _updated: Sequence[Any]  # the variables of the update that is running
     _axes: Axes
+    puts_averaging_off: bool  # whether replicas add up gradients of several micro-steps on their own
 
     def add_variable_from_reference(
         self, reference_variable: Any, name: str | None = None, initializer: Any = "zeros"
@@ -67,7 +77,7 @@ class ParallelOptimizer:
             name=name,
             initializer=initializer,
         )
-        sharding = slot_sharding(reference_variable)
+        sharding = self._sharding_of_slot(reference_variable, name == ACCUMULATOR)
         if sharding is None:
             return create()
         if share_of(reference_variable) is not None:
@@ -76,19 +86,34 @@ class ParallelOptimizer:
             slot = create()
         local = _initial_shard(keras.initializers.get(initializer), slot, sharding)
         local = local.to(local_tensor(reference_variable).device)
-        bind_slot(self, reference_variable, slot, local)
+        bind_slot(self, reference_variable, slot, local, sharding)
         return slot
+
+    def _sharding_of_slot(self, variable: Any, accumulates: bool) -> Sharding | None:
+        """Return how a slot of a variable is stored; None for whole on each rank."""
+        if accumulates and self.puts_averaging_off and is_put_off(variable):
+            return sharding_of_sums(variable, self._axes)
+        return slot_sharding(variable)
 
     def apply(self, grads: Sequence[Any], trainable_variables: Any = None) -> None:
         """Update the variables, on local shards."""
         with reading_local_values():
             local = [grad._local_tensor if isinstance(grad, DTensor) else grad for grad in grads]
             super().apply(local, trainable_variables)  # type: ignore[misc]
+        count_on(self)
 
     def _backend_apply_gradients(self, grads: Sequence[torch.Tensor], trainable_variables: Sequence[Any]) -> None:
         self.__dict__["_updated"] = trainable_variables  # past Keras's tracking, which would make them slots
-        with being_shares(self._trainable_variables):  # type: ignore[attr-defined]
+        if self.puts_averaging_off:
+            grads = add_up(self, grads, trainable_variables, self._axes.batch)
+        with being_shares(self._trainable_variables, changed=self._changes_variables):  # type: ignore[attr-defined]
             super()._backend_apply_gradients(grads, trainable_variables)  # type: ignore[misc]
+
+    @property
+    def _changes_variables(self) -> bool:
+        """Whether variables change in the running step: in a micro-step before the last there may be no update."""
+        overwritten: bool = self.use_ema and bool(self.ema_overwrite_frequency)  # type: ignore[attr-defined]
+        return micro_steps_of(self) == 1 or overwritten or in_stateless_scope() or is_last(self)
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """Let variables be their moving averages, if there are any."""
@@ -114,9 +139,8 @@ class ParallelOptimizer:
     @contextlib.contextmanager
     def _whole_values(self, variable: Any) -> Iterator[None]:
         """Inside, a sharded variable and its slots are whole; afterwards every rank keeps its shards."""
-        sharded = (
-            [variable, *(slot for owner, slot in self._slots if owner is variable)] if is_sharded(variable) else []
-        )
+        slots = [slot for owner, slot in self._slots if owner is variable and not slot._stored.sharding.is_summed]
+        sharded = [variable, *slots] if is_sharded(variable) else []
         for each in sharded:
             each._stored.whole = whole_tensor(each, _update_of(variable))
         try:
@@ -229,30 +253,38 @@ def _parallel_class(plain: type) -> type:
     return type(plain.__name__, (ParallelOptimizer, plain), names)
 
 
-def adopt_optimizer(optimizer: Any, axes: Axes) -> None:
-    """Let an optimizer update sharded variables; slots that exist already are sharded now."""
+def adopt_optimizer(optimizer: Any, axes: Axes, puts_averaging_off: bool = False) -> None:
+    """Let an optimizer update sharded variables; slots that exist already are sharded now.
+
+    If it accumulates gradients, it may be one for which replicas put averaging off; see ``accumulation.py``.
+    """
     if not isinstance(optimizer, keras.optimizers.Optimizer) or isinstance(optimizer, ParallelOptimizer):
         return
     inner = getattr(optimizer, "inner_optimizer", None)
     if inner is not None:
         adopt_optimizer(inner, axes)
     optimizer.__dict__["_slots"], optimizer.__dict__["_axes"] = [], axes
+    optimizer.__dict__["puts_averaging_off"] = (
+        puts_averaging_off and axes.batch is not None and micro_steps_of(optimizer) > 1
+    )
     plain: type = type(optimizer)
     optimizer.__class__ = _parallel_class(plain)
     _adopted.add(optimizer)
     if optimizer.built and inner is None:
-        cut = [variable for variable in optimizer._trainable_variables if slot_sharding(variable) is not None]
-        for variable, slot in slots_of(optimizer, cut):
-            local = _part_of_slot(slot._value.detach(), variable)
-            bind_slot(optimizer, variable, slot, local.to(local_tensor(variable).device))
+        sums = {id(slot) for slot in getattr(optimizer, "_accumulated_gradients", ())}
+        for variable, slot in slots_of(optimizer, optimizer._trainable_variables):
+            sharding = optimizer._sharding_of_slot(variable, id(slot) in sums)
+            if sharding is not None:
+                local = _part_of_slot(slot._value.detach(), variable, sharding)
+                bind_slot(optimizer, variable, slot, local.to(local_tensor(variable).device), sharding)
 
 
-def _part_of_slot(value: torch.Tensor, variable: Any) -> torch.Tensor:
+def _part_of_slot(value: torch.Tensor, variable: Any, sharding: Sharding) -> torch.Tensor:
     """Return this rank's part of a slot; one that was created in shards is stored as its variable is."""
-    share, sharding = share_of(variable), slot_sharding(variable)
-    assert sharding is not None
+    share = share_of(variable)
     if isinstance(value, DTensor):
-        return value._local_tensor if share is None else share.of_gradient(value._local_tensor).clone()
+        local = value._local_tensor if sharding.is_first_summand else torch.zeros_like(value._local_tensor)
+        return local if share is None else share.of_gradient(local).clone()
     part: torch.Tensor = sharding.own(value)
     return part.clone()
 
@@ -306,7 +338,8 @@ def release_optimizer(optimizer: Any, homes: Mapping[int, torch.device]) -> None
     for _, slot in optimizer._slots:
         make_plain(slot, torch.nn.Parameter(whole_tensor(slot), requires_grad=False))
     optimizer.__class__ = type(optimizer).__mro__[2]
-    del optimizer.__dict__["_slots"], optimizer.__dict__["_axes"]
+    del optimizer.__dict__["_slots"], optimizer.__dict__["_axes"], optimizer.__dict__["puts_averaging_off"]
+    optimizer.__dict__.pop("_counted", None)
     optimizer.__dict__.pop("_updated", None)
     if inner is None:
         _move_slots(optimizer, homes)
@@ -319,10 +352,8 @@ def _move_slots(optimizer: Any, homes: Mapping[int, torch.device]) -> None:
         slot._value = torch.nn.Parameter(slot._value.detach().to(homes[id(variable)]), requires_grad=False)
 
 
-def bind_slot(optimizer: Any, variable: Any, slot: Any, local: torch.Tensor) -> None:
-    """Make ``slot`` a sharded variable cut as the update of ``variable`` is, with ``local`` as this rank's shard."""
-    sharding = slot_sharding(variable)
-    assert sharding is not None
+def bind_slot(optimizer: Any, variable: Any, slot: Any, local: torch.Tensor, sharding: Sharding) -> None:
+    """Make ``slot`` of ``variable`` a variable that is stored so, with ``local`` as what this rank has of it."""
     make_parallel(slot, sharded_parameter(local, tuple(slot.shape), sharding, requires_grad=False), sharding)
     optimizer._slots.append((variable, slot))
 

@@ -133,8 +133,8 @@ def slot_sharding(variable: Any) -> Sharding | None:
 
 
 @contextlib.contextmanager
-def being_shares(variables: Iterable[Any]) -> Iterator[None]:
-    """Inside, each of the variables is this replica's share, if it has one; then all are put together."""
+def being_shares(variables: Iterable[Any], changed: bool = True) -> Iterator[None]:
+    """Inside, each of the variables is this replica's share, if it has one; then all are put together, if changed."""
     known = [_known[id(variable)] for variable in variables if id(variable) in _known]
     parts = _in_one_piece([share.part for share, _ in known])
     kept = [(share.variable, share.variable._value, share.variable._shape) for share, _ in known]
@@ -147,6 +147,8 @@ def being_shares(variables: Iterable[Any]) -> Iterator[None]:
     finally:
         for variable, value, shape in kept:
             variable._value, variable._shape = value, shape
+    if not changed:
+        return
     updated = {id(variable): part for (variable, _, _), part in zip(kept, parts, strict=True)}
     with torch.no_grad():
         for shares in dict.fromkeys(shares for _, shares in known):
