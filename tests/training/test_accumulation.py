@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -11,8 +12,9 @@ import pytest
 import torch.distributed as dist
 
 import tp_planner
+from tests.keras_distribution.test_distributed_replicas import distributed, normalized, rows
 from tests.models import building, randomize
-from tests.replicas import MODELS, Shape, layout, share
+from tests.replicas import MODELS, Shape, layout, relative, share
 from tests.training.test_training import variables_of
 from tests.workers import Pools
 
@@ -38,22 +40,245 @@ SIZES = [8, 8, 8, 5, 1, 8, 8]  # of global batches; with four replicas some have
 # On the ranks
 
 
+class Both:
+    """A case as one process has it and as replicas have it, and what both are fed."""
+
+    def __init__(self, name: str, rules: str, shape: Shape, optimizer: str) -> None:
+        self.case, self.shape, self.rng = MODELS[name], shape, np.random.default_rng(0)
+        self.models = [self.case.build("float64") for _ in range(2)]
+        x, _ = self.fed(8)[1]
+        tp_planner.parallelize(self.models[1], layout(name, rules, shape), x, batch_axis="batch")
+        for model in self.models:
+            self.compile(model, optimizer)
+
+    def compile(self, model: keras.Model, optimizer: str) -> None:
+        model.compile(OPTIMIZERS[optimizer](), self.case.make_loss("float64"), jit_compile=False)
+
+    def fed(self, size: int) -> tuple[Any, Any]:
+        x, y = self.case.batch(self.rng, size)
+        replica = dist.get_rank() // self.shape[1]
+        return (x, y), (share(x, replica, self.shape[0]), share(y, replica, self.shape[0]))
+
+    def train(self, size: int = 8) -> list[float]:
+        """Make one micro-step, and return both losses."""
+        fed = self.fed(size)
+        return [float(model.train_on_batch(*each)) for model, each in zip(self.models, fed, strict=True)]
+
+    def in_a_loop(self) -> None:
+        """Make one micro-step in a loop of one's own."""
+        for model, (x, y) in zip(self.models, self.fed(8), strict=True):
+            model.zero_grad()
+            self.case.make_loss("float64")(y, model(x, training=True)).backward()
+            variables = model.trainable_variables
+            model.optimizer.apply([variable.value.grad for variable in variables], variables)
+
+    def differences(self, what: str) -> dict[str, float]:
+        return differences(what, *self.models)
+
+
+def differences(what: str, expected: keras.Model, found: keras.Model) -> dict[str, float]:
+    """Return how far weights and slots of one model, what is added up among them, are from those of another."""
+    arrays, others = variables_of(expected), variables_of(found)
+    scale = max(float(np.abs(array).max()) for array in arrays.values())
+    return {f"{what}: {key}": float(np.abs(others[key] - arrays[key]).max()) / scale for key in arrays}
+
+
 def train(name: str, rules: str, shape: Shape, optimizer: str) -> dict[str, float]:
-    """Return how far replicas are from one process in each micro-step: losses, weights and slots, sums among them."""
-    case, rng, replica = MODELS[name], np.random.default_rng(0), dist.get_rank() // shape[1]
-    models = [case.build("float64", seed=seed) for seed in (0, dist.get_rank())]
-    batches = [case.batch(rng, size) for size in SIZES]
-    own = [(share(x, replica, shape[0]), share(y, replica, shape[0])) for x, y in batches]
-    models[1].set_weights(models[0].get_weights())
-    tp_planner.parallelize(models[1], layout(name, rules, shape), own[0][0], batch_axis="batch")
-    for model in models:
-        model.compile(OPTIMIZERS[optimizer](), case.make_loss("float64"), jit_compile=False)
-    errors: dict[str, float] = {}
-    for number, (whole, part) in enumerate(zip(batches, own, strict=True)):
-        losses = [float(model.train_on_batch(*fed)) for model, fed in zip(models, (whole, part), strict=True)]
-        errors[f"step {number}: loss"] = abs(losses[1] - losses[0]) * 1e-5  # Keras adds them in float32
-        expected, found = map(variables_of, models)
-        scale = max(float(np.abs(array).max()) for array in expected.values())
-        for key in expected:
-            errors[f"step {number}: {key}"] = float(np.abs(found[key] - expected[key]).max()) / scale
+    """Return how far replicas are from one process after each micro-step."""
+    both, errors = Both(name, rules, shape, optimizer), {}
+    for number, size in enumerate(SIZES):
+        losses = both.train(size)
+        errors[f"{number}: loss"] = relative(losses[1], losses[0]) * 1e-6  # Keras adds them in float32
+        errors |= both.differences(f"{number}")
     return errors
+
+
+def stop_in_between(folder: str) -> dict[str, float]:
+    """Return how far replicas are from one process where something reads or sets what they have added up."""
+    both, errors = Both("mlp", "model axis", (2, 2), "adamw"), {}
+    alone, replicas = both.models
+    for _ in range(4):
+        both.train()
+    path = save_in_between(replicas, folder)
+    again = Both("mlp", "model axis", (4, 1), "adamw").models[1]
+    tp_planner.load_checkpoint(again, f"{folder}/checkpoints")
+    errors |= differences("a checkpoint on another mesh", alone, again)
+    errors |= differences("a file of Keras", alone, keras.models.load_model(path))
+    replicas.optimizer.set_weights([np.array(each) for each in alone.optimizer.variables])
+    errors |= both.differences("set")
+    both.in_a_loop()
+    errors |= both.differences("a loop, which averages")
+    both.train()
+    errors |= both.differences("an update")
+    both.train()
+    both.in_a_loop()
+    both.in_a_loop()
+    errors |= both.differences("an update in a loop")
+    both.train()
+    tp_planner.restore(replicas)
+    errors |= both.differences("restored")
+    tp_planner.parallelize(replicas, layout("mlp", "model axis", (4, 1)), batch_axis="batch")
+    both.shape = (4, 1)
+    errors |= both.differences("parallel again")
+    both.train()
+    both.train()
+    return errors | both.differences("an update after that")
+
+
+def save_in_between(model: keras.Model, folder: str) -> str:
+    path = str(Path(folder) / "model.keras")
+    model.save(path)
+    tp_planner.save_checkpoint(model, Path(folder) / "checkpoints")
+    return path
+
+
+class Reading(keras.Model):
+    """A model whose own training step is Keras's, and may be anything."""
+
+    def train_step(self, data: Any) -> Any:
+        return super().train_step(data)
+
+
+def read_gradients() -> tuple[dict[str, float], tuple[str, ...]]:
+    """Train a model with a train_step of its own; return how far it is from one process, and the plan's notes."""
+    x, y = np.random.default_rng(0).standard_normal((2, 8, 4))
+    models, rank = [], dist.get_rank()
+    for _ in range(2):
+        with building("float64"):
+            inputs = keras.Input((4,), name="x")
+            models.append(randomize(Reading(inputs, keras.layers.Dense(4, name="up")(inputs), name="reading"), 0))
+        models[-1].compile(OPTIMIZERS["adamw"](), keras.losses.MeanSquaredError(dtype="float64"))
+    plan = tp_planner.plan(models[1], layout("mlp", "no rules", (2, 1)), np.ones((4, 4)), batch_axis="batch")
+    tp_planner.parallelize(models[1], plan)
+    for model, own in zip(models, (slice(None), slice(4 * rank, 4 * rank + 4)), strict=True):
+        for _ in range(4):
+            model.train_on_batch(x[own], y[own])
+    return differences("its own step", *models), plan.notes
+
+
+def count(name: str, rules: str, shape: Shape, optimizer: str) -> list[tuple[bool, list[tuple[str, str, str]]]]:
+    """Return of each of four micro-steps whether it updated, and what it sent over the batch axis; all as planned."""
+    case, replica = MODELS[name], dist.get_rank() // shape[1]
+    x, y = case.batch(np.random.default_rng(0), 8)
+    own = share(x, replica, shape[0]), share(y, replica, shape[0])
+    model, found = case.build(), []
+    model.compile(OPTIMIZERS[optimizer](), case.make_loss(), jit_compile=False)
+    plan = tp_planner.plan(model, layout(name, rules, shape), own[0], batch_axis="batch")
+    tp_planner.parallelize(model, plan, check="first_step")
+    assert plan.step.whole_update
+    for _ in range(4):
+        with tp_planner.record(model) as recorder:
+            model.train_on_batch(*own)
+        plan.check(recorder.recording)
+        sent = [each for each in recorder.recording.collectives if each.axis == "batch"]
+        found.append((recorder.recording.updates, [(each.phase, each.kind, each.place) for each in sent]))
+    return found
+
+
+def fit_under_a_distribution(kind: str) -> dict[str, float]:
+    """Fit shuffled, uneven batches and stop before an update; return how far this is from one process."""
+    models = []
+    x, y = rows(15)
+    for distribution in (contextlib.nullcontext(), distributed(kind)):
+        keras.utils.set_random_seed(0)
+        with distribution:
+            model = normalized()
+            model.compile(OPTIMIZERS["adamw"](), keras.losses.MeanSquaredError(dtype="float64"))
+            model.fit(x, y, batch_size=4, epochs=2, verbose=0)
+            models.append(variables_of(model))
+    expected, found = models
+    return {key: float(np.abs(found[key] - expected[key]).max()) for key in expected}
+
+
+# In the parent
+
+
+def check(ranks: list[dict[str, float]], tolerance: float = 1e-12) -> None:
+    for errors in ranks:
+        assert {key: error for key, error in errors.items() if not error <= tolerance} == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "rules", "shape", "optimizer"),
+    [
+        ("gpt", "both axes", (2, 2), "adamw"),
+        ("stacked", "model axis, zero 1", (4, 1), "averages"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in [
+                ("mlp", "model axis", (4, 1), "momentum"),
+                ("mlp", "model axis", (2, 2), "lamb"),
+                ("mlp", "both axes", (2, 2), "ftrl"),
+                ("mlp", "model axis", (2, 2), "loss scaling"),
+                ("tied", "model axis, zero 3", (2, 2), "adamw"),
+                ("llama", "model axis", (2, 2), "averages"),
+                ("gpt", "model axis", (4, 1), "adamw"),
+                ("normalized", "normalized", (2, 2), "momentum"),
+                ("stacked", "no rules", (4, 1), "adamw"),
+            ]
+        ),
+    ],
+)
+def test_micro_steps(pools: Pools, name: str, rules: str, shape: Shape, optimizer: str) -> None:
+    """Losses, weights, slots and sums of gradients are those of one process, with uneven and empty shares, clipped."""
+    check(pools(4).run(train, name, rules, shape, optimizer))
+
+
+def test_stopping_in_between(pools: Pools, tmp_path: Path) -> None:
+    """Checkpoints, files, what is set, loops and restore have the sum of what replicas have added up, none twice."""
+    check(pools(4).run(stop_in_between, str(tmp_path)))
+
+
+@pytest.mark.parametrize("kind", ["replicated", pytest.param("mesh, zero 1", marks=pytest.mark.slow)])
+def test_under_a_distribution(pools: Pools, kind: str) -> None:
+    check(pools(4).run(fit_under_a_distribution, kind))
+
+
+SAMPLES = ("backward", "all_reduce", "samples of each replica")
+GRADIENTS = ("backward", "all_reduce", "gradients 0")
+
+
+def test_gradients_are_sent_once_an_update(pools: Pools) -> None:
+    """What is executed over the batch axis is what the plan says: no gradients before the last micro-step."""
+    for shape in ((2, 2), (4, 1)):
+        for found in pools(4).run(count, "mlp", "model axis", shape, "momentum"):
+            assert found == [(False, [SAMPLES]), (True, [SAMPLES, GRADIENTS])] * 2
+
+
+@pytest.mark.slow
+def test_parts_are_reduced_in_each_micro_step(pools: Pools) -> None:
+    """Replicas that keep parts of gradients have no room for the whole; weights are put together once an update."""
+    for found in pools(4).run(count, "mlp", "model axis, zero 1", (2, 2), "momentum"):
+        each = [SAMPLES, ("backward", "reduce_scatter", "gradients 0")]
+        clipped = ("update", "all_reduce", "gradient clipping")
+        assert found == [(False, each), (True, [*each, clipped, ("update", "all_gather", "weights 0")])] * 2
+
+
+def test_a_step_of_ones_own(pools: Pools) -> None:
+    """It may read gradients, so they are averaged in each micro-step, and the plan says why."""
+    for errors, notes in pools(2).run(read_gradients):
+        check([errors])
+        assert notes == (
+            "gradients are averaged in each of the 3 micro-steps of an update: Reading has a train_step of its own, "
+            "which may read them",
+        )
+
+
+def test_what_the_plan_says() -> None:
+    """Text and JSON say what is made once an update, and what there is not."""
+    case = MODELS["mlp"]
+    model = case.build()
+    model.compile(OPTIMIZERS["momentum"](), case.make_loss())
+    plan = tp_planner.plan(model, layout("mlp", "model axis", (2, 2)))
+    assert tp_planner.Plan.from_json(plan.to_json()) == plan
+    assert [each.once for each in plan.collectives] == [False, False, True, True]
+    assert plan.notes == (
+        "gradients are averaged once in the 2 micro-steps of an update: each replica adds up its own, and the last of "
+        "them sends the sums; the plan is that of this one",
+    )
+    lines = [" ".join(line.split()) for line in str(plan).splitlines()]
+    assert lines[17] == (
+        "collectives of one training step: 4 (4 all_reduce), the last of the 2 micro-steps of an update; "
+        "2 in each other"
+    )
+    assert "1 backward all_reduce gradients 0, over 'batch', once in 2 micro-steps 7480 7480" in lines

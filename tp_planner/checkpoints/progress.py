@@ -63,9 +63,10 @@ def structure_in(folder: Path) -> dict[str, str]:
 
 
 def steps_made(model: keras.Model) -> int:
-    """Return how often the model's optimizer has updated it; 0 without one."""
+    """Return how many steps the model's optimizer has made, those that only add up gradients too; 0 without one."""
     optimizer = getattr(model, "optimizer", None)
-    return 0 if optimizer is None else int(optimizer.iterations.value)
+    optimizer = getattr(optimizer, "inner_optimizer", None) or optimizer
+    return 0 if optimizer is None else int(optimizer._iterations.value)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

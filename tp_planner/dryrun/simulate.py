@@ -47,13 +47,15 @@ from tp_planner.ir.step_log import (
 )
 from tp_planner.job.axes import Axes
 from tp_planner.layers.apply import Applied, applied_for_simulation
+from tp_planner.passes.note_accumulation import note_accumulation
 from tp_planner.passes.place_boundaries import tensor_names_again
 from tp_planner.regions.calls import Site, in_a_step_of
 from tp_planner.regions.recording import REASONS
 from tp_planner.regions.replicas import Replicas
 from tp_planner.regions.summands import site_of
 from tp_planner.storage.variables import local_tensor
-from tp_planner.training.optimizer import adopt_optimizer, require_elementwise, updates_all_at_once
+from tp_planner.training.accumulation import be_before_last, is_put_off, micro_steps_of, why_in_each
+from tp_planner.training.optimizer import LOSS_SCALE, adopt_optimizer, require_elementwise, updates_all_at_once
 from tp_planner.training.vocabulary import follow_logits
 
 
@@ -92,13 +94,16 @@ def simulate(
     repeats = graph.repeats if _blocks_are_independent(model, graph, optimizer) else {}
     left_out = graph.repeated_layers if repeats else frozenset()
     settings = None if optimizer is None else _settings(optimizer)  # reads values, so before tensors are fake
+    micro_steps, averaged = micro_steps_of(optimizer), why_in_each(model, optimizer)
     meter = StepMeter(axes, BLOCK if plan.device == "cuda" else 1)
     blocks = BlockRepeats(named_layers(model), graph, repeats, meter)
     with fake_tensors(), without_collector(), only_new_garbage():
         arguments = fake_inputs(model, inputs)
         with applied_for_simulation(model, plan, axes, left_out) as applied, blocks.watched(), meter.attributing(model):
             sharing = _shared_updates(applied, meter, optimizer)
-            updating = None if optimizer is None else _adopted(type(optimizer).from_config, settings, axes)
+            updating = (
+                None if optimizer is None else _adopted(type(optimizer).from_config, settings, axes, not averaged)
+            )
             variables = {key for layer in left_out for key in graph.layers[layer].variables}
             step = TrainingStep(model, meter, updating, loss, variables, applied.replicas, sharing)
             _hold_left_out_variables(meter, plan, variables)
@@ -117,15 +122,35 @@ def simulate(
     }
     log = unfold(meter.log, twins)
     log.events = start_early(log.events, plan.gathers_ahead)
-    _add_gradients(log, plan, step.trained, stand_ins(repeats))
+    once = _put_off(model, plan) if micro_steps > 1 and not averaged else frozenset()
+    _add_gradients(log, plan, step.trained, stand_ins(repeats), once)
     if sharing is not None:
         sharing.reduce(log, step.trained, stand_ins(repeats))
     name = "" if optimizer is None else type(optimizer).__name__
     memory = memory_of(log)
     if plan.device == "cuda":
         memory = replace(memory, reserved=reserved_for(log.events))
-    taken = Step(name, step.loss_name, memory, work_of(log), step.whole_update, holders_of(log))
-    return Simulation(collectives_of(log), taken, tuple(step.notes))
+    taken = Step(name, step.loss_name, memory, work_of(log), step.whole_update, holders_of(log), micro_steps)
+    notes = (*step.notes, *note_accumulation(plan, micro_steps, averaged))
+    return Simulation(tuple(_made_once(each, micro_steps) for each in collectives_of(log)), taken, notes)
+
+
+def _put_off(model: keras.Model, plan: Plan) -> frozenset[int]:
+    """Return the numbers of the buckets that replicas send once an update of several micro-steps."""
+    variables = named_variables(model)
+    in_parts = {each.key for each in plan.variables if each.slot_placement != WHOLE}
+    return frozenset(
+        number
+        for number, keys in enumerate(plan.buckets)
+        if all(key not in in_parts and is_put_off(variables[key]) for key in keys)
+    )
+
+
+def _made_once(collective: Collective, micro_steps: int) -> Collective:
+    """Return a collective, marked if it belongs to an update of several micro-steps."""
+    if micro_steps == 1 or collective.phase != "update" or collective.place == LOSS_SCALE.place:
+        return collective
+    return replace(collective, once=True)
 
 
 def _shared_updates(
@@ -234,6 +259,8 @@ class TrainingStep:
         self._replicas.meet(gradient.device)
 
     def _update(self, optimizer: keras.optimizers.Optimizer, trained: list[Any]) -> None:
+        if micro_steps_of(optimizer) > 1:
+            be_before_last(optimizer, trained)
         try:
             with torch.no_grad(), conditions_need_values():
                 optimizer.apply([variable._value.grad for variable in trained], trained)
@@ -307,7 +334,9 @@ def _hold_left_out_variables(meter: StepMeter, plan: Plan, left_out: Set[str]) -
             meter.log.allocate(math.prod(variable.local_shape) * variable.itemsize, "parameters")
 
 
-def _add_gradients(log: StepLog, plan: Plan, trained: Set[str], others: Mapping[str, str]) -> None:
+def _add_gradients(
+    log: StepLog, plan: Plan, trained: Set[str], others: Mapping[str, str], once: Set[int] = frozenset()
+) -> None:
     """Note at the end of the backward pass that ranks add their summands, then that replicas average their gradients.
 
     In the simulated step they do not, because of equal blocks only one has gradients.
@@ -317,6 +346,7 @@ def _add_gradients(log: StepLog, plan: Plan, trained: Set[str], others: Mapping[
         plan: the plan.
         trained: the variables that have got a gradient.
         others: variables that took no part, each with an equal one that did.
+        once: the numbers of the buckets with which travels what micro-steps before have added up.
     """
     positions = {event.phase: position for position, event in enumerate(log.events) if isinstance(event, Began)}
     if "backward" not in positions:
@@ -327,7 +357,7 @@ def _add_gradients(log: StepLog, plan: Plan, trained: Set[str], others: Mapping[
     for number, keys in enumerate(plan.sums):
         size = sum(sizes[key] for key in keys if others.get(key, key) in trained)
         if size:
-            _add_together(log, (plan.axis, plan.axis_size), size, site_of(number), joined=True, kernels=1)
+            _add_together(log, (plan.axis, plan.axis_size), size, site_of(number), joined=True, kernels=1, once=False)
     itemsizes = {each.key: each.itemsize for each in plan.variables}
     shared = {each.key for each in plan.variables if each.slot_placement != WHOLE}
     for number, keys in enumerate(plan.buckets):
@@ -338,21 +368,25 @@ def _add_gradients(log: StepLog, plan: Plan, trained: Set[str], others: Mapping[
             sum(map(sizes.__getitem__, keys)) + several * len(keys) * itemsizes[keys[0]]
         )  # a mark for each of several
         axis, site = (plan.mesh.batch_axis or "", plan.replicas), Site("", f"gradients {number}")
-        _add_together(log, axis, size, site, joined=several, kernels=1 + several)
+        _add_together(log, axis, size, site, several, 1 + several + (number in once), number in once)
     log.events += rest
 
 
-def _add_together(log: StepLog, axis: tuple[str, int], size: int, site: Site, joined: bool, kernels: int) -> None:
+def _add_together(
+    log: StepLog, axis: tuple[str, int], size: int, site: Site, joined: bool, kernels: int, once: bool
+) -> None:
     """Note an all-reduce of gradients over an axis, name and size, which are joined for it, or one of them alone."""
     storage = log.allocate(size if joined else 0)
     log.events += [Kernel("backward", "", 0, 2 * size)] * kernels
     reason = REASONS["all_reduce"]
-    log.events.append(Collective("all_reduce", *axis, size, site.layer, site.place, "backward", reason))
+    log.events.append(Collective("all_reduce", *axis, size, site.layer, site.place, "backward", reason, once=once))
     log.events.append(Freed(storage))  # in the end, the gradients are in it, and no longer where they were
 
 
-def _adopted(make: Callable[[Any], keras.optimizers.Optimizer], settings: Any, axes: Axes) -> Any:
+def _adopted(
+    make: Callable[[Any], keras.optimizers.Optimizer], settings: Any, axes: Axes, puts_averaging_off: bool
+) -> Any:
     """Return a new optimizer with these settings and no slots, adopted for sharded variables."""
     copied = make(settings)
-    adopt_optimizer(copied, axes)
+    adopt_optimizer(copied, axes, puts_averaging_off)
     return copied

@@ -14,10 +14,14 @@ from tp_planner.ir.step import Collective
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """One training step as it ran on one rank: the model's inputs (shape, dtype name) and the collectives in order."""
+    """One training step as it ran on one rank: the model's inputs (shape, dtype name) and the collectives in order.
+
+    ``updates`` is False for a micro-step whose gradients the optimizer only added up.
+    """
 
     inputs: tuple[tuple[Shape, str], ...]
     collectives: tuple[Collective, ...]
+    updates: bool = True
 
 
 def check_contract(
@@ -94,7 +98,7 @@ def _next_step(collective: Collective) -> str:
 
 def _signed(collective: Collective) -> Collective:
     """Return the collective without what may depend on the batch, or says the same in words."""
-    return replace(collective, bytes=0, reason="", behind=())
+    return replace(collective, bytes=0, reason="", behind=(), once=False)
 
 
 def _batch_factor(planned: Sequence[tuple[Shape, str]], found: Sequence[tuple[Shape, str]]) -> Fraction:

@@ -340,7 +340,7 @@ class Plan:
         return self.mesh.replicas
 
     def check(self, recorded: Recording) -> None:
-        """Compare the plan's collectives with those of a training step that ran.
+        """Compare the plan's collectives with those of a training step that ran, an update or a micro-step before it.
 
         Args:
             recorded: what ``tp_planner.record`` saw. The update is left out if it could not be simulated.
@@ -359,6 +359,8 @@ class Plan:
         if not self.step.whole_update:
             planned = tuple(each for each in planned if each.phase != "update")
             ran = tuple(each for each in ran if each.phase != "update")
+        if not recorded.updates:
+            planned = tuple(each for each in planned if not each.once)
         unequal = {each.key for each in self.variables if not divides(each.shape, each.placement, self.axis_size)}
         unequal |= {each.place for each in self.gatherings if any(read.variable in unequal for read in each.reads)}
         check_contract(self.inputs, planned, Recording(recorded.inputs, ran), unequal)

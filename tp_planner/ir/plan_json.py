@@ -229,7 +229,9 @@ def _decode_flops(data: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(data.items()))
 
 
-_COLLECTIVE_FIELDS = ("kind", "axis", "group_size", "bytes", "layer", "place", "phase", "reason", "cause", "early")
+_COLLECTIVE_FIELDS = (
+    *("kind", "axis", "group_size", "bytes", "layer", "place", "phase", "reason", "cause", "early", "once"),
+)
 
 
 def _encode_plan(plan: Plan) -> dict[str, Any]:

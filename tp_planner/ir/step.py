@@ -18,7 +18,8 @@ class Collective:
     ``bytes`` is the size of each rank's input to it. ``cause`` is the op for which DTensor or the model's own code
     communicates; it is empty for a collective that a boundary of the plan makes. One that is ``early`` is started
     before others need what it brings, and waited for then. Of one that a layer starts and waits for, ``behind`` are
-    the multiplications and additions of matrix products in between, by dtype name.
+    the multiplications and additions of matrix products in between, by dtype name. One that is made ``once`` is that of
+    an update: of the micro-steps that it has, the last makes it alone.
     """
 
     kind: CollectiveKind
@@ -32,6 +33,7 @@ class Collective:
     cause: str = ""
     early: bool = False
     behind: tuple[tuple[str, int], ...] = ()
+    once: bool = False
 
     @property
     def is_planned(self) -> bool:
@@ -133,7 +135,8 @@ class Step:
 
     Without a ``loss`` ("") the sum of the model's outputs stands for it. ``whole_update`` says that the update was
     simulated to its end; an optimizer that looks at values cannot be. ``holders`` are the activations and temporaries
-    at the peak, the largest first, but for those that are too small to matter.
+    at the peak, the largest first, but for those that are too small to matter. Where the optimizer adds up gradients of
+    several ``micro_steps``, the step is the last of them, which updates.
     """
 
     optimizer: str
@@ -142,6 +145,7 @@ class Step:
     work: tuple[Work, ...]
     whole_update: bool = True
     holders: tuple[Holder, ...] = ()
+    micro_steps: int = 1
 
 
 _NOTHING = MemoryUse(0, 0, 0, 0, 0)
@@ -155,6 +159,7 @@ def encode_step(step: Step) -> dict[str, Any]:
         "optimizer": step.optimizer,
         "loss": step.loss,
         "whole_update": step.whole_update,
+        "micro_steps": step.micro_steps,
         "memory": {
             "largest": _encode_use(memory.largest),
             "peak": _encode_use(memory.peak),
@@ -209,6 +214,7 @@ def decode_step(data: Mapping[str, Any]) -> Step:
             )
             for each in data["holders"]
         ),
+        data["micro_steps"],
     )
 
 

@@ -62,6 +62,7 @@ def _of_plan(plan: Plan) -> Properties:
         "optimizer": plan.step.optimizer,
         "loss": plan.step.loss,
         "whole update": str(plan.step.whole_update),
+        "micro-steps of an update": str(plan.step.micro_steps),
         "phase of the memory peak": plan.step.memory.peak_phase,
     }
 

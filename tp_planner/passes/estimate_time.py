@@ -59,6 +59,11 @@ def _assumptions_of(plan: Plan, hardware: Hardware) -> tuple[str, ...]:
             "low: collectives that start early run behind what their phase computes, or behind the products that the "
             "plan has between start and wait, as long as these do"
         )
+    if plan.step.micro_steps > 1:
+        assumptions.append(
+            f"of the {plan.step.micro_steps} micro-steps of an update this is the last: the others do not update, "
+            f"nor make the collectives that are made once"
+        )
     if not plan.step.loss:
         assumptions.append("no loss: the plan was made without one")
     if plan.mesh.size > hardware.node_size.value:

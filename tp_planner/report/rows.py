@@ -140,7 +140,11 @@ def collectives_heading(plan: Plan) -> str:
     """Return how many collectives a training step takes."""
     kinds = Counter(collective.kind for collective in plan.collectives)
     counts = ", ".join(f"{kinds[kind]} {kind}" for kind in sorted(kinds))
-    return f"collectives of one training step: {kinds.total()}" + (f" ({counts})" if counts else "")
+    all_of_them = f"collectives of one training step: {kinds.total()}" + (f" ({counts})" if counts else "")
+    if plan.step.micro_steps == 1:
+        return all_of_them
+    others = sum(not each.once for each in plan.collectives)
+    return f"{all_of_them}, the last of the {plan.step.micro_steps} micro-steps of an update; {others} in each other"
 
 
 def _fold(pairs: Iterable[tuple[Key, str]]) -> list[tuple[Key, FoldedName]]:
@@ -251,9 +255,10 @@ def _where(collective: Collective) -> str:
 
 
 def _over(collective: Collective, plan: Plan) -> str:
-    """Return the axis, where there is more than one to tell apart, and whether it starts before it is needed."""
+    """Return the axis, where there is more than one to tell apart, whether it starts early, and if it is made once."""
     axis = f", over {collective.axis!r}" if plan.replicas > 1 else ""
-    return f"{axis}, early" if collective.early else axis
+    early = ", early" if collective.early else ""
+    return axis + early + (f", once in {plan.step.micro_steps} micro-steps" if collective.once else "")
 
 
 def _shape(shape: Shape) -> str:

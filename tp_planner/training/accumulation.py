@@ -2,8 +2,8 @@
 
 Keras adds up the gradients of ``gradient_accumulation_steps`` training steps, here micro-steps, in slots of the
 optimizer, and updates in the last of them. Each replica adds up its own, weighed by its samples, and in the last
-micro-step what it has added up travels with the gradients of that one, as after torch's ``no_sync``. Until then the slots
-are summands: their sum over the batch axis is what one process has, and what is read, saved and restored.
+micro-step what it has added up travels with the gradients of that one, as after torch's ``no_sync``. Until then the
+slots are summands: their sum over the batch axis is what one process has, and what is read, saved and restored.
 
 Where replicas have parts of gradients alone they reduce them in each micro-step, for they have no room for the whole.
 """
@@ -22,7 +22,7 @@ from tp_planner.job.axes import Axes
 from tp_planner.regions.calls import Site
 from tp_planner.regions.replicas import add_together
 from tp_planner.storage.sharding import Sharding
-from tp_planner.storage.variables import local_tensor
+from tp_planner.storage.variables import BackendVariable, local_tensor
 from tp_planner.training.shares import share_of, slot_sharding
 
 PUT_OFF = Site("", "gradients put off")
@@ -60,9 +60,10 @@ def sharding_of_sums(variable: Any, axes: Axes) -> Sharding:
 
 def count_of(optimizer: Any) -> int:
     """Return how many micro-steps an optimizer has made; the device is asked only where others have set it."""
+    optimizer = getattr(optimizer, "inner_optimizer", None) or optimizer
     iterations = optimizer._iterations
-    if isinstance(iterations, int):
-        return iterations
+    if isinstance(iterations, _BeforeLast):
+        return iterations.micro_steps - 1
     tensor = iterations._value
     known: tuple[torch.Tensor, int, int] | None = optimizer.__dict__.get("_counted")
     if known is None or known[0] is not tensor or known[1] != tensor._version:
@@ -149,3 +150,27 @@ def add_up(
     for position, total in zip(waiting, add_together(list(waiting.values()), batch, PUT_OFF), strict=True):
         result[position] = total
     return result
+
+
+class _BeforeLast(BackendVariable):
+    """A count of micro-steps whose next one updates, though it has no value."""
+
+    micro_steps: int
+
+    def __add__(self, other: Any) -> Any:
+        return self.micro_steps - 1 + other
+
+
+def be_before_last(optimizer: Any, variables: Sequence[Any]) -> None:
+    """Let an optimizer be where it is before its last micro-step, for a simulation of that, without other replicas.
+
+    Args:
+        optimizer: one that adds up gradients, built and adopted.
+        variables: those whose gradients have come, as from the other replicas, with what these have added up.
+    """
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return
+    iterations = optimizer._iterations
+    iterations.__class__, iterations.micro_steps = _BeforeLast, micro_steps_of(optimizer)
+    micro_step = optimizer.__dict__["_micro_step"] = MicroStep(optimizer)
+    micro_step.complete |= set(map(id, variables))

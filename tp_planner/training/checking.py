@@ -15,13 +15,15 @@ from tp_planner.ir.placement import Shape
 from tp_planner.job.rendezvous import exchange
 from tp_planner.layers.apply import Applied
 from tp_planner.regions.recording import CollectiveRecorder
+from tp_planner.training.accumulation import count_of, micro_steps_of
 
 
 class Recorder:
     """Sees a training step; ``recording`` is what it saw so far."""
 
-    def __init__(self, collectives: CollectiveRecorder) -> None:
-        self._collectives = collectives
+    def __init__(self, collectives: CollectiveRecorder, optimizer: Any) -> None:
+        self._collectives, self._optimizer = collectives, optimizer
+        self._before = self._made
         self._inputs: tuple[tuple[Shape, str], ...] = ()
 
     def see_inputs(self, model: keras.Model, args: Any, kwargs: Any) -> None:
@@ -32,14 +34,21 @@ class Recorder:
 
     @property
     def recording(self) -> Recording:
-        return Recording(self._inputs, tuple(self._collectives.collectives))
+        made, micro_steps = self._made, micro_steps_of(self._optimizer)
+        updates = made == self._before or made // micro_steps > self._before // micro_steps
+        return Recording(self._inputs, tuple(self._collectives.collectives), updates)
+
+    @property
+    def _made(self) -> int:
+        """How many micro-steps the model's optimizer has made, if it makes any."""
+        return count_of(self._optimizer) if micro_steps_of(self._optimizer) > 1 else 0
 
 
 @contextlib.contextmanager
 def recording(model: keras.Model, applied: Applied) -> Iterator[Recorder]:
     """Record what the parallel ``model`` communicates inside."""
     collectives = CollectiveRecorder(applied.axes)
-    recorder = Recorder(collectives)
+    recorder = Recorder(collectives, getattr(model, "optimizer", None))
     hook = model.register_forward_pre_hook(recorder.see_inputs, with_kwargs=True)
     try:
         with collectives.naming_layers(model), collectives:
