@@ -19,7 +19,7 @@ from tp_planner.cli import app
 from tp_planner.frontend.layout_file import find_layout_file, read_layout_file
 from tp_planner.frontend.trace import trace
 from tp_planner.ir.errors import PlanError
-from tp_planner.ir.layout import Layout, LayoutRule
+from tp_planner.ir.layout import Layout, LayoutRule, Zero
 from tp_planner.ir.mesh import parse_mesh
 from tp_planner.linter import examine, lint
 from tp_planner.passes.correct_layout import find_strains, patterns_of, propose_corrections
@@ -837,12 +837,99 @@ def test_layout_without_a_plan_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
     assert told(mlp(), MLP) == [("error", "no-plan", message)]
 
 
+# Meshes: what is said beside the rules
+
+NODES = "what each layer communicates crosses the links between nodes, many times slower than those within one"
+MESHES: dict[str, tuple[Rules, str, Zero | None, int | None, Told]] = {
+    "in parts over one replica": (
+        MLP,
+        "model=2",
+        1,
+        None,
+        [
+            (
+                "warning",
+                "one-replica",
+                "zero=1 stores in parts over the replicas, and on mesh (model=2) there is one: the batch is split over "
+                "no axis; give the mesh an axis for the batch, for example batch=2,model=2",
+            )
+        ],
+    ),
+    "too short for parts": (
+        MLP,
+        "batch=16,model=2",
+        3,
+        None,
+        [
+            (
+                "info",
+                "not-in-parts",
+                "zero=3 leaves 1 variable whole, 'head/bias', which each replica stores: no dim has an element for "
+                "each of 16",
+            )
+        ],
+    ),
+    "layers across nodes": (
+        MLP,
+        "model=16",
+        None,
+        8,
+        [
+            (
+                "warning",
+                "crosses-nodes",
+                f"mesh (model=16) has ranks that share layers over 'model' on several nodes of 8 devices: {NODES}; "
+                f"split layers over the devices of one node: batch=2, model=8",
+            )
+        ],
+    ),
+    "layers on a fitting axis in the wrong place": (
+        MLP,
+        "model=4,batch=4",
+        None,
+        8,
+        [
+            (
+                "warning",
+                "crosses-nodes",
+                f"mesh (model=4, batch=4) has ranks that share layers over 'model' on several nodes of 8 devices: "
+                f"{NODES}; put it last, so that its ranks are neighbours: batch=4, model=4",
+            )
+        ],
+    ),
+    "layers on three quarters of a node": (
+        {},
+        "batch=2,model=6",
+        None,
+        8,
+        [
+            (
+                "warning",
+                "crosses-nodes",
+                f"mesh (batch=2, model=6) has ranks that share layers over 'model' on several nodes of 8 devices: "
+                f"{NODES}; split layers over the devices of one node: batch=6, model=2",
+            )
+        ],
+    ),
+    "layers within nodes": (MLP, "batch=8,model=8", None, 8, []),
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_meshes(name: str) -> None:
+    rules, mesh, zero, devices_per_node, expected = MESHES[name]
+    found = lint(mlp(), layout_of(rules, mesh), zero=zero, devices_per_node=devices_per_node)
+    codes = {"one-replica", "not-in-parts", "crosses-nodes"}
+    assert [(each.severity, each.code, each.text) for each in found if each.code in codes] == expected
+
+
 def test_every_code_is_found_and_documented() -> None:
     """plans/lint.md lists exactly the codes that the tests of this file make the linter find."""
     text = (ROOT / "plans" / "lint.md").read_text(encoding="utf-8")
     documented = re.findall(r"^\| `([a-z-]+)` \|", text.partition("## Codes")[2].partition("\n## ")[0], re.M)
     tables = (*MISTAKES.values(), *INFOS.values())
     found = {code for *_, expected in tables for _, code, _ in expected} | {"layout-file", "no-plan"}
+    found |= {code for *_, expected in MESHES.values() for _, code, _ in expected}
     assert sorted(documented) == sorted(found)
 
 
@@ -938,6 +1025,9 @@ def test_report_is_text(folder: Path) -> None:
         ([], "mlp", "batch=2,model=2", 0),
         ([], "mlp", "batch=2,model=2,stage=2", 2),
         (["--input", "2 by 4"], "mlp", "model=2", 2),
+        (["--zero", "1", "--strict"], "mlp", "model=2", 1),
+        (["--zero", "2"], "mlp", "batch=2,model=2", 2),
+        (["--devices-per-node", "2", "--strict"], "mlp", "model=4", 1),
     ],
 )
 def test_exit_codes(folder: Path, arguments: list[str], layout: str, mesh: str, code: int) -> None:
@@ -978,7 +1068,19 @@ def test_json_has_a_stable_form(folder: Path) -> None:
         "placement": "S(1)",
         "local_shape": [16, 32],
         "style": "column",
+        "batch_placement": "R",
+        "slot_placement": "R",
     }
+
+
+def test_what_is_in_parts_over_replicas_is_shown(folder: Path) -> None:
+    """With --zero the report says what replicas store in parts of each variable."""
+    lines = [line.strip() for line in run("--zero", "1", layout="mlp", mesh="batch=2,model=2")[1].splitlines()]
+    assert (
+        lines[2] == "batch S(d), slots S(d): in parts over the batch axis, the variable or an optimizer's slots alone"
+    )
+    assert "up/kernel: 16x64 as S(1), slots S(0), 16x32 per rank, column" in lines
+    assert "head/bias: 8 as R, slots S(0), 8 per rank" in lines
 
 
 def test_equal_findings_are_one_line() -> None:

@@ -15,7 +15,7 @@ from tp_planner.ir.degrees import Degree, Device, Setting, Sweep
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.figures import Figures, figures_of
 from tp_planner.ir.layout import AxisSpec, Layout, LayoutRule
-from tp_planner.ir.mesh import parse_mesh
+from tp_planner.ir.mesh import Mesh, parse_mesh
 from tp_planner.planner import make_plan
 from tp_planner.report.sections import sections_to_text
 from tp_planner.report.sweep import sweep_sections
@@ -69,6 +69,24 @@ def test_other_axes_of_the_layout_have_size_one() -> None:
     found = sweep(models.mlp(), rules({**PAIR, "head/kernel": ("batch", None)}), "model", settings_of([2]))
     assert found.other_axes == ("batch",)
     assert found.degrees[0].figures == sweep(models.mlp(), rules(PAIR), "model", settings_of([2])).degrees[0].figures
+
+
+@pytest.mark.parametrize(("of", "axis"), [(PAIR, "batch"), ({**PAIR, "head/kernel": (None, "data")}, "data")])
+def test_replicas_and_what_they_store_in_parts(of: dict[str, tuple[AxisSpec, ...]], axis: str) -> None:
+    """Each setting is the plan on that mesh; of one replica nothing is in parts, so it is planned once."""
+    settings = settings_of([1, 2], replicas=[1, 2], zero=[0, 1, 3])
+    assert [(each.size, each.replicas, each.zero) for each in settings] == [
+        (size, *others) for size in (1, 2) for others in ((1, 0), (2, 0), (2, 1), (2, 3))
+    ]
+    found = sweep(models.mlp(), rules(of), "model", settings, optimizer=keras.optimizers.Adam())
+    for degree in found.degrees:
+        each = degree.setting
+        mesh = Mesh(((axis, each.replicas), ("model", each.size)), axis)
+        plan = make_plan(models.mlp(), Layout(mesh, rules(of), zero=each.zero), None, keras.optimizers.Adam())
+        assert degree.figures == figures_of(plan)
+    peaks = [degree.figures.peak_bytes for degree in found.degrees if degree.figures]
+    assert [peaks[at] < peaks[at - 1] for at in (2, 6)] == [True, True]
+    assert "model  replicas  zero  collectives" in sections_to_text(sweep_sections(found))
 
 
 def test_axis_that_no_rule_names_is_refused() -> None:

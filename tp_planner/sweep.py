@@ -17,7 +17,7 @@ from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.degrees import Degree, Device, Setting, Sweep
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.figures import figures_of
-from tp_planner.ir.layout import DeviceType, Layout, LayoutRule
+from tp_planner.ir.layout import BATCH, DeviceType, Layout, LayoutRule, Zero
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.plan import Plan
 from tp_planner.passes.compare_plans import layer_name
@@ -32,10 +32,19 @@ def settings_of(
     sequences: Sequence[int] = (),
     sequence_parallel: Sequence[bool] = (False,),
     recomputed: Sequence[bool] = (False,),
+    replicas: Sequence[int] = (1,),
+    zero: Sequence[Zero] = (0,),
 ) -> tuple[Setting, ...]:
-    """Return all settings of these values; without batches or sequences the sizes that the inputs say."""
-    values = product(sizes, sequences or (None,), sequence_parallel, recomputed, batches or (None,))
-    return tuple(Setting(size, batch, length, stream, again) for size, length, stream, again, batch in values)
+    """Return all settings of these values; without batches or sequences the sizes that the inputs say.
+
+    One replica stores nothing in parts, so that it is planned once, whatever ``zero`` says.
+    """
+    values = product(sizes, replicas, zero, sequences or (None,), sequence_parallel, recomputed, batches or (None,))
+    settings = (
+        Setting(size, batch, length, stream, again, copies, stage if copies > 1 else 0)
+        for size, copies, stage, length, stream, again, batch in values
+    )
+    return tuple(dict.fromkeys(settings))
 
 
 def sweep(
@@ -50,8 +59,9 @@ def sweep(
 ) -> Sweep:
     """Return what becomes of ``model`` under ``rules`` in each of ``settings``; the model is as before.
 
-    Other axes that the rules name get size 1. ``inputs``, ``optimizer`` and ``loss`` are those of ``make_plan``; with
-    inputs no setting may name sizes. With a device and no batch in any setting, the largest batch that fits is found.
+    Other axes that the rules name get size 1, and the axis of the batch, "batch" if they name none, that of the
+    replicas. ``inputs``, ``optimizer`` and ``loss`` are those of ``make_plan``; with inputs no setting may name sizes.
+    With a device and no batch in any setting, the largest batch that fits is found.
 
     Raises:
         PlanError: if no rule names ``axis``, or if every setting is refused for the same reason.
@@ -104,16 +114,28 @@ class _Planning:
 
     def tried(self, setting: Setting) -> tuple[Degree, Plan | PlanError]:
         """Return the plan in a setting, or why there is none, and what it comes to."""
-        # Layers are split over the last axis, if all are 1.
-        mesh = Mesh((*((name, 1) for name in self.others), (self.axis, setting.size)))
-        layout = Layout(mesh, self.rules, sequence_parallel=setting.sequence_parallel, devices=self.devices)
         try:
+            layout = Layout(
+                self._mesh(setting),
+                self.rules,
+                sequence_parallel=setting.sequence_parallel,
+                devices=self.devices,
+                zero=setting.zero,
+            )
             inputs = self._inputs(setting)
             with recomputing_blocks(self.model) if setting.recomputed else contextlib.nullcontext():
                 plan = make_plan(self.model, layout, inputs, self.optimizer, self.loss)
         except PlanError as error:
             return Degree(setting, None, (), (), (), error.problems), error
         return _degree(setting, plan), plan
+
+    def _mesh(self, setting: Setting) -> Mesh:
+        """Return the mesh of a setting; layers are split over the last axis, if all are 1."""
+        if setting.replicas == 1:
+            return Mesh((*((name, 1) for name in self.others), (self.axis, setting.size)))
+        batch = self.others[0] if len(self.others) == 1 else BATCH
+        others = [(name, 1) for name in self.others if name != batch]
+        return Mesh(((batch, setting.replicas), *others, (self.axis, setting.size)), batch)
 
     def _inputs(self, setting: Setting) -> Any:
         if setting.batch is None and setting.sequence is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tp_planner.cli.answer import JsonOption, show, working
-from tp_planner.cli.app import InputOption, LayoutOption, MeshOption, ModelArgument, app
+from tp_planner.cli.app import InputOption, LayoutOption, MeshOption, ModelArgument, ZeroOption, app
 from tp_planner.cli.load import load_model, read_inputs
 
 if TYPE_CHECKING:
@@ -22,6 +22,10 @@ def lint_command(
     layout: LayoutOption,
     mesh: MeshOption,
     input: InputOption = None,
+    zero: ZeroOption = None,
+    devices_per_node: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="How many devices fast links connect; by default all.")
+    ] = None,
     as_json: JsonOption = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 for warnings, too.")] = False,
 ) -> None:
@@ -38,7 +42,9 @@ def lint_command(
         from tp_planner.ir.mesh import parse_mesh
         from tp_planner.report.findings import lint_sections
 
-        report = _examined(model, find_layout_file(layout), layout, parse_mesh(mesh), input or [])
+        report = _examined(
+            model, find_layout_file(layout), layout, parse_mesh(mesh), input or [], zero, devices_per_node
+        )
     if as_json:
         typer.echo(report.to_json(), nl=False)
     else:
@@ -47,9 +53,12 @@ def lint_command(
         raise typer.Exit(1)
 
 
-def _examined(model: str, path: Path, layout: str, mesh: Mesh, inputs: list[str]) -> LintReport:
+def _examined(
+    model: str, path: Path, layout: str, mesh: Mesh, inputs: list[str], zero: int | None, devices_per_node: int | None
+) -> LintReport:
     """Return the report; the problems of a file that cannot be read are findings too, and all that is known then."""
     from tp_planner.frontend.layout_file import read_layout_file
+    from tp_planner.frontend.layout_map import read_zero
     from tp_planner.ir.errors import PlanError
     from tp_planner.ir.finding import Finding, LintReport
     from tp_planner.linter import examine
@@ -59,5 +68,5 @@ def _examined(model: str, path: Path, layout: str, mesh: Mesh, inputs: list[str]
     except PlanError as error:
         findings = tuple(Finding("layout-file", "error", problem) for problem in error.problems)
         return LintReport(layout, model, mesh, (), findings, ())
-    specs = read_inputs(inputs)
-    return examine(load_model(model), rules.on(mesh), specs, name=layout)
+    specs, stage = read_inputs(inputs), None if zero is None else read_zero(zero)
+    return examine(load_model(model), rules.on(mesh), specs, layout, stage, devices_per_node)

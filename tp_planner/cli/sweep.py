@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,9 @@ from tp_planner.cli.app import (
 )
 from tp_planner.cli.load import load_hardware, load_job, load_layout, require_one_way
 
+if TYPE_CHECKING:
+    from tp_planner.ir.layout import Zero
+
 
 @app.command("sweep")
 def sweep_command(
@@ -32,6 +35,16 @@ def sweep_command(
     ] = None,
     sequence: Annotated[
         str | None, typer.Option(metavar="LENGTH[,...]", help="The lengths of sequences to plan.")
+    ] = None,
+    replicas: Annotated[
+        str, typer.Option(metavar="NUMBER[,...]", help="The numbers of replicas to plan, each with its own batch.")
+    ] = "1",
+    zero: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STAGE[,...]",
+            help="What replicas store in parts: 1 an optimizer's slots, 3 weights, too; else as the layout says.",
+        ),
     ] = None,
     sequence_parallel: Annotated[
         bool, typer.Option("--sequence-parallel", help="Plan with sequence parallelism, too.")
@@ -47,7 +60,8 @@ def sweep_command(
     """Show what becomes of MODEL at several sizes of a mesh axis, and which sizes fit its dims.
 
     Every size is planned on its own, with every batch, length and way to save memory that is asked for. Other axes
-    that the layout names get size 1. With --hardware the largest batch that fits its memory is found.
+    that the layout names get size 1, but for that of the batch with --replicas. With --hardware the largest batch that
+    fits its memory is found.
     """
     with working():
         from tp_planner.ir.degrees import Device
@@ -59,12 +73,22 @@ def sweep_command(
         rules = load_layout(layout, f"{axis}=1")
         streams = (False, True) if sequence_parallel else (rules.sequence_parallel,)
         recomputed = (False, True) if recompute else (False,)
-        settings = settings_of(wanted, batches, lengths, streams, recomputed)
+        copies, stages = _sizes(replicas, "replicas"), _stages(zero, rules.zero)
+        settings = settings_of(wanted, batches, lengths, streams, recomputed, copies, stages)
         profile = load_hardware(hardware)
         device = None if profile is None else Device(profile.name, int(profile.memory_size.value), profile.device)
         job = load_job(model, input, None, None, optimizer, loss)
         swept = sweep(job.model, rules.rules, axis, settings, job.inputs, job.optimizer, job.loss, device)
     show(swept, sweep_sections(swept), as_json)
+
+
+def _stages(text: str | None, of_layout: Zero) -> tuple[Zero, ...]:
+    from tp_planner.frontend.layout_map import read_zero
+
+    if text is None:
+        return (of_layout,)
+    parts = [part.strip() for part in text.split(",")]
+    return tuple(sorted({read_zero(int(part) if part.isdecimal() else part) for part in parts}))
 
 
 def _sizes(text: str | None, word: str) -> tuple[int, ...]:

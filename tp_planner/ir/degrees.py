@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tp_planner.ir.figures import Figures
-from tp_planner.ir.layout import DeviceType
+from tp_planner.ir.layout import DeviceType, Zero
 from tp_planner.ir.plan import GuessedDim
 
 
@@ -13,7 +13,8 @@ from tp_planner.ir.plan import GuessedDim
 class Setting:
     """What one plan of a sweep is made for.
 
-    ``size`` is that of the mesh axis. ``batch`` and ``sequence`` are sizes of open dims, None for what the inputs say.
+    ``size`` is that of the mesh axis. ``batch`` and ``sequence`` are sizes of open dims, None for what the inputs say;
+    the batch is that of each of so many ``replicas``, which store in parts what ``zero`` says (see ``Layout``).
     ``recomputed`` says that the backward pass runs equal blocks again, which leave nothing else for it.
     """
 
@@ -22,6 +23,8 @@ class Setting:
     sequence: int | None = None
     sequence_parallel: bool = False
     recomputed: bool = False
+    replicas: int = 1
+    zero: Zero = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,8 @@ class Device:
 class Sweep:
     """The plans of one model in several settings.
 
-    ``axis`` is the mesh axis whose size is varied, ``other_axes`` those that the rules name besides, each of size 1.
+    ``axis`` is the mesh axis whose size is varied, ``other_axes`` those that the rules name besides, each of size 1 but
+    for the one of replicas.
     ``device`` is None where it was not asked what fits; ``searched`` says that batches were looked for, and each
     degree is that of the largest batch that fits, or of 1 where none does.
     """

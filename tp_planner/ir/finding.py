@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from tp_planner.ir.layout import LayoutRule
 from tp_planner.ir.mesh import Mesh
-from tp_planner.ir.placement import Placement, Shape
+from tp_planner.ir.placement import WHOLE, Placement, Shape
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
@@ -43,7 +43,8 @@ class VariableEffect:
     """What a layout makes of one variable.
 
     ``rules`` are the patterns that match it. ``placement`` and ``local_shape``, of rank 0, are None where the layout
-    cannot be planned. ``style`` is that of the layer that uses shards of the variable, if one does.
+    cannot be planned; ``batch_placement`` and ``slot_placement`` are those over the batch axis, of the variable and of
+    an optimizer's slots. ``style`` is that of the layer that uses shards of the variable, if one does.
     """
 
     path: str
@@ -53,6 +54,8 @@ class VariableEffect:
     placement: Placement | None
     local_shape: Shape | None
     style: str
+    batch_placement: Placement = WHOLE
+    slot_placement: Placement = WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +127,8 @@ def _encode(report: LintReport) -> dict[str, Any]:
                 "placement": None if each.placement is None else str(each.placement),
                 "local_shape": None if each.local_shape is None else list(each.local_shape),
                 "style": each.style,
+                "batch_placement": str(each.batch_placement),
+                "slot_placement": str(each.slot_placement),
             }
             for each in report.variables
         ],

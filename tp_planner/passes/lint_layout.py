@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tp_planner.ir.finding import SEVERITIES, Finding, VariableEffect, count_of, some_of
 from tp_planner.ir.graph import LayerInfo, VariableInfo
 from tp_planner.ir.layout import Layout
-from tp_planner.ir.placement import Placement, Replicate, Shape, Shard, chunk_sizes_text, divides, without_parts
+from tp_planner.ir.placement import WHOLE, Placement, Replicate, Shape, Shard, chunk_sizes_text, divides, without_parts
 from tp_planner.ir.plan import Plan, VariablePlan
 from tp_planner.ir.step import Collective
 from tp_planner.passes.check_rules import matching_rules, well_formed
@@ -83,6 +83,8 @@ def list_effects(
             placement=planned[key].placement if key in planned else None,
             local_shape=planned[key].local_shape if key in planned else None,
             style=", ".join(styles.get(key, {})),
+            batch_placement=planned[key].batch_placement if key in planned else WHOLE,
+            slot_placement=planned[key].slot_placement if key in planned else WHOLE,
         )
         for key, variable in variables.items()
     )

@@ -16,8 +16,12 @@ def lint_sections(report: LintReport) -> list[Section]:
     found = Section(_counts(report), items=tuple(_findings(report)))
     if not report.variables:  # the layout file could not be read
         return [Section(f"Lint of layout {report.layout!r}"), found]
-    legend = "S(d): sharded on dim d; the shape per rank is that of rank 0, the largest"
-    return [Section(heading, (legend,)), Section("what the rules do", items=tuple(_rules(report))), found]
+    legend = ["S(d): sharded on dim d; the shape per rank is that of rank 0, the largest"]
+    if any(map(_across, report.variables)):
+        legend.append(
+            "batch S(d), slots S(d): in parts over the batch axis, the variable or an optimizer's slots alone"
+        )
+    return [Section(heading, tuple(legend)), Section("what the rules do", items=tuple(_rules(report))), found]
 
 
 def _counts(report: LintReport) -> str:
@@ -49,10 +53,18 @@ def _effects(variables: Iterable[VariableEffect]) -> Iterator[str]:
 def _effect(variable: VariableEffect) -> str:
     if variable.placement is None or variable.local_shape is None:
         return f"{_shape(variable.shape)}, not planned"
-    if variable.placement == Replicate():
+    if variable.placement == Replicate() and not _across(variable):
         return f"{_shape(variable.shape)}, whole on every rank"
-    shards = f"{_shape(variable.shape)} as {variable.placement}, {_shape(variable.local_shape)} per rank"
+    shards = (
+        f"{_shape(variable.shape)} as {variable.placement}{_across(variable)}, {_shape(variable.local_shape)} per rank"
+    )
     return f"{shards}, {variable.style}" if variable.style else shards
+
+
+def _across(variable: VariableEffect) -> str:
+    """Return how it is stored over the batch axis, "" for whole."""
+    placed = {"batch": variable.batch_placement, "slots": variable.slot_placement}
+    return "".join(f", {what} {placement}" for what, placement in placed.items() if placement != Replicate())
 
 
 def _findings(report: LintReport) -> Iterator[Item]:

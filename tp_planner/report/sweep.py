@@ -26,7 +26,11 @@ def sweep_sections(sweep: Sweep) -> list[Section]:
     """Return the report: a row for each setting, what fits, why settings are refused and layers gathered, notes."""
     sizes = ", ".join(dict.fromkeys(str(degree.setting.size) for degree in sweep.degrees))
     facts = [f"traced with inputs {', '.join(sweep.inputs)}"] if len(sweep.inputs) == 1 else []
-    facts += [f"the layout names mesh axis {name!r} too: it has size 1 here" for name in sweep.other_axes]
+    replicas = any(degree.setting.replicas > 1 for degree in sweep.degrees)
+    if replicas:
+        facts.append("each replica has a batch of its own; zero: what they store in parts, 1 slots, 3 weights too")
+    else:
+        facts += [f"the layout names mesh axis {name!r} too: it has size 1 here" for name in sweep.other_axes]
     facts += guess_lines(sweep.guessed)
     columns = _columns(sweep)
     heads = (*columns, *_NUMBERS, "verdict")
@@ -50,6 +54,9 @@ def _columns(sweep: Sweep) -> dict[str, Callable[[Setting], str]]:
     """Return the columns that tell settings apart, each with its cell of a setting."""
     settings = [degree.setting for degree in sweep.degrees]
     columns: dict[str, Callable[[Setting], str]] = {sweep.axis: lambda setting: str(setting.size)}
+    if any(setting.replicas > 1 for setting in settings):
+        columns["replicas"] = lambda setting: str(setting.replicas)
+        columns["zero"] = lambda setting: str(setting.zero)
     if any(setting.sequence is not None for setting in settings):
         columns["sequence"] = lambda setting: str(setting.sequence)
     if any(setting.sequence_parallel for setting in settings):
