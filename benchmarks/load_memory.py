@@ -4,7 +4,7 @@
 
 The naive way, for comparison, is what is done without tp_planner's readers and writers: each rank builds the model on
 the CPU with Keras, loads the whole file, and keeps its shards; to save it, each rank gathers the whole model, and rank
-0 writes that. Each figure is of processes of its own.
+0 writes that. "apart" is what slices are without shared reading. Each figure is of processes of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 FORMATS = {"h5": "w.weights.h5", "keras": "w.keras", "safetensors": "w.safetensors", "torch": "dcp"}
+WAYS = ("whole file", "apart", "slices")
 SAVINGS = ("checkpoint", "checkpoint, asynchronous", "one file", "one file, model gathered")
 WIDTH = 4096  # a kernel of 64 MiB
 
@@ -56,6 +57,20 @@ def moved() -> dict[str, int]:
     return {"read_mib": int(lines["rchar"]), "written_mib": int(lines["wchar"])}
 
 
+def counting_reads() -> list[int]:
+    """Return a list that from now on takes the length of each read of a file of weights."""
+    from tp_planner.checkpoints.formats.stored import RawFile
+
+    read, plain = [], RawFile.read
+
+    def counted(self: Any, offset: int, length: int) -> Any:
+        read.append(length)
+        return plain(self, offset, length)
+
+    RawFile.read = counted
+    return read
+
+
 def used() -> int:
     """Return the memory in use; from now on the peak is counted."""
     Path("/proc/self/clear_refs").write_text("5")
@@ -79,18 +94,22 @@ def layout_map() -> Any:
     return layouts
 
 
-def load(folder: Path, gib: float, kind: str, naive: bool) -> None:
+def load(folder: Path, gib: float, kind: str, way: str) -> None:
     """Load on this rank, and print what it took as JSON, from rank 0."""
     import keras
 
     import tp_planner
     from tp_planner.api import parallelize
+    from tp_planner.checkpoints import reading
 
+    if way == "apart":
+        reading.MOST_IN_VAIN = float("inf")
+    read = counting_reads()
     with keras.device("meta"):
         model = build(gib)
     plan = tp_planner.plan(model, layout_map())
     before, bytes_before, began = used(), moved(), time.perf_counter()
-    if naive:
+    if way == "whole file":
         model = build(gib)
         path = folder / FORMATS[kind]
         if kind == "keras":
@@ -101,8 +120,9 @@ def load(folder: Path, gib: float, kind: str, naive: bool) -> None:
     else:
         parallelize(model, plan, weights=folder / FORMATS[kind])
     seconds = time.perf_counter() - began
-    way = "whole file" if naive else "slices"
     figures = {"loads": kind, "way": way, "seconds": round(seconds, 2)}
+    if way != "whole file":  # where what arrives from other ranks is among the bytes that the system counts
+        figures["of_file_mib"] = sum(read) >> 20
     say(figures, own(model), _memory("VmHWM") - before - own(model), bytes_before)
 
 
@@ -162,10 +182,11 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=1.0)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--formats", default=",".join(FORMATS), help="those to load")
+    parser.add_argument("--loads-only", action="store_true")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--load", choices=FORMATS, help=argparse.SUPPRESS)
     parser.add_argument("--save", choices=SAVINGS, help=argparse.SUPPRESS)
-    parser.add_argument("--naive", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=WAYS, default="slices", help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ.setdefault("KERAS_BACKEND", "torch")
     if options.load or options.save:
@@ -175,9 +196,10 @@ def main() -> None:
         write(Path(name), options.gib)
         for kind in options.formats.split(","):
             if kind in ("h5", "keras"):  # which Keras itself reads
-                start(options, name, "--load", kind, "--naive")
+                start(options, name, "--load", kind, "--way", "whole file")
+            start(options, name, "--load", kind, "--way", "apart")
             start(options, name, "--load", kind)
-    for way in SAVINGS:
+    for way in () if options.loads_only else SAVINGS:
         with tempfile.TemporaryDirectory() as name:
             start(options, name, "--save", way)
 
@@ -187,7 +209,7 @@ def run_here(options: argparse.Namespace) -> None:
 
     dist.init_process_group("gloo")
     if options.load:
-        load(options.folder, options.gib, options.load, options.naive)
+        load(options.folder, options.gib, options.load, options.way)
     else:
         save(options.folder, options.gib, options.save)
     dist.destroy_process_group()

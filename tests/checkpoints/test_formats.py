@@ -108,6 +108,15 @@ def test_every_part_is_read(
     assert max(reads) <= largest
 
 
+def test_files_of_one_folder_are_read_into_the_same_memory(tmp_path: Path) -> None:
+    """However many there are, one read's bytes are held at a time."""
+    save_safetensors_in_two(tensors(), tmp_path / "safe")
+    with open_weights(tmp_path / "safe") as weights:
+        chunks: Any = [weights.tensors[name].chunks[0].stored for name in ("matrix", "integers")]
+        assert len({str(each.file.path) for each in chunks}) == 2
+        assert len({each.read(0, 2).data_ptr() for each in chunks}) == 1
+
+
 class Shell:
     def __reduce__(self) -> Any:
         return (print, ("code of the file ran",))

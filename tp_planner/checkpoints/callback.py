@@ -9,19 +9,28 @@ from typing import Any
 
 import keras
 import torch.distributed as dist
+from keras.src.utils.python_utils import pythonify_logs
 
 from tp_planner.checkpoints import shelf as shelves
-from tp_planner.checkpoints.saving import load_checkpoint, prepare
+from tp_planner.checkpoints.progress import EpochSoFar, random_state
+from tp_planner.checkpoints.resuming import RestOfEpoch, let_epochs_go_on, rest_of_epoch
+from tp_planner.checkpoints.saving import load_checkpoint, own_device, prepare
 from tp_planner.ir.errors import PlanError
 from tp_planner.job.rendezvous import exchange
 from tp_planner.job.together import together
+from tp_planner.training.counts import counts_of
 
 
 class Checkpoint(keras.callbacks.Callback):
     """Writes a sharded checkpoint every so often, and begins with the newest complete one that is there.
 
     What fit is told about epochs counts from the first run: ``fit(epochs=10)`` that was cut off in the fourth epoch
-    makes seven more. Where a checkpoint was written within an epoch, that epoch begins again.
+    makes seven more. Where a checkpoint was written within an epoch, fit goes on with the batch after it: the epoch
+    begins with the random state that it had begun with, the batches before are read and passed over, and metrics count
+    on. With arrays, a ``keras.utils.PyDataset`` or a ``torch.utils.data.DataLoader`` that shuffle by the global random
+    state or by a seed, losses and weights are those of an undisturbed run. What a generator, or an object with a random
+    state of its own, has given in earlier epochs is not counted: it goes on with what it gives first. An epoch of
+    another number of batches begins again.
 
     Args:
         folder: where checkpoints lie; no other job may write there.
@@ -52,6 +61,9 @@ class Checkpoint(keras.callbacks.Callback):
         self._writing = _Background() if asynchronous else None
         self._mine = contextlib.ExitStack()
         self._epoch = self._batches = 0
+        self._rest: RestOfEpoch | None = None
+        self._begun: dict[str, Any] = {}  # the random state with which the epoch began
+        let_epochs_go_on()
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Take the folder, and load the newest checkpoint in it."""
@@ -63,19 +75,30 @@ class Checkpoint(keras.callbacks.Callback):
         if self.resume and tell(what, there)[0] != "0":
             progress = load_checkpoint(self.model, self.folder)
             self.model._initial_epoch = progress.epoch  # as Keras's BackupAndRestore does
+            self._rest = rest_of_epoch(self.model, progress.folder, self.params.get("steps"), own_device())
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Note which epoch runs."""
+        """Note how the epoch begins; the one of the checkpoint as it began then."""
         self._epoch, self._batches = epoch, 0
+        if self._rest is not None and self._rest.epoch == epoch:
+            self._batches = self._rest.batch
+            self._rest.begin()
+        self._begun = random_state(own_device())
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Write, if it is time."""
         self._batches = batch + 1
+        self._rest = None
         if self.every != "epoch" and self._batches % int(self.every) == 0:
-            self._save(self._epoch, self._batches)
+            known = pythonify_logs(logs)
+            so_far = EpochSoFar(self._begun, self.params.get("steps"), known, [counts_of(self.model)])
+            self._save(self._epoch, self._batches, so_far)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Write, if it is time."""
+        """Write, if it is time; of an epoch of which nothing was left, say what was known of it."""
+        if self._rest is not None and self._rest.epoch == epoch and logs is not None:
+            logs.update({name: value for name, value in self._rest.so_far.logs.items() if name not in logs})
+        self._rest = None
         if self.every == "epoch":
             self._save(epoch + 1, 0)
 
@@ -85,8 +108,9 @@ class Checkpoint(keras.callbacks.Callback):
             if self._writing is not None:
                 self._writing.wait()
 
-    def _save(self, epoch: int, batch: int) -> None:
-        write = prepare(self.model, self.folder, epoch, batch, self.keep, copied=self._writing is not None)
+    def _save(self, epoch: int, batch: int, so_far: EpochSoFar | None = None) -> None:
+        copied = self._writing is not None
+        write = prepare(self.model, self.folder, epoch, batch, self.keep, copied, so_far)
         if self._writing is not None:
             self._writing.start(write)
         else:

@@ -43,10 +43,21 @@ class About:
     layout: dict[str, str]  # placements by name of what is stored in shards
     random_state: dict[str, Any]
     structure: dict[str, str] = field(default_factory=dict)  # places in the model by name of what is stored
+    so_far: dict[str, Any] = field(default_factory=dict)  # ``EpochSoFar``, where it was written within an epoch of fit
 
     def write(self, folder: Path) -> None:
         """Write a file of this."""
         write_new(folder / NAME, json.dumps(asdict(self), indent=1))
+
+
+@dataclass(frozen=True, slots=True)
+class EpochSoFar:
+    """What ``fit`` needs to go on within an epoch, besides how many batches of it were made."""
+
+    random_state: dict[str, Any]  # with which it began
+    batches: int | None  # that it has, if it is known
+    logs: dict[str, Any]  # of the last batch
+    counts: list[Any]  # of the metrics, of each replica
 
 
 def read_about(folder: Path) -> About:

@@ -7,6 +7,7 @@ manifest. One is written aside and gets its name once all ranks have written; a 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -40,6 +41,7 @@ from tp_planner.checkpoints.manifest import check_hashes, hashed, read_manifest,
 from tp_planner.checkpoints.progress import (
     NAME,
     About,
+    EpochSoFar,
     Progress,
     random_state,
     read_about,
@@ -53,6 +55,7 @@ from tp_planner.job.process_group import this_device
 from tp_planner.job.rendezvous import exchange
 from tp_planner.job.together import Telling, together
 from tp_planner.storage.variables import ParallelVariable, is_sharded, local_tensor
+from tp_planner.training.counts import place_among_replicas
 from tp_planner.training.model import applied_to
 
 logger = logging.getLogger("tp_planner")
@@ -82,15 +85,25 @@ def save_checkpoint(
 
 
 def prepare(
-    model: keras.Model, shelf: Path, epoch: int, batch: int, keep: int | None, copied: bool
+    model: keras.Model,
+    shelf: Path,
+    epoch: int,
+    batch: int,
+    keep: int | None,
+    copied: bool,
+    so_far: EpochSoFar | None = None,
 ) -> Callable[[Telling, Any], Path]:
     """Return what writes a checkpoint of the model as it is now, given how ranks tell each other, and their group.
 
-    If the shards are ``copied``, it may write while the model trains on.
+    If the shards are ``copied``, it may write while the model trains on. ``so_far`` is what to say of the epoch that
+    runs, as this replica sees it.
     """
     contents = contents_of(model)
     parts = {name: Part.of(variable, copied) for name, variable in contents.items()}
-    return functools.partial(_write, parts, _about(model, contents, epoch, batch), shelf, keep)
+    about = _about(model, contents, epoch, batch)
+    if so_far is not None:
+        about = dataclasses.replace(about, so_far=dataclasses.asdict(so_far))
+    return functools.partial(_write, parts, about, place_among_replicas(model)[1], shelf, keep)
 
 
 def _require_values(model: keras.Model, what: str) -> None:
@@ -109,7 +122,8 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _device() -> torch.device:
+def own_device() -> torch.device:
+    """Return the device of this process; the host outside of a job."""
     return this_device() if dist.is_initialized() else torch.device("cpu")
 
 
@@ -129,12 +143,14 @@ def _about(model: keras.Model, contents: dict[str, Any], epoch: int, batch: int)
         optimizer=type(optimizer).__name__ if optimizer is not None else "",
         mesh=str(applied.plan.mesh) if applied is not None else "",
         layout=layout,
-        random_state=random_state(_device()),
+        random_state=random_state(own_device()),
         structure=structure_of(model),
     )
 
 
-def _write(parts: dict[str, Part], about: About, shelf: Path, keep: int | None, tell: Telling, group: Any) -> Path:
+def _write(
+    parts: dict[str, Part], about: About, replica: int, shelf: Path, keep: int | None, tell: Telling, group: Any
+) -> Path:
     first = _rank() == 0
 
     def begin() -> str:
@@ -148,8 +164,12 @@ def _write(parts: dict[str, Part], about: About, shelf: Path, keep: int | None, 
         try:
             _write_parts(parts, aside, group)
             own = together(SAVING, lambda: hashed(sorted(aside.glob(f"__{_rank()}_*"))), tell)
-            answers = tell(SAVING, json.dumps(own))
-            together(SAVING, lambda: _seal(shelf, name, about, answers, keep) if first else None, tell)
+            files = {
+                each: tuple(found) for text in tell(SAVING, json.dumps(own)) for each, found in json.loads(text).items()
+            }
+            if about.so_far:
+                about = _of_all_replicas(about, replica, tell)
+            together(SAVING, lambda: _seal(shelf, name, about, files, keep) if first else None, tell)
         except BaseException:
             if first:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -169,11 +189,17 @@ def _write_parts(parts: dict[str, Part], aside: Path, group: Any) -> None:
         raise PlanError(f"rank {rank} cannot write to {aside.parent}: {problem}") from error
 
 
-def _seal(shelf: Path, name: str, about: About, answers: list[str], keep: int | None) -> None:
+def _of_all_replicas(about: About, replica: int, tell: Telling) -> About:
+    """Return it with what the metrics of each replica have counted, where it had that of this one."""
+    answers = [json.loads(text) for text in tell(SAVING, json.dumps([replica, about.so_far["counts"]]))]
+    counts = {place: each for place, (each,) in answers}
+    return dataclasses.replace(about, so_far={**about.so_far, "counts": [counts[place] for place in sorted(counts)]})
+
+
+def _seal(shelf: Path, name: str, about: About, files: dict[str, tuple[int, str]], keep: int | None) -> None:
     """Write what rank 0 alone writes, the manifest last, and give the checkpoint its name."""
     aside = shelf / (shelves.ASIDE + name)
     about.write(aside)
-    files = {each: tuple(found) for answer in answers for each, found in json.loads(answer).items()}
     write_manifest(aside, files | hashed([aside / INDEX, aside / NAME]))
     shelves.finish(shelf, name)
     if keep is not None:
@@ -205,7 +231,7 @@ def load_checkpoint(model: keras.Model, folder: str | Path) -> Progress:
             for variable, tensor in found:
                 reading.read(tensor, pieces_of(variable), local_tensor(variable))
         _leave_sums_to_one(found)
-    set_random_state(about.random_state, _device())
+    set_random_state(about.random_state, own_device())
     return Progress(about.step, about.epoch, about.batch, path)
 
 
