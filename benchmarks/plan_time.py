@@ -172,6 +172,7 @@ def _build(size: Size) -> Any:
     if size.backbone:
         backbone = getattr(keras_hub.models, size.backbone)(num_layers=size.layers, **size.takes)
         return keras_hub.models.LlamaCausalLM(backbone, preprocessor=None) if size.with_loss else backbone
+    sys.setrecursionlimit(10 * size.layers + 1000)  # Keras goes through a Functional model's nodes by recursion
     inputs = outputs = keras.Input((size.takes["width"],))
     for pair in range(size.layers // 2):
         outputs = keras.layers.Dense(size.takes["hidden"], "relu", name=f"pair_{pair}_up")(outputs)

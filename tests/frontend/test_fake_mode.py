@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from tp_planner.frontend import fake_mode
 from tp_planner.frontend.dispatch import WatchingMode, tensors_in, with_tensors_replaced
 from tp_planner.frontend.fake_mode import FakeCpuMode
 
@@ -71,6 +72,7 @@ OPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sum that keeps the dim": lambda x: x.sum(1, keepdim=True),
     "made like another": lambda x: torch.zeros_like(x.t()),
     "view without autograd": lambda x: torch.ops.aten._unsafe_view(x, (6,)),
+    "beside a tensor with a value": lambda x: x.int() * torch.tensor(2.5),
 }
 
 
@@ -92,6 +94,32 @@ def test_numbers_that_are_equal_are_not_taken_for_each_other() -> None:
         whole = torch.empty(3, dtype=torch.int32)
         types = [(whole * number).dtype for number in (1, 1.0, True, 1.0, 1)]
     assert types == [torch.int32, torch.float32, torch.int32, torch.float32, torch.int32]
+
+
+def test_values_last_where_all_tensors_have_them() -> None:
+    """A product of two tensors with values has one, also after such a product without was remembered."""
+    with FakeCpuMode():
+        assert not hasattr((torch.empty(()).int() * torch.tensor(4)).constant, "item")
+        assert [(torch.tensor(3) * torch.tensor(each)).item() for each in (4, 5)] == [12, 15]
+
+
+def test_collectives_are_remembered_by_the_size_of_their_group() -> None:
+    gather = torch.ops._c10d_functional.all_gather_into_tensor
+    with FakeCpuMode():
+        part = torch.empty(2, 3)
+        made = [gather(part, size, "a group") for size in (2, 4, 2, 4)]
+    assert [tuple(each.shape) for each in made] == [(4, 3), (8, 3), (4, 3), (8, 3)]
+    assert len({each.untyped_storage()._cdata for each in (part, *made)}) == 5
+
+
+def test_so_much_is_remembered_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: dict[Any, Any] = {}
+    monkeypatch.setattr(fake_mode, "_ANSWERS", answers)
+    monkeypatch.setattr(fake_mode, "MOST_ANSWERS", 3)
+    with FakeCpuMode():
+        sizes = [tuple((torch.empty(size) + 1).shape) for size in (1, 2, 3, 4, 5, 1)]
+    assert sizes == [(1,), (2,), (3,), (4,), (5,), (1,)]
+    assert len(answers) == 3
 
 
 def test_what_ops_make_has_storages_of_its_own() -> None:

@@ -25,8 +25,11 @@ _CPU = torch.device("cpu")
 _VALUES = frozenset(
     (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 )
-# What ops make: shape, strides and dtype, by all that these depend on.
-_ANSWERS: dict[Hashable, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
+_DEVICE_OF = torch.ops.prim.device.default
+_NAMESPACES = ("aten", "_c10d_functional")
+MOST_ANSWERS = 20_000  # a plan asks some hundred questions; a process that plans all day goes on asking others
+# What ops make: shape, strides, dtype and device, by all that these depend on. The oldest go.
+_ANSWERS: dict[Hashable, tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]] = {}
 
 
 class _NotDescribed(Exception):
@@ -46,6 +49,8 @@ class FakeCpuMode(FakeTensorMode):
         self._computed: Any = WeakTensorKeyDictionary()  # those that may be written to, for nobody else has them
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE_OF and type(args[0]) is FakeTensor:
+            return args[0].fake_device
         if _is_plain_view(func) and not kwargs and self.is_our_fake(args[0]) and args[0].constant is None:
             view = self._view(func, args)
             if view is not None:
@@ -69,21 +74,23 @@ class FakeCpuMode(FakeTensorMode):
 
     def _question(self, func: Any, args: Any, kwargs: Any) -> Hashable | None:
         """Return all that what an op makes depends on; None where that is more than sizes, types and numbers."""
+        values_last = not any(type(each) is FakeTensor and each.constant is None for each in args)
         try:
-            taken = tuple(map(self._described, args))
-            named = tuple((name, self._described(value)) for name, value in kwargs.items()) if kwargs else ()
+            taken = tuple([self._described(each, values_last) for each in args])
+            named = tuple((name, self._described(each, values_last)) for name, each in kwargs.items()) if kwargs else ()
         except _NotDescribed:
             return None
         return func, taken, named, torch.get_default_dtype()
 
-    def _described(self, argument: Any) -> Hashable:
+    def _described(self, argument: Any, values_last: bool) -> Hashable:
+        """Return what an op's result depends on of an argument; beside a tensor without a value no value lasts."""
         kind = type(argument)
-        if kind is FakeTensor and argument.fake_mode is self and argument.constant is None:
-            if argument.layout is not torch.strided or argument.dtype.is_complex:
-                raise _NotDescribed
-            return argument.shape, argument.stride(), argument.dtype
+        if kind is FakeTensor and argument.fake_mode is self and (argument.constant is None or not values_last):
+            return _kind_of(argument)
+        if kind is torch.Tensor and self.allow_non_fake_inputs and not values_last and _is_few_whole_numbers(argument):
+            return _kind_of(argument)
         if kind is tuple or kind is list:
-            return kind, tuple(map(self._described, argument))
+            return kind, tuple([self._described(each, values_last) for each in argument])
         if kind in _VALUES:
             return kind, argument  # for 1, 1.0 and True are equal
         raise _NotDescribed
@@ -92,13 +99,15 @@ class FakeCpuMode(FakeTensorMode):
         """Return what an op makes; from the second time on as it was, where FakeTensorMode's own memory is slower."""
         known = _ANSWERS.get(question)
         if known is not None:
-            shape, stride, dtype = known
+            shape, stride, dtype, device = known
             with in_kernel_invocation_manager(self):
                 empty = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-            return FakeTensor(self, empty, _CPU)
+            return FakeTensor(self, empty, device)
         made: Any = self.dispatch(func, types, args, kwargs)
-        if type(made) is FakeTensor and made.constant is None and made.fake_device == _CPU:
-            _ANSWERS[question] = made.shape, made.stride(), made.dtype
+        if type(made) is FakeTensor and made.constant is None:
+            if len(_ANSWERS) >= MOST_ANSWERS:
+                _ANSWERS.pop(next(iter(_ANSWERS)))
+            _ANSWERS[question] = made.shape, made.stride(), made.dtype, made.fake_device
         return made
 
     def _is_of_constants(self, func: Any, tensors: Sequence[torch.Tensor]) -> bool:
@@ -121,8 +130,8 @@ class FakeCpuMode(FakeTensorMode):
         """Return the fake tensor that stands for a real one, always the same."""
         return self.from_tensor(tensor) if _is_real(tensor) else tensor
 
-    def _view(self, func: Any, args: Any) -> FakeTensor | None:
-        """Return a view as torch's own kernel makes it of a tensor without values; None if it refuses.
+    def _view(self, func: Any, args: Any) -> FakeTensor | list[FakeTensor] | None:
+        """Return a view, or several, as torch's own kernel makes it of a tensor without values; None if it refuses.
 
         Half of all ops are views. FakeTensorMode works them out in Python, and remembers them, which took five times
         as long. What it says of a view that cannot be is for people to read, so a refusal is left to it.
@@ -132,13 +141,17 @@ class FakeCpuMode(FakeTensorMode):
                 view = func(*args)
         except (RuntimeError, ValueError, IndexError):
             return None
+        if type(view) is list:
+            return [FakeTensor(self, each, args[0].fake_device) for each in view]
         return FakeTensor(self, view, args[0].fake_device)
 
 
 @cache
 def _makes_a_tensor(func: Any) -> bool:
     """Whether an op makes one new tensor, and its kind follows from those of its arguments."""
-    if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten" or func in FakeTensorMode.lift_fns:
+    if not isinstance(func, torch._ops.OpOverload) or func.namespace not in _NAMESPACES:
+        return False
+    if func in FakeTensorMode.lift_fns:
         return False
     depends_on_values = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
     if func.is_view or func._schema.is_mutable or depends_on_values.intersection(func.tags):
@@ -150,7 +163,7 @@ def _makes_a_tensor(func: Any) -> bool:
 
 @cache
 def _is_plain_view(func: Any) -> bool:
-    """Whether an op makes one view of its first argument, its only tensor."""
+    """Whether an op makes views of its first argument, its only tensor."""
     if func is _UNSAFE_VIEW:  # a view to all but autograd
         return True
     if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten" or not func.is_view:
@@ -161,7 +174,13 @@ def _is_plain_view(func: Any) -> bool:
         return False  # may return its argument, or a copy
     taken, made = func._schema.arguments, func._schema.returns
     one_tensor = ["Tensor" in str(each.type) for each in taken] == [True] + [False] * (len(taken) - 1)
-    return one_tensor and [str(each.type) for each in made] == ["Tensor"]
+    return one_tensor and [str(each.type) for each in made] in (["Tensor"], ["List[Tensor]"])
+
+
+def _kind_of(tensor: torch.Tensor) -> Hashable:
+    if tensor.layout is not torch.strided or tensor.dtype.is_complex:
+        raise _NotDescribed
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _is_of_numbers(func: Any, args: Any) -> bool:
