@@ -60,6 +60,8 @@ class FakeCpuMode(FakeTensorMode):
         question = self._question(func, args, kwargs) if _makes_a_tensor(func) else None
         if question is not None:
             return self._answer(question, func, types, args, kwargs or {})
+        if DTensor in types:
+            return NotImplemented  # DTensor runs the op on local tensors, and that is asked here again
         if func in _UPDATES:
             return None
         if any(map(_is_real, args)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import keras
@@ -27,13 +27,14 @@ def kept_tensors(layer: keras.Layer) -> Iterator[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def no_fakes_left(model: keras.Model) -> Iterator[None]:
+def no_fakes_left(model: keras.Model, not_called: Set[str] = frozenset()) -> Iterator[None]:
     """Inside, the model runs on fake tensors; afterwards its layers keep none of them, but what they kept before.
 
-    A layer that was built there, and has kept some, is to be built again.
+    A layer that was built there, and has kept some, is to be built again. Layers that are ``not_called`` keep nothing.
     """
-    unbuilt = [layer for layer in named_layers(model).values() if not layer.built]
-    before = [(holder, holder.copy()) for layer in named_layers(model).values() for holder in _holders(layer)]
+    called = [layer for name, layer in named_layers(model).items() if name not in not_called]
+    unbuilt = [layer for layer in called if not layer.built]
+    before = [(holder, holder.copy()) for layer in called for holder in _holders(layer)]
     try:
         yield
     finally:

@@ -89,12 +89,13 @@ class Recorder(WatchingMode):
     ) -> None:
         super().__init__()
         self._blocks = blocks if blocks is not None else Blocks.none()
-        self._known_repeats, self._left_out = repeats, left_out
+        self._known_repeats = repeats
         self._inside: dict[str, tuple[str, ...]] = {  # by block: it and all layers below it
             block: self._blocks.layers[block] for block in self._blocks.signatures
         }
         for repeat in (repeats or {}).values():
             self._inside.update((names[0], names) for names in zip(*repeat.layers, strict=True))
+        self.not_called = frozenset(left_out - self._inside.keys())  # layers inside of those that are not run
         self._twins: dict[Any, int] = {}  # by all that has to be equal: the call
         self._ran: dict[int, _Ran] = {}  # by call: blocks that others may repeat
         self._takers: dict[int, dict[int, Any]] = {}  # by tensor with a gradient: who took it, by call
@@ -263,7 +264,7 @@ class Recorder(WatchingMode):
             why = "what runs again in the backward pass is noted"
             stack.enter_context(wrapped(torch.utils.checkpoint, "checkpoint", self._watching_checkpoint, why))
             for name, layer in self._layers.items():
-                if name in self._left_out and name not in self._inside:
+                if name in self.not_called:
                     continue
                 handles = (
                     layer.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),

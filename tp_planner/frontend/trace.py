@@ -39,6 +39,7 @@ def trace(
     training: bool = False,
     blocks: Blocks | None = None,
     functions: bool = False,
+    surveyed: tuple[dict[str, LayerInfo], dict[str, VariableInfo]] | None = None,
 ) -> ModelGraph:
     """Return the graph of one call of ``model``.
 
@@ -50,6 +51,7 @@ def trace(
         training: trace the call with ``training=True``.
         blocks: which layers are planned alike; of equal ones only the first is run.
         functions: record the calls of torch functions too.
+        surveyed: the model's layers and variables as ``survey`` returns them, where that has been asked.
 
     Raises:
         PlanError: if the model is not built, its inputs are unknown, or it cannot run on fake tensors.
@@ -58,7 +60,7 @@ def trace(
     with fake_tensors():
         arguments = fake_inputs(model, inputs)
         try:
-            layers, variables = survey(model)
+            layers, variables = surveyed or survey(model)
             trainable = frozenset(key for key, variable in variables.items() if variable.trainable)
             # Made before the variables are fake: a torch module inside the model reads its own parameters.
             recorder = Recorder(model, blocks, trainable)
@@ -72,7 +74,8 @@ def trace(
         except BlockNotAlone:
             assert blocks is not None
             others = blocks.without(recorder.not_alone)
-            return trace(model, inputs, training=training, blocks=others, functions=functions)
+            known = layers, variables
+            return trace(model, inputs, training=training, blocks=others, functions=functions, surveyed=known)
         except CapturedVariable as error:
             raise PlanError(
                 f"model {model.name!r} cannot be planned: {in_one_line(error).partition(': ')[2]}"
@@ -173,7 +176,7 @@ def run_recorded(
 
     Layers keep afterwards what they kept before, so that the next call finds the same.
     """
-    with no_fakes_left(model), recorder.watching_layers(), recorder:
+    with no_fakes_left(model, recorder.not_called), recorder.watching_layers(), recorder:
         outputs = arguments.call(model, training)
         losses = [loss for layer in model._flatten_layers() for loss in layer._losses]
     model._clear_losses()

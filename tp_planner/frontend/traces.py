@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from typing import Any
 
 import keras
 
 from tp_planner.frontend.blocks import Blocks
+from tp_planner.frontend.survey import survey
 from tp_planner.frontend.trace import trace
-from tp_planner.ir.graph import ModelGraph
+from tp_planner.ir.graph import LayerInfo, ModelGraph, VariableInfo
 
 
 class Traces:
@@ -22,9 +24,15 @@ class Traces:
         self._model, self._inputs = model, inputs
         self._made: dict[Hashable, ModelGraph] = {}
 
+    @functools.cached_property
+    def _surveyed(self) -> tuple[dict[str, LayerInfo], dict[str, VariableInfo]]:
+        return survey(self._model)
+
     def of(self, blocks: Blocks, training: bool) -> ModelGraph:
         """Return the trace of a call of which only one of each of the ``blocks`` is run."""
         key = tuple(blocks.signatures.items()), training
         if key not in self._made:
-            self._made[key] = trace(self._model, self._inputs, training=training, blocks=blocks, functions=True)
+            self._made[key] = trace(
+                self._model, self._inputs, training=training, blocks=blocks, functions=True, surveyed=self._surveyed
+            )
         return self._made[key]

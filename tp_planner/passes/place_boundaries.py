@@ -206,7 +206,8 @@ def _plan_again(plan: LayerPlan, names: Mapping[str, str], tensors: Mapping[str,
         return _QUOTED.sub(lambda quoted: repr(names.get(quoted[1], quoted[1])), text)
 
     def renamed(boundary: Boundary) -> Boundary:
-        return replace(boundary, tensor=tensors.get(boundary.tensor, boundary.tensor))
+        tensor = tensors.get(boundary.tensor, boundary.tensor)
+        return boundary if tensor == boundary.tensor else replace(boundary, tensor=tensor)
 
     layer = names[plan.layer]
     return replace(
