@@ -102,8 +102,7 @@ class FakeCpuMode(FakeTensorMode):
         known = _ANSWERS.get(question)
         if known is not None:
             shape, stride, dtype, device = known
-            with in_kernel_invocation_manager(self):
-                empty = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+            empty = torch.empty_strided(shape, stride, dtype=dtype, device="meta")  # no mode is left that sees it
             return FakeTensor(self, empty, device)
         made: Any = self.dispatch(func, types, args, kwargs)
         if type(made) is FakeTensor and made.constant is None:
