@@ -277,7 +277,7 @@ def _require_left_to_the_search(asked: _Asked) -> None:
     said = [*(["batch_axis"] if asked.batch_axis is not None else []), *asked.of_the_plan]
     if said:
         raise PlanError(
-            f"layout 'auto' has one axis, and no sequence parallelism; find a layout with tp_planner.find_layout, "
+            f"layout 'auto' is found for one axis, with what is cheapest; find a layout with tp_planner.find_layout, "
             f"and give that with {' and '.join(said)}"
         )
 

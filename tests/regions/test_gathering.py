@@ -312,7 +312,7 @@ def test_only_numbers_of_gathers_are_taken(call: Callable[..., Any], ahead: Any)
         (
             "auto",
             {"batch_axis": "batch", "gathers_ahead": 2},
-            "layout 'auto' has one axis, and no sequence parallelism; find a layout with tp_planner.find_layout, "
+            "layout 'auto' is found for one axis, with what is cheapest; find a layout with tp_planner.find_layout, "
             "and give that with batch_axis and gathers_ahead",
         ),
     ],

@@ -13,7 +13,9 @@ import pytest
 import torch.distributed as dist
 
 import tp_planner
+from tests.families import FAMILIES
 from tests.models import CASES, Batch, Case, building, randomize
+from tests.test_families import OF_ITS_OWN, assert_same_function, batches, train_both
 from tests.test_parity import (
     BATCH_SIZE,
     STEPS,
@@ -25,13 +27,14 @@ from tests.test_parity import (
     make_batches,
     train,
 )
-from tests.workers import WorkerPool, layout_map
+from tests.workers import Pools, WorkerPool, layout_map
 from tp_planner.frontend.hardware_file import find_hardware_file, read_hardware_file
 from tp_planner.frontend.survey import survey
 from tp_planner.ir.hardware import Figure, FigureRange, Hardware
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
 from tp_planner.planner import make_plan
+from tp_planner.report.found import found_sections
 from tp_planner.search.find import search
 from tp_planner.search.found import Found
 from tp_planner.search.prices import seconds_of
@@ -102,8 +105,8 @@ def found_for(case: Case, parts: int = 2) -> Found:
 # On the ranks
 
 
-def train_found(case: Case, rules: dict[str, Any]) -> tuple[Record | None, Record]:
-    """Train alone on rank 0, then sharded as the rules say."""
+def train_found(case: Case, rules: dict[str, Any], on_stream: bool) -> tuple[Record | None, Record]:
+    """Train alone on rank 0, then sharded as was found."""
     batches = make_batches(case)
     records = []
     for sharded in (False, True):
@@ -112,7 +115,7 @@ def train_found(case: Case, rules: dict[str, Any]) -> tuple[Record | None, Recor
             continue
         model = case.build("float64")
         if sharded:
-            tp_planner.parallelize(model, layout_map(rules), inputs=batches[0][0])
+            tp_planner.parallelize(model, layout_map(rules), inputs=batches[0][0], sequence_parallel=on_stream)
         record = begin(model, case, "float64", batches[0])
         train(model, case, "float64", batches[:STEPS], record)
         records.append(record)
@@ -140,13 +143,41 @@ def test_found_layout_trains_as_one_device(workers: WorkerPool, name: str) -> No
     found = found_for(case)
     assert any(variable.is_sharded for variable in found.plan.variables)
     rules = {rule.pattern: rule.axes for rule in found.layout.rules}
-    ranks = workers.run(train_found, case, rules)
+    ranks = workers.run(train_found, case, rules, found.layout.sequence_parallel)
     single = ranks[0][0]
     assert single is not None
     for _, sharded in ranks:
         assert differences(sharded.outputs, single.outputs, TOLERANCE["float64"]) == {}
         assert gradient_differences(sharded, single, TOLERANCE["float64"]) == {}
         assert differences(sharded.weights, single.weights, TOLERANCE["float64"]) == {}
+
+
+def found_for_family(name: str) -> Found:
+    inputs = batches(name)[0][0]
+    return search(FAMILIES[name].build(), Mesh((("model", 2),)), fast_links(), inputs, keras.optimizers.AdamW())
+
+
+def test_the_stream_is_found_in_shards() -> None:
+    """Where that is cheaper; what is proven is of the layout without, and files and Keras's map say it."""
+    found = found_for_family("llama3")
+    below = found.best.proven
+    assert found.plan.shards_stream
+    assert not below.plan.shards_stream
+    assert found.cost < below.cost
+    assert found.bound <= below.cost
+    assert found.layout_map().sequence_parallel
+    assert "sequence_parallel = true" in found.toml.splitlines()
+    (section,) = found_sections(found.figures)
+    without = f"and {1e3 * below.cost:#.4g} ms without; what follows is of the layout without"
+    assert section.sentences[0].endswith(f"ms (the high end) with stream in shards, {without}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_found_layout_of_a_family_trains_as_one_device(pools: Pools, name: str) -> None:
+    found = found_for_family(name)
+    assert any(variable.is_sharded for variable in found.plan.variables)
+    assert_same_function(pools(2).run(train_both, name, found.plan), OF_ITS_OWN.get(name, TOLERANCE["float32"]))
 
 
 @pytest.mark.slow

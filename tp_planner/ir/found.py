@@ -12,26 +12,30 @@ from tp_planner.ir.layout import LayoutRule
 class CandidateFigures:
     """A layout that was planned: its rules, the seconds of its step, and what else its plan comes to.
 
-    ``program_seconds`` are what the search's program says of it.
+    ``program_seconds`` are what the search's program says of it; ``beyond`` is what it has that the program does not
+    know.
     """
 
     rules: tuple[LayoutRule, ...]
     seconds: float
     program_seconds: float
     figures: Figures
+    beyond: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class FoundFigures:
     """The cheapest layout of a search, and what it is compared with. Times are the high ends of estimates.
 
-    ``bound`` is what no layout of the search takes less than. ``whole`` has nothing sharded.
+    ``proven`` is the best without what the program does not know, of which ``bound`` and ``gap`` speak: no layout that
+    the program knows takes less. ``whole`` has nothing sharded.
     """
 
     model: str
     mesh: str
     hardware: str
     best: CandidateFigures
+    proven: CandidateFigures
     bound: float
     gap: float
     whole: CandidateFigures

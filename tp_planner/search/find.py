@@ -1,11 +1,14 @@
 """Find a layout: an integer program over all layouts of a space, and a plan of what it chooses.
 
 The space: each variable is replicated, or sharded on a dim that divides by the size of the model axis; variables of
-equal blocks alike, and vectors of one layer. How layers are computed follows, as in every plan.
+equal blocks alike, and vectors of one layer. How layers are computed follows, as in every plan. On top of what is
+found, vocabularies are tried in unequal parts, the residual stream in shards of the sequence, and where nothing fits
+the memory what replicas store in parts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -30,7 +33,7 @@ from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.graph import ModelGraph, VariableInfo
 from tp_planner.ir.hardware import Hardware
-from tp_planner.ir.layout import Layout, LayoutRule
+from tp_planner.ir.layout import Layout, LayoutRule, Zero
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.placement import WHOLE, Placement, Shape, Shard, divides
 from tp_planner.ir.plan import Boundary
@@ -44,6 +47,7 @@ from tp_planner.search.prices import Prices, seconds_of
 from tp_planner.search.program import Solution
 from tp_planner.search.refusals import refused_regions
 from tp_planner.search.rules import axes_of, escaped, write_rules
+from tp_planner.search.stream import as_sums
 from tp_planner.search.unequal import unequal_parts
 from tp_planner.search.ways import Walker
 
@@ -185,9 +189,10 @@ class _Search:
     formulation: Formulation
     memory: float | None
     covers_all: bool = True  # whether nothing is forbidden that could be planned
+    is_limited: bool = False  # whether the program knows of the memory
 
     def run(self) -> Found:
-        planned: dict[tuple[Placement, ...], Candidate] = {}
+        planned: dict[Layout, Candidate] = {}
         bound, lowest = 0.0, 0.0  # of all layouts, and of those that are not forbidden yet
         for _ in range(MOST_ROUNDS):
             stage(f"solving for a layout of {self.base.plan.model}")
@@ -198,35 +203,67 @@ class _Search:
             if solution is None or (best is not None and lowest >= best.cost):
                 break
             stored = self.formulation.stored(solution)
-            key, program_cost = tuple(stored.values()), solution.cost + self.formulation.constant
-            if key not in planned and len(planned) == MOST_PLANS:
+            layout, program_cost = self._layout(stored), solution.cost + self.formulation.constant
+            if layout not in planned and len(planned) == MOST_PLANS:
                 break
-            known = planned.get(key)
-            candidate = replace(known, program_cost=program_cost) if known else self._planned(stored, program_cost)
-            planned[key] = candidate
+            known = planned.get(layout)
+            candidate = replace(known, program_cost=program_cost) if known else self._planned(layout, program_cost)
+            planned[layout] = candidate
             if self._fits(candidate.plan) and candidate.cost <= program_cost * (1 + CLOSE):
                 break
-            self._refuse(solution, stored, candidate.plan)
+            if not self._fits(candidate.plan):
+                self._limit(planned)
+                self.formulation.forbid(stored)
+            else:
+                self._refuse(solution, stored, candidate.plan)
         self._try_unequal_parts(planned)
+        self._try_shards_of_the_stream(planned)
+        self._try_parts_of_replicas(planned)
         return self._found(tuple(planned.values()), bound)
 
-    def _try_unequal_parts(self, planned: dict[tuple[Placement, ...], Candidate]) -> None:
-        """Plan the cheapest layout with vocabularies in unequal parts too, of which the program does not know."""
+    # What the program does not know of
+
+    def _try_unequal_parts(self, planned: dict[Layout, Candidate]) -> None:
+        """Plan the cheapest layout with vocabularies in unequal parts, too."""
         best = self._cheapest(planned.values())
         unequal = unequal_parts(self.formulation.graph, self.base.plan.axis_size)
         if best is None or not unequal:
             return
-        variables = self.formulation.graph.variables
-        key = next(each for each, candidate in planned.items() if candidate is best)
-        stored = dict(zip(variables, key, strict=True)) | unequal
-        planned[tuple(stored.values())] = self._planned(stored, None)
+        stored = {each.key: each.placement for each in best.plan.variables} | unequal
+        self._try(self._layout(stored), best, planned)
+
+    def _try_shards_of_the_stream(self, planned: dict[Layout, Candidate]) -> None:
+        """Plan the cheapest layout with the residual stream in shards of the sequence, too.
+
+        Where nothing fits the memory it is the one that takes the least.
+        """
+        best = self._cheapest(planned.values()) or min(planned.values(), key=_peak)
+        options = {each.key: group.options for group in self.formulation.groups for each in group.variables}
+        sums = as_sums(best.plan, self.formulation.graph, options)
+        if sums is None or not any(each.is_sharded for each in best.plan.variables):
+            return
+        stored = {each.key: each.placement for each in best.plan.variables} | sums
+        self._try(replace(self._layout(stored), sequence_parallel=True), best, planned)
+
+    def _try_parts_of_replicas(self, planned: dict[Layout, Candidate]) -> None:
+        """Where nothing fits the memory, plan what takes the least with slots, then with weights, in parts, too."""
+        smallest = min(planned.values(), key=_peak, default=None)
+        if smallest is None or self.base.plan.replicas == 1:
+            return
+        stages: tuple[Zero, ...] = (1, 3)
+        for zero in stages:
+            if self._cheapest(planned.values()) is None:
+                self._try(replace(smallest.layout, zero=zero), smallest, planned)
+
+    def _try(self, layout: Layout, below: Candidate | None, planned: dict[Layout, Candidate]) -> None:
+        """Plan a layout, if it can be, and the stream can be in shards where it asks for that."""
+        with contextlib.suppress(PlanError):
+            candidate = replace(self.planner.candidate(layout), on_top_of=below)
+            if candidate.plan.shards_stream == layout.sequence_parallel:
+                planned[layout] = candidate
 
     def _refuse(self, solution: Solution, stored: Stored, plan: Plan) -> None:
-        """Forbid what has been planned, and was not what the program said, or does not fit."""
-        if not self._fits(plan):
-            self._limit(plan)
-            self.formulation.forbid(stored)
-            return
+        """Forbid what has been planned, and was not what the program said."""
         refused = list(refused_regions(self.formulation.graph, self.formulation.chosen(solution), plan))
         for columns in refused:
             self.formulation.forbid_together(columns)
@@ -241,9 +278,14 @@ class _Search:
             raise PlanError(_too_large(self.base, candidates, self.memory))
         others = sorted((each for each in candidates if each is not best), key=lambda each: each.cost)
         name, hardware = self.base.plan.model, self.planner.hardware.name
-        return Found(name, hardware, best, min(bound, best.cost), self.base, tuple(others))
+        return Found(name, hardware, best, min(bound, best.proven.cost), self.base, tuple(others))
 
-    def _planned(self, stored: Stored, program_cost: float | None) -> Candidate:
+    def _planned(self, layout: Layout, program_cost: float) -> Candidate:
+        if layout == self.base.layout:
+            return replace(self.base, program_cost=program_cost)
+        return self.planner.candidate(layout, program_cost)
+
+    def _layout(self, stored: Stored) -> Layout:
         variables, mesh, axis = self.formulation.graph.variables, self.base.layout.mesh, self.base.plan.axis
         placed = {
             variables[key].path: axes_of(placement, len(variables[key].shape), axis)
@@ -251,9 +293,8 @@ class _Search:
             if isinstance(placement, Shard)
         }
         if not placed:
-            return replace(self.base, program_cost=program_cost or self.base.cost)
-        rules = write_rules(placed, [each.path for each in variables.values()])
-        return self.planner.candidate(Layout(mesh, rules), program_cost)
+            return self.base.layout
+        return Layout(mesh, write_rules(placed, [each.path for each in variables.values()]))
 
     def _cheapest(self, candidates: Iterable[Candidate]) -> Candidate | None:
         return min((each for each in candidates if self._fits(each.plan)), key=lambda each: each.cost, default=None)
@@ -261,15 +302,28 @@ class _Search:
     def _fits(self, plan: Plan) -> bool:
         return self.memory is None or plan.step.memory.peak.total <= self.memory
 
-    def _limit(self, plan: Plan) -> None:
-        """Leave room for what this plan holds besides its variables, their gradients and slots."""
+    def _limit(self, planned: dict[Layout, Candidate]) -> None:
+        """Leave room for the least that a plan holds besides variables, their gradients and slots.
+
+        The layout of which a rank stores the least is planned for that: much of the rest becomes less with it.
+        """
         assert self.memory is not None
-        use = plan.step.memory.peak
-        self.formulation.limit_memory(self.memory - use.activations - use.temporaries)
+        if self.is_limited:
+            return
+        stored = self.formulation.of_least_memory()
+        if stored is not None and (layout := self._layout(stored)) not in planned:
+            self._try(layout, None, planned)
+        uses = [candidate.plan.step.memory.peak for candidate in planned.values()]
+        self.formulation.limit_memory(self.memory - min(use.activations + use.temporaries for use in uses))
+        self.is_limited = True
+
+
+def _peak(candidate: Candidate) -> int:
+    return candidate.plan.step.memory.peak.total
 
 
 def _too_large(base: Candidate, candidates: Sequence[Candidate], memory: float) -> str:
-    smallest = min(each.plan.step.memory.peak.total for each in (base, *candidates))
+    smallest = min(map(_peak, (base, *candidates)))
     return (
         f"no layout of {base.plan.model!r} on a mesh of {base.layout.mesh} that was planned fits {memory:.4g} bytes; "
         f"the smallest peak is {smallest:.4g} bytes: give more ranks, more memory or a smaller batch"

@@ -216,11 +216,20 @@ class Formulation:
 
     def limit_memory(self, most: float) -> None:
         """Let the variables, their gradients and the optimizer's slots take no more than ``most`` bytes."""
-        entries = {}
-        for group in self.groups:
-            for option, column in self.states[Slot("stored", group.key)].items():
-                entries[column] = sum(self.prices.memory_of_storing(each, option) for each in group.variables) / 1e6
-        self.program.row(entries, 0.0, most / 1e6)
+        self.program.row({column: bytes / 1e6 for column, bytes in self._memory().items()}, 0.0, most / 1e6)
+
+    def of_least_memory(self) -> Stored | None:
+        """Return how variables are stored where they, their gradients and slots take the least; None if forbidden."""
+        solution = self.program.solve(self._memory())
+        return None if solution is None else self.stored(solution)
+
+    def _memory(self) -> dict[int, float]:
+        """Return the bytes that are held for good, by the columns of what is stored."""
+        return {
+            column: sum(self.prices.memory_of_storing(each, option) for each in group.variables)
+            for group in self.groups
+            for option, column in self.states[Slot("stored", group.key)].items()
+        }
 
     def forbid(self, stored: Stored) -> None:
         """Let the solution not store all matrices so; with other vectors it would be much the same."""

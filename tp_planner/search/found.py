@@ -16,17 +16,34 @@ from tp_planner.readable_plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A layout that was planned: what its plan costs, and what the program says that it costs. Seconds of a step."""
+    """A layout that was planned: what its plan costs, and what the program says that it costs. Seconds of a step.
+
+    What the program does not know of stands on top of a candidate without it.
+    """
 
     layout: Layout
     plan: Plan
     cost: float
     program_cost: float
+    on_top_of: Candidate | None = None
+
+    @property
+    def proven(self) -> Candidate:
+        """The candidate of which the program knows all."""
+        return self if self.on_top_of is None else self.on_top_of.proven
 
     @property
     def figures(self) -> CandidateFigures:
         """The candidate in figures."""
-        return CandidateFigures(self.layout.rules, self.cost, self.program_cost, figures_of(self.plan))
+        beyond = () if self.on_top_of is None else self._beyond(self.on_top_of)
+        return CandidateFigures(self.layout.rules, self.cost, self.program_cost, figures_of(self.plan), beyond)
+
+    def _beyond(self, below: Candidate) -> tuple[str, ...]:
+        if self.layout.zero != below.layout.zero:
+            what = "slots in parts" if self.layout.zero == 1 else "weights in parts"
+        else:
+            what = "stream in shards" if self.layout.sequence_parallel else "unequal parts"
+        return (*below.figures.beyond, what)
 
 
 ERROR = 0.02  # by which the program's cost may differ from the plan's
@@ -42,8 +59,10 @@ class Found:
     """The cheapest layout of a search.
 
     ``cost`` is what its plan's training step is estimated to take, in seconds (the high end of ``estimate_time``);
-    ``bound`` is what no layout in the search space takes less than, as the solver proves of the program. ``whole``
-    has nothing sharded. ``runners_up`` are the other layouts that were planned, the cheapest first.
+    ``bound`` is what no layout in the search space takes less than, as the solver proves of the program. Of what stands
+    on top of a layout, such as the stream in shards, the proof does not speak: error, gap and bound are then
+    of the layout without it, which is ``best.proven``. ``whole`` has nothing sharded. ``runners_up`` are the other
+    layouts that were planned, the cheapest first.
     """
 
     model: str
@@ -68,7 +87,7 @@ class Found:
     @property
     def error(self) -> float:
         """By which fraction the plan costs more than the program says; less than 0 where it costs less."""
-        return self.best.cost / self.best.program_cost - 1
+        return self.best.proven.cost / self.best.proven.program_cost - 1
 
     @property
     def gap(self) -> float:
@@ -76,17 +95,19 @@ class Found:
 
         Where program and plan agree it is said in the program's costs, else of the plan's.
         """
-        reached = self.best.program_cost if is_as_planned(self.best) else self.best.cost
-        return max(0.0, 1 - self.bound / min(reached, self.best.cost))
+        proven = self.best.proven
+        reached = proven.program_cost if is_as_planned(proven) else proven.cost
+        return max(0.0, 1 - self.bound / min(reached, proven.cost))
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What is to be said of the proof."""
-        if is_as_planned(self.best):
+        proven = self.best.proven
+        if is_as_planned(proven):
             return ()
         return (
-            f"the plan's step takes {1e3 * self.best.cost:.4g} ms, the program said {1e3 * self.best.program_cost:.4g} "
-            f"ms: they are more than {ERROR:.0%} apart",
+            f"the plan's step takes {1e3 * proven.cost:.4g} ms, the program said {1e3 * proven.program_cost:.4g} ms: "
+            f"they are more than {ERROR:.0%} apart",
         )
 
     @property
@@ -97,6 +118,7 @@ class Found:
             mesh=str(self.layout.mesh),
             hardware=self.hardware,
             best=self.best.figures,
+            proven=self.best.proven.figures,
             bound=self.bound,
             gap=self.gap,
             whole=self.whole.figures,
@@ -117,6 +139,7 @@ class Found:
         layout_map = keras.distribution.LayoutMap(keras.distribution.DeviceMesh(shape, axes, names))
         for rule in self.layout.rules:
             layout_map[rule.pattern] = rule.axes
+        layout_map.sequence_parallel, layout_map.zero = self.layout.sequence_parallel, self.layout.zero
         return layout_map
 
 

@@ -55,9 +55,12 @@ class IntegerProgram:
         """Let the sum of the columns times their entries be ``value``."""
         self.row(entries, value, value)
 
-    def solve(self) -> Solution | None:
-        """Return the cheapest solution; None if there is none."""
-        costs = np.asarray(self.costs)
+    def solve(self, costs: Mapping[int, float] | None = None) -> Solution | None:
+        """Return the cheapest solution, if columns cost what they do, or else these; None if there is none."""
+        each = self.costs if costs is None else [costs.get(column, 0.0) for column in range(len(self.costs))]
+        return self._solve(np.asarray(each))
+
+    def _solve(self, costs: np.ndarray) -> Solution | None:
         scale = 1e6 / max(float(np.abs(costs).max(initial=0.0)), 1e-300)  # HiGHS's tolerances are absolute
         entries = [(row, column, value) for row, each in enumerate(self._rows) for column, value in each.items()]
         rows, columns, values = zip(*entries, strict=True)
