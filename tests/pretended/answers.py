@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from tests.pretended.reports import report
+from tests.pretended.reports import report, waits
 from tests.pretended.storages import on_device, plain, said, say, tensors_in
 
 CPU = torch.device("cpu")
@@ -22,6 +22,7 @@ _FACTORIES = {
     "tensor", "as_tensor", "asarray", "from_numpy", "zeros", "ones", "empty", "full", "rand", "randn", "randint",
     "randperm", "arange", "eye", "linspace", "normal", "bernoulli", "tril_indices", "triu_indices", "empty_strided",
 }  # fmt: skip
+_OF_VALUES = {"tensor", "as_tensor", "asarray"}  # copied from the host, which waits for it
 current_device = [0]
 
 
@@ -49,6 +50,8 @@ class Answers(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in _TO_HOST and on_device(args[0]):
             report(f"Tensor.{name} of a tensor on the device")
+        if name == "pin_memory":  # memory of the host
+            return args[0].clone()
         if name == "get_device" and on_device(args[0]):
             return current_device[0]
         if name in ("to", "cuda", "cpu") and args and isinstance(args[0], torch.Tensor):
@@ -60,6 +63,8 @@ def _moved(name: str, tensor: torch.Tensor, args: Any, kwargs: dict[str, Any]) -
     """``Tensor.to`` and its like: another storage where the device changes, as with real devices."""
     wanted, args = _destination(name, args, kwargs)
     before = on_device(tensor)
+    if wanted is not None and wanted != before and plain(tensor) is not None and not kwargs.get("non_blocking"):
+        waits(f"Tensor.{name} {'to' if wanted else 'from'} the device")
     moved = torch.Tensor.to(tensor, *args, **kwargs)
     source, result = plain(tensor), plain(moved)
     if wanted is None or source is None or result is None:
@@ -97,6 +102,8 @@ def _made(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     asked = "cuda" if isinstance(device, int) and not isinstance(device, bool) else type_of(device)
     if asked == "cuda":
         kwargs["device"] = CPU
+        if name in _OF_VALUES and not on_device(args[0]):
+            waits(f"{name} of values of the host")
     args = tuple(CPU if isinstance(each, torch.device) and each.type == "cuda" else each for each in args)
     made = func(*args, **kwargs)
     if asked == "cuda":

@@ -5,7 +5,6 @@ A dispatch mode, so it sees every op, whoever calls it; what an op makes is wher
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.pretended.answers import CPU, is_faking, type_of
-from tests.pretended.reports import report
+from tests.pretended.reports import report, waits
 from tests.pretended.storages import said, say, tensors_in
 
 # Ops that copy between devices, or take indices and scalars of the host.
@@ -23,7 +22,6 @@ MAY_MIX = {
     "copy_", "_to_copy", "index", "index_put_", "index_put", "_index_put_impl_", "set_", "_local_scalar_dense",
     "_pin_memory",
 }  # fmt: skip
-synchronising: Counter[str] = Counter()  # ops for whose result the host waits
 
 
 class Kernels(TorchDispatchMode):
@@ -47,7 +45,7 @@ class Kernels(TorchDispatchMode):
             shapes = [f"{'cuda' if said(each) else 'cpu'} {tuple(each.shape)}" for each in given]
             report(f"{func} of tensors on two devices: {', '.join(shapes)}")
         if name == "_local_scalar_dense" and said(given[0]):
-            synchronising[_reader()] += 1
+            waits("a value of a tensor")
         asked = type_of(kwargs.get("device")) == "cuda"  # torch's own code is told the true device, and names that
         if asked:
             kwargs["device"] = CPU
@@ -65,9 +63,3 @@ def _where(name: str, given: list[torch.Tensor], marks: set[bool | None]) -> boo
     if name in MAY_MIX:
         return said(given[0]) if given else None
     return True if True in marks else (False if False in marks else None)
-
-
-def _reader() -> str:
-    from tests.pretended.reports import _where as place
-
-    return place()

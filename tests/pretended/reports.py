@@ -1,4 +1,4 @@
-"""Reports: what would have failed on a machine with GPUs, and where in whose code."""
+"""Reports: what would have failed on a machine with GPUs, where the host would have waited, and where in whose code."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ FRAMES = 6
 reports: Counter[tuple[str, str]] = Counter()  # (what, where), and how often
 
 
+waiting: Counter[tuple[str, str]] = Counter()  # for what the host waits, and where
+
+
 def report(what: str) -> None:
     reports[what, _where()] += 1
+
+
+def waits(what: str) -> None:
+    waiting[what, _where()] += 1
 
 
 def _where() -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,8 @@ import tp_planner
 from tests.families import FAMILIES
 from tests.layers.test_generation import prompts
 from tests.models import Case
-from tests.pretended.kernels import synchronising
 from tests.pretended.machine import start
-from tests.pretended.reports import reports
+from tests.pretended.reports import reports, waiting
 from tests.pretended.storages import on_device
 from tests.replicas import MODELS, also_over_batch
 from tests.training.test_training import OPTIMIZERS
@@ -188,6 +187,21 @@ def generate(name: str) -> Seen:
     return Seen([], [], dict(reports))
 
 
+def plan_for_cuda(name: str) -> str:
+    """Return the JSON of a family's plan for CUDA devices."""
+    family = FAMILIES[name]
+    with keras.device("cpu"):
+        keras.utils.clear_session()
+        model = family.build()
+    inputs, _ = family.batch(np.random.default_rng(0), 2)
+    return tp_planner.plan(model, replace(family.layout(2), devices="cuda"), inputs=inputs).to_json()
+
+
+PLANNED = (
+    "gpt2", "gemma", "llama3", "bert", "vit", "t5", "whisper", "mixtral", "qwen3_moe", "gemma2", "phi3", "opt",
+)  # fmt: skip
+
+
 CASES: dict[str, Callable[[], Seen]] = {
     "gpt": partial(train, "gpt", {}),
     "gpt, planned before": partial(train, "gpt", {}, planned_first=True),
@@ -224,18 +238,22 @@ def _waits(name: str, optimizer: str, jit: bool, sizes: Mapping[str, Any]) -> di
     x, y = case.batch(np.random.default_rng(0), BATCH_SIZE)
     model = built(case, **sizes)
     tp_planner.parallelize(model, layout(case.rules), inputs=x)
-    model.compile(OPTIMIZERS[optimizer](), case.make_loss(), jit_compile=jit)
+    model.compile(OPTIMIZERS[optimizer](), case.make_loss(), metrics=METRICS.get(name), jit_compile=jit)
     data = keras.tree.map_structure(lambda leaf: torch.as_tensor(leaf, device="cuda"), (x, y))
     for _ in range(3):
         model.train_step(data)
-    synchronising.clear()
+    waiting.clear()
     model.train_step(data)
-    return dict(synchronising)
+    return {f"{what}: {where}": times for (what, where), times in waiting.items()}
 
+
+METRICS = {"gpt": ["accuracy"], "mlp": ["mae"]}
 
 STEPS_WITHOUT_WAITING: dict[str, tuple[str, str, bool, Mapping[str, Any]]] = {
     "adamw": ("gpt", "adamw", False, {}),
     "adamw, replayed": ("gpt", "adamw", True, {}),
+    "dropout": ("gpt", "adamw", False, {"dropout": 0.1}),
+    "dropout, replayed": ("gpt", "adamw", True, {"dropout": 0.1}),
     "a mask of padding": ("llama", "adamw", False, {}),
     "momentum": ("mlp", "momentum", False, {}),
     "norms clipped": ("mlp", "clip each norm", False, {}),
@@ -293,6 +311,15 @@ def test_nothing_is_reported(gpus: WorkerPool, case: str, tmp_path: Path) -> Non
     for seen in gpus.run(run_case, case, tmp_path):
         assert seen.reports == {}
         assert seen.losses == pytest.approx(seen.expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "gemma" else pytest.param(name, marks=pytest.mark.slow) for name in PLANNED]
+)
+def test_plans_are_those_made_outside_of_the_job(gpus: WorkerPool, name: str) -> None:
+    """Byte for byte; Gemma's attention also asks on its own whether there is a GPU."""
+    expected = plan_for_cuda(name)
+    assert gpus.run(plan_for_cuda, name) == [expected, expected]
 
 
 def test_the_host_waits_for_no_value(gpus: WorkerPool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from keras.src.models.model import Trainer  # that of the backend
 
 from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.ir.placement import Shard
+from tp_planner.job.process_group import device_type
 from tp_planner.layers.apply import Applied
 from tp_planner.layers.generation import generating_together
 from tp_planner.patches import wrap_for_good
@@ -24,7 +26,8 @@ from tp_planner.training.accumulation import why_in_each
 from tp_planner.training.averaging import Averaging
 from tp_planner.training.buckets import Bucket, SharedBucket
 from tp_planner.training.changing import refuse_changes
-from tp_planner.training.draws import OwnDraws, own_seeds
+from tp_planner.training.constants import constants_without_waiting
+from tp_planner.training.draws import OwnDraws, follow_seeds
 from tp_planner.training.entries import PHASES, entering
 from tp_planner.training.exporting import refuse_export
 from tp_planner.training.losses import loss_of_share
@@ -74,6 +77,8 @@ def take_over(model: keras.Model, applied: Applied) -> None:
     if hasattr(model, "generate_step"):
         _override(model, "generate", generating_together(model, applied.plan, applied.axes), applied)
     _add_summands(model, applied)
+    generators = (each for layer in named_layers(model).values() for each in layer._seed_generators)
+    follow_seeds(generators, 0 if applied.replicas is None else applied.replicas.axis.rank, applied.undo)
     if applied.replicas is not None:
         _take_replicas_into_account(model, applied, applied.replicas)
     if has_to_be_fed_alike(applied):
@@ -149,11 +154,6 @@ def _take_replicas_into_account(model: keras.Model, applied: Applied, replicas: 
     draws = OwnDraws(replicas.axis.rank)
     applied.undo.append(model.register_forward_pre_hook(draws.begin, prepend=True).remove)
     applied.undo.append(model.register_forward_hook(draws.end, always_call=True).remove)
-    if replicas.axis.rank:
-        generators = [each for layer in named_layers(model).values() for each in layer._seed_generators]
-        for generator in {id(each): each for each in generators}.values():  # layers may share one
-            own_seeds(generator, replicas.axis.rank)
-            applied.undo.append(functools.partial(generator.__dict__.pop, "next"))
 
 
 def _reporting_all(model: keras.Model, plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -237,7 +237,7 @@ def _override(model: keras.Model, name: str, function: Callable[..., Any], appli
 
 
 def _training_step(model: keras.Model) -> Callable[..., Any]:
-    """Return Keras's training step, with gradients where they take least memory and are averaged.
+    """Return Keras's training step, with gradients where they take least memory and are averaged, waiting for no GPU.
 
     Keras lets go of the gradients of the step before only when activations are there. And of a model that is compiled
     with jit_compile=True Keras 3.16 asks autograd for gradients by name, of which hooks on parameters do not hear.
@@ -249,7 +249,8 @@ def _training_step(model: keras.Model) -> Callable[..., Any]:
         model.zero_grad()
         jit_compile, model.jit_compile = model.jit_compile, False
         try:
-            return plain(model, data)
+            with constants_without_waiting() if device_type() == "cuda" else contextlib.nullcontext():
+                return plain(model, data)
         finally:
             model.jit_compile = jit_compile
 

@@ -164,7 +164,7 @@ class ParallelOptimizer:
         squared = torch.stack([grad.square().sum() for grad in grads])
         for axis in self._axes_of(self._updated):
             sharded = [_is_updated_over(axis, variable) for variable in self._updated]
-            mask = torch.tensor(sharded, device=squared.device)
+            mask = torch.as_tensor(sharded, device=squared.device)
             summed = change(torch.where(mask, squared, 0), SUM_OVER_RANKS, axis, CLIPPING)
             squared = torch.where(mask, summed, squared)
         return squared
