@@ -32,6 +32,7 @@ from tests.training.test_training import OPTIMIZERS
 from tests.workers import WorkerPool
 from tp_planner.ir.layout import AxisSpec, Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
+from tp_planner.selftest import CHECKS
 
 STEPS = 3
 BATCH_SIZE = 4
@@ -202,6 +203,18 @@ PLANNED = (
 )  # fmt: skip
 
 
+def check_itself() -> Seen:
+    """Run the checks of the self-test, which raise where a result is not that of one device."""
+    reports.clear()
+    tp_planner.enable_keras_distribution()
+    try:
+        for check in CHECKS.values():
+            check()
+    finally:
+        tp_planner.disable_keras_distribution()
+    return Seen([], [], dict(reports))
+
+
 CASES: dict[str, Callable[[], Seen]] = {
     "gpt": partial(train, "gpt", {}),
     "gpt, planned before": partial(train, "gpt", {}, planned_first=True),
@@ -217,6 +230,7 @@ CASES: dict[str, Callable[[], Seen]] = {
     **{f"by {name}": partial(train, "mlp", {}, optimizer=name) for name in OPTIMIZERS},
     "keras.distribution": partial(fit_under_distribution, "float32"),
     "keras.distribution in mixed precision": partial(fit_under_distribution, "mixed_float16"),
+    "the self-test": check_itself,
     "adapters": adapt,
     "recurrent": recur,
     **{f"generation by {name}": partial(generate, name) for name in ("gpt2", "llama3")},

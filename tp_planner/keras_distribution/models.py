@@ -146,9 +146,9 @@ def checked_before_training(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refuse_jit(model: keras.Model) -> None:
-    if model.compiled and model.jit_compile is True:  # torch.compile would run the call that plans the model
+    if model.compiled and model.jit_compile:  # torch.compile would run the call that plans the model
         raise PlanError(
-            f"model {model.name!r} is compiled with jit_compile=True before it is planned; "
+            f"model {model.name!r} is compiled with jit_compile={model.jit_compile!r} before it is planned; "
             f"call it once and compile it then, or call model.compile(..., jit_compile=False)"
         )
 
