@@ -31,7 +31,6 @@ INTERNALS: dict[str, str] = {
     "torch._C._set_grad_enabled": "torch.set_grad_enabled, which is a context manager too",
     "torch._C._will_engine_execute_node": "a hook of the node itself",
     "torch.Tensor._make_wrapper_subclass": "none: a tensor that stands for shards is made by it",
-    "torch._dynamo.exc.TorchDynamoException": "RuntimeError, of which it is one",
     "torch._foreach_mul": "clones of the tensors, one by one",
     "torch._fused_adam_": "torch._foreach ops, as in torch.optim's own Adam",
     "torch._fused_sgd_": "torch._foreach ops, as in torch.optim's own SGD",

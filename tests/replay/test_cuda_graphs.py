@@ -18,6 +18,7 @@ from tests.pretended.graphs import Graph, pretended_graphs
 from tests.workers import WorkerPool, layout_map
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.ir.errors import ParallelRuntimeError, PlanError
+from tp_planner.patches import replaced
 
 BATCH_SIZE = 4
 STEPS = 5
@@ -130,6 +131,23 @@ def reasons() -> list[str]:
     return said
 
 
+def failing(*_: Any, **__: Any) -> Any:
+    raise ValueError("no compiler")
+
+
+def without_a_compiler() -> tuple[bool, list[str]]:
+    """Return whether training is that without one, and what is said of it."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("tp_planner").addHandler(handler)
+    with replaced(torch, "compile", lambda function, **_: failing, "no compiler works"):
+        found = trained("mlp", "inductor")
+    logging.getLogger("tp_planner").removeHandler(handler)
+    expected = trained("mlp", True)
+    return all(np.array_equal(found[key], value) for key, value in expected.items()), said
+
+
 def steps_by_inductor() -> tuple[dict[str, Any], dict[str, Any]]:
     return trained("mlp", True), trained("mlp", "inductor")
 
@@ -179,6 +197,15 @@ def test_reasons(pools: Callable[[int], WorkerPool]) -> None:
             "model 'mlp' is compiled with jit_compile='xla'; it is True, which replays calls, 'inductor' or "
             "'cudagraphs', by which what lies between their boundaries runs, or False",
         ]
+
+
+def test_a_part_that_cannot_be_compiled(pools: Callable[[int], WorkerPool]) -> None:
+    """It runs as it is, and that is said once for each part of each sort of call."""
+    for equal, said in pools(2).run(without_a_compiler):
+        assert equal
+        assert set(said) == {
+            "[ModelParallel] jit_compile='inductor' leaves a part of model 'mlp' as it is: ValueError: no compiler"
+        }
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from typing import Any
 
 import keras
 import torch
-from torch._dynamo.exc import TorchDynamoException
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from tp_planner.ir.errors import PlanError, in_one_line
@@ -60,10 +59,11 @@ class _Inductor:
             return self._segment(*tensors)
         try:
             return self._compiled(*tensors)
-        except TorchDynamoException as error:
+        except Exception as error:
+            result = self._segment(*tensors)  # which raises what is no error of the compiler
             reason = in_one_line(error)
             logger.warning(
                 "[ModelParallel] jit_compile='inductor' leaves a part of model %r as it is: %s", self._model, reason
             )
             self._compiled = self._segment
-            return self._segment(*tensors)
+            return result

@@ -26,7 +26,7 @@ def constants_without_waiting() -> Iterator[None]:
 def _without_waiting(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(plain)
     def as_tensor(data: Any, dtype: torch.dtype | None = None, device: Any = None) -> torch.Tensor:
-        if device is None or torch.device(device).type != "cuda":
+        if not str(device).startswith("cuda"):
             return plain(data, dtype=dtype, device=device)
         if isinstance(data, bool | int | float):
             return torch.full((), data, dtype=dtype, device=device)
