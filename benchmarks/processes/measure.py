@@ -28,6 +28,7 @@ from showing.report import (
     DTENSORS,
     HANDWRITTEN,
     KERAS_SHARD,
+    ON_STREAM,
     PLANNED,
     REPLAYED,
     SINGLE,
@@ -91,6 +92,7 @@ def versions(size: Size, shard_floor: bool) -> Iterator[Version]:
     yield Version(SINGLE, idle if rank else keras_steps(keras_gpt(size, weights), batch), alone=True)
     yield Version(PLANNED, keras_steps(planned_gpt(size, weights), batch))
     yield Version(REPLAYED, keras_steps(planned_gpt(size, weights), batch, jit_compile=True))
+    yield Version(ON_STREAM, keras_steps(planned_gpt(size, weights, sequence_parallel=True), batch))
     yield Version(HANDWRITTEN, torch_steps(Gpt(shard, local, "communicating"), batch))
     yield Version(STOCK, torch_steps(parallelize_with_stock_styles(Gpt(size, weights), mesh), batch))
     yield Version(DTENSORS, torch_steps(make_all_dtensors(Gpt(size, weights), mesh), batch, implicit_replication))
@@ -100,14 +102,14 @@ def versions(size: Size, shard_floor: bool) -> Iterator[Version]:
         yield Version(TORCH_SHARD, torch_steps(Gpt(shard, local, "silent"), batch), same_numbers=False)
 
 
-def planned_gpt(size: Size, weights: Weights) -> keras.Model:
+def planned_gpt(size: Size, weights: Weights, sequence_parallel: bool = False) -> keras.Model:
     """Return the Keras GPT, parallelized over all processes."""
     processes = dist.get_world_size()
     devices = [f"cpu:{rank}" for rank in range(processes)]
     layout_map = keras.distribution.LayoutMap(keras.distribution.DeviceMesh((processes,), ("model",), devices))
     for pattern, axes in RULES.items():
         layout_map[pattern] = axes
-    return tp_planner.parallelize(keras_gpt(size, weights), layout_map)
+    return tp_planner.parallelize(keras_gpt(size, weights), layout_map, sequence_parallel=sequence_parallel)
 
 
 def keras_steps(model: keras.Model, batch: Batch, jit_compile: bool = False) -> Mapping[str, Step]:
