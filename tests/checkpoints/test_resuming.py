@@ -60,12 +60,15 @@ DATA: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 class Watch(keras.callbacks.Callback):
-    """Notes the loss of each batch, and ends the process's training after some, as an interruption would."""
+    """Notes the loss of each batch, draws in each, and ends training after some, as an interruption would."""
 
     def __init__(self, batches: int | None) -> None:
         super().__init__()
         self.losses: list[float] = []
         self._left = batches
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        torch.rand(1)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.losses.append(float(logs["loss"]))
@@ -94,8 +97,7 @@ def compare(make: Callable[[], keras.Model], data: Callable[[], dict[str, Any]],
     history_then, losses_then = fit(resumed, data(), folder, None, every)
     assert losses_then == losses[-len(losses_then) :]
     np.testing.assert_equal(whole(resumed), whole(undisturbed))
-    for key, values in history_then.items():
-        assert values == history[key][-len(values) :], key
+    assert history_then == {key: values[-2 if every == 3 else 0 :] for key, values in history.items()}
     return len(losses_then)
 
 

@@ -75,7 +75,7 @@ class Checkpoint(keras.callbacks.Callback):
         if self.resume and tell(what, there)[0] != "0":
             progress = load_checkpoint(self.model, self.folder)
             self.model._initial_epoch = progress.epoch  # as Keras's BackupAndRestore does
-            self._rest = rest_of_epoch(self.model, progress.folder, self.params.get("steps"), own_device())
+            self._rest = rest_of_epoch(self.model, progress.folder, self._length(), own_device())
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Note how the epoch begins; the one of the checkpoint as it began then."""
@@ -90,8 +90,8 @@ class Checkpoint(keras.callbacks.Callback):
         self._batches = batch + 1
         self._rest = None
         if self.every != "epoch" and self._batches % int(self.every) == 0:
-            known = pythonify_logs(logs)
-            so_far = EpochSoFar(self._begun, self.params.get("steps"), known, [counts_of(self.model)])
+            known = {name: value for name, value in pythonify_logs(logs).items() if isinstance(value, float)}
+            so_far = EpochSoFar(self._begun, self._length(), known, [counts_of(self.model)])
             self._save(self._epoch, self._batches, so_far)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
@@ -107,6 +107,11 @@ class Checkpoint(keras.callbacks.Callback):
         with self._mine:
             if self._writing is not None:
                 self._writing.wait()
+
+    def _length(self) -> int | None:
+        """Return how many batches an epoch has, if that is known."""
+        steps: int | None = (self.params or {}).get("steps")
+        return steps
 
     def _save(self, epoch: int, batch: int, so_far: EpochSoFar | None = None) -> None:
         copied = self._writing is not None
