@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from tp_planner.checkpoints.formats import stored
-from tp_planner.checkpoints.formats.stored import Block, Chunk, StoredTensor, indices_in, overlap
+from tp_planner.checkpoints.formats.stored import Block, Buffer, Chunk, StoredTensor, indices_in, overlap
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.placement import Shape
 from tp_planner.job.process_group import host_group
@@ -80,6 +80,7 @@ class _SharedReading(Reading):
         self._what, self._group = what, host_group()
         self._ended = False
         self._number = 0  # of tensors that were shared
+        self._sent, self._received = Buffer(), Buffer()  # kept, for memory that is given back in between scatters
 
     def read(self, tensor: StoredTensor, pieces: Sequence[Piece], into: torch.Tensor) -> None:
         if tensor.nbytes < SMALLEST_SHARED:
@@ -90,7 +91,7 @@ class _SharedReading(Reading):
             super().read(tensor, pieces, into)
             return
         with torch.no_grad():
-            _Sharing(tensor, parts, self._number, self._group).read(into)
+            _Sharing(tensor, parts, self._number, self._group).read(into, self._sent, self._received)
         self._number += 1
 
     def end(self) -> None:
@@ -179,13 +180,12 @@ class _Sharing:
         self._rounds = -(-len(runs) // self._size)
         self._shares = [runs[at : at + self._rounds] for at in range(0, len(runs), self._rounds)]
 
-    def read(self, into: torch.Tensor) -> None:
+    def read(self, into: torch.Tensor, leaving_by: Buffer, arriving_by: Buffer) -> None:
         """Fill this rank's part. What is wrong here is raised in the end, so that the others do not wait."""
         problem: Exception | None = None
         for number in range(self._rounds):
             leaving, arriving = self._exchanged(number)
-            sent = torch.empty(sum(map(sum, leaving)), dtype=self._tensor.dtype)
-            received = torch.empty(sum(map(sum, arriving)), dtype=self._tensor.dtype)
+            sent, received = self._room(leaving_by, leaving), self._room(arriving_by, arriving)
             try:
                 if problem is None:
                     self._pack(number, sent)
@@ -196,6 +196,10 @@ class _Sharing:
                 self._unpack(number, received, into)
         if problem is not None:
             raise problem
+
+    def _room(self, buffer: Buffer, counts: list[list[int]]) -> torch.Tensor:
+        size = sum(map(sum, counts)) * self._tensor.dtype.itemsize
+        return torch.from_numpy(buffer.of(size)).view(self._tensor.dtype)
 
     def _run(self, rank: int, number: int) -> _Run | None:
         """Return what a rank reads in a round, if anything."""

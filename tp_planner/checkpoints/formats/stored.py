@@ -164,6 +164,7 @@ class Buffer:
     def of(self, length: int) -> np.ndarray:
         """Return room for so many bytes."""
         if self._bytes.size < length:
+            self._bytes = np.empty(0, np.uint8)  # before there is more
             self._bytes = np.empty(length, np.uint8)
         return self._bytes[:length]
 
