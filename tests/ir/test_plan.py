@@ -150,6 +150,16 @@ def test_uneven_dims_are_gathered_and_said_so() -> None:
     assert "7 does not divide by 2, so ranks hold 4, 3" in kernel.reason
 
 
+def test_unequal_shards_of_a_bias_alone_are_gathered() -> None:
+    """Its layer computes whole: parts of the output are those of the kernel."""
+    (layer,) = plan_layers(
+        [keras.layers.EinsumDense("bc,cde->bde", (7, 4), bias_axes="de", name="query")],
+        {"query/bias": ("model", None)},
+    ).layers
+    reason = "stored sharded, gathered at use: 'query/bias' of shape (7, 4) does not divide evenly by 2"
+    assert (layer.style, layer.reason) == ("gathered", reason)
+
+
 def test_a_rule_on_an_output_keeps_it_whole() -> None:
     """``<layer path>/output`` with no axis ends the region at that layer."""
     layers = [keras.layers.Dense(8, name="up"), keras.layers.Dense(8, name="down")]

@@ -42,7 +42,8 @@ def split_unevenly(
         if choice.style != "gathered" or contraction is None:
             continue
         names = [name for name, _ in contraction.weights]
-        if not _is_uneven(names, variables, stored, parts):
+        is_sharded = isinstance(stored[contraction.main_weight], Shard)  # and not its bias alone
+        if not is_sharded or not _is_uneven(names, variables, stored, parts):
             continue
         split = style_of_contraction(contraction, stored)
         sizes = chunk_sizes(_length(contraction.main_weight, variables, stored), parts)

@@ -13,7 +13,7 @@ def unequal_parts(graph: ModelGraph, parts: int) -> dict[str, Placement]:
     """Return the placements of matrices, by key, of which lookups and heads can be computed in unequal parts."""
     owners: dict[str, dict[str, LayerInfo]] = {}
     for name, layer in graph.layers.items():
-        for key in dict.fromkeys(key for _, each in layer.contractions for key, _ in each.weights):
+        for key in dict.fromkeys(each.main_weight for _, each in layer.contractions):
             owners.setdefault(key, {})[name] = layer
     found: dict[str, Placement] = {}
     for key, layers in owners.items():
