@@ -36,7 +36,6 @@ def hub_llama() -> keras.Model:
 
 
 MODELS: dict[str, tuple[Callable[[], keras.Model], str]] = {
-    "encoder": (CASES["encoder"].build, "encoder"),
     "hub_llama": (hub_llama, "llama"),
 }
 

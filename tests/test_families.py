@@ -36,7 +36,7 @@ OF_ITS_OWN = {
 STEPS = 3
 BATCH_SIZE = 2
 # Families that the usual run trains; `make sweep` trains the others, too.
-ON_TWO = {"t5", "siglip"}
+ON_TWO = {"siglip"}
 PLANNED = {*FAMILIES, "siglip"}  # those of which the usual run plans the collectives of a block
 
 

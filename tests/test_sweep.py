@@ -220,6 +220,7 @@ def test_largest_batch_is_found_in_few_steps(
     assert len(asked) == len(set(asked)) <= 20
 
 
+@pytest.mark.slow
 def test_largest_batch_is_that_of_plans() -> None:
     """With a device the sweep finds the batch; the plan with it fits, and the one with one more does not."""
     model, layout = models.gpt(), rules(dict(models.CASES["gpt"].rules))

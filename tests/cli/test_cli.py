@@ -461,6 +461,7 @@ def in_process(code: str, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_process_plans_what_no_machine_holds(shop: Path) -> None:
     """The command chooses Keras's backend itself, and plans 128 GiB of weights in less than 2 GiB of memory."""
     code = """if True:

@@ -384,7 +384,7 @@ RULES = {
         blocks_that_hand_on,
         blocks_with_masks,
         blocks_that_read_one_tensor,
-        encoder_and_decoder,
+        pytest.param(encoder_and_decoder, marks=pytest.mark.slow),
         partly_frozen,
     ],
 )

@@ -134,7 +134,7 @@ def test_running_group_has_the_meshs_devices(pools: Pools) -> None:
     assert pools(2).run(devices_of_a_group_for_both) == [["cuda", "cpu", "cuda"]] * 2
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("replicas", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_plans_inside_a_job_on_gpus_are_those_outside(pools: Pools, replicas: int) -> None:
     """Fake tensors are on the CPU wherever the job runs; so are the meshes on which they are planned."""
     for on_cpus, on_gpus in pools(2).run(plan_in_a_job_on_gpus, "handwritten", replicas):

@@ -112,6 +112,8 @@ KINDS: dict[str, tuple[Callable[[], keras.Model], dict[str, tuple[str | None, ..
     "lora": (with_lora, RULES),
     "tied": (tied, {"embedding/embeddings": ("model", None)}),
 }
+# What `make test` builds under a distribution, too.
+BORN = {"functional", "sequential", "subclassed", "lora", "tied"}
 
 
 # On the ranks
@@ -239,8 +241,13 @@ def use_what_was_taken(name: str, model: keras.Model, shard: Any, restore: Any) 
 # In the parent
 
 
-@pytest.mark.parametrize("born", [False, True], ids=["parallelize", "keras.distribution"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "born"),
+    [
+        *((kind, False) for kind in KINDS),
+        *(pytest.param(kind, True, marks=[] if kind in BORN else pytest.mark.slow) for kind in KINDS),
+    ],
+)
 def test_nobody_holds_a_whole_weight(pools: Pools, kind: str, born: bool) -> None:
     """After sharding and after a step no whole sharded weight lives; after restore no shard, and all state is whole."""
     assert pools(2).run(walk, kind, born) == [[], []]

@@ -208,8 +208,13 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("way", WAYS[:2])
+@pytest.mark.parametrize(
+    ("way", "call"),
+    [
+        *(("parallelize", call) for call in CALLS),
+        *(pytest.param("distribution", call, marks=[] if call == "fit" else pytest.mark.slow) for call in CALLS),
+    ],
+)
 def test_a_call_on_one_rank_alone(pools: Pools, way: str, call: str, tmp_path: Path) -> None:
     """Whoever waits in a call that the other does not make is told where that one waits, before the first call, too."""
     if (way, call) == ("distribution", "restore"):

@@ -201,12 +201,12 @@ def check(ranks: list[dict[str, float]], tolerance: float = 1e-12) -> None:
 @pytest.mark.parametrize(
     ("name", "rules", "shape", "optimizer"),
     [
-        ("gpt", "both axes", (2, 2), "adamw"),
+        ("mlp", "model axis", (4, 1), "momentum"),
         ("stacked", "model axis, zero 1", (4, 1), "averages"),
         *(
             pytest.param(*each, marks=pytest.mark.slow)
             for each in [
-                ("mlp", "model axis", (4, 1), "momentum"),
+                ("gpt", "both axes", (2, 2), "adamw"),
                 ("mlp", "model axis", (2, 2), "lamb"),
                 ("mlp", "both axes", (2, 2), "ftrl"),
                 ("mlp", "model axis", (2, 2), "loss scaling"),

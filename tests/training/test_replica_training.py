@@ -234,7 +234,8 @@ def test_layers_that_share_a_generator(pools: Pools) -> None:
     [
         pytest.param("model axis", ASKING, marks=pytest.mark.slow),
         pytest.param("both axes", ASKING, marks=pytest.mark.slow),
-        ("model axis, zero 1", SHARED),
+        ("model axis, zero 1", ["momentum"]),
+        pytest.param("model axis, zero 1", SHARED, marks=pytest.mark.slow),
         pytest.param("both axes, zero 1", ELEMENTWISE, marks=pytest.mark.slow),
         pytest.param("model axis, zero 1", ELEMENTWISE, marks=pytest.mark.slow),
     ],

@@ -351,7 +351,8 @@ def test_fit_evaluate_predict(workers: WorkerPool, weighted: bool) -> None:
         check_equal(both, 1e-6, floor=1e-6)  # Keras accumulates logs in float32
 
 
-@pytest.mark.parametrize("seeded", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("seeded", [False, True])
 def test_dropout(pools: Callable[[int], WorkerPool], seeded: bool) -> None:
     """Dropout draws the single device's masks, and replicated variables stay bit-identical for fifty steps."""
     results = pools(2).run(fifty_steps_with_dropout, seeded)

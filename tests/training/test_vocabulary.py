@@ -80,7 +80,7 @@ WAYS = {
     "in bfloat16": Way(dtype="mixed_bfloat16", loss="ignored class"),
     "in unequal parts": Way("llama", {"vocabulary": 65, "tied": True}, "ignored class", sequence_parallel=True),
 }
-ELSEWHERE = {"as it is", "computed again on the stream"}  # which others do as well, and `make sweep`
+ELSEWHERE = {"as it is", "computed again on the stream", "in bfloat16"}  # which others do as well, and `make sweep`
 
 
 # On the ranks

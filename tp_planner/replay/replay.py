@@ -50,7 +50,7 @@ def replaying(
         gathers_again: whether what the plan gathers is not to be kept for the backward pass.
         write: makes programs of steps.
     """
-    plain = getattr(model, method)
+    plain, asked = getattr(model, method), model.jit_compile  # which Keras changes while it calls models
     what = f"model {model.name!r}" if method == "call" else f"{method} of model {model.name!r}"
     programs: dict[Hashable, Program | None] = {}  # None: called once
     refused: set[Hashable] = set()
@@ -82,9 +82,7 @@ def replaying(
         programs[key] = tape.program(output, write)
         if tape.problem:
             refused.add(key)
-            logger.warning(
-                "[ModelParallel] jit_compile=%r does nothing for %s: %s", model.jit_compile, what, tape.problem
-            )
+            logger.warning("[ModelParallel] jit_compile=%r does nothing for %s: %s", asked, what, tape.problem)
         return output
 
     return call
