@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tp_planner.api import parallelize, plan, record, restore
+    from tp_planner.api import no_sync, parallelize, plan, record, restore
     from tp_planner.checkpoints.callback import Checkpoint
     from tp_planner.checkpoints.initial import deferred_init
     from tp_planner.checkpoints.progress import Progress
@@ -45,6 +45,7 @@ __all__ = [
     "find_layout",
     "lint",
     "load_checkpoint",
+    "no_sync",
     "parallelize",
     "plan",
     "record",
@@ -74,6 +75,7 @@ _HOMES = {
     "find_layout": "tp_planner.search.door",
     "lint": "tp_planner.linter",
     "load_checkpoint": "tp_planner.checkpoints.saving",
+    "no_sync": "tp_planner.api",
     "parallelize": "tp_planner.api",
     "plan": "tp_planner.api",
     "record": "tp_planner.api",

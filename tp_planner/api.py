@@ -43,6 +43,7 @@ from tp_planner.readable_plan import Plan
 from tp_planner.search.door import find_layout
 from tp_planner.storage.log import log_sharding, logger
 from tp_planner.storage.sharding import Sharding
+from tp_planner.training.averaging import averaging_of
 from tp_planner.training.checking import Recorder, check_first_step, recording
 from tp_planner.training.model import adopt_its_optimizer, applied_to, let_go, take_over
 from tp_planner.training.torch_optimizers import gather_states
@@ -228,6 +229,27 @@ def record(model: keras.Model) -> Iterator[Recorder]:
         raise PlanError(f"model {model.name!r} is not parallelized; there is nothing to record")
     with recording(model, applied) as recorder:
         yield recorder
+
+
+@contextlib.contextmanager
+def no_sync(model: keras.Model) -> Iterator[None]:
+    """Inside, backward passes send no gradients to other replicas, as in torch's modules of this name.
+
+    They stay in the parameters, this replica's alone, and travel with those of the next backward pass outside. So a
+    loop of one's own that adds up gradients averages them once. Those of which replicas keep parts are reduced in each
+    pass.
+
+    Raises PlanError for a model that is not parallelized, and ParallelRuntimeError in an update without such a pass.
+
+    >>> for number, (x, y) in enumerate(batches):  # doctest: +SKIP
+    ...     with contextlib.nullcontext() if number == last else tp_planner.no_sync(model):
+    ...         loss(y, model(x, training=True)).backward()
+    """
+    if applied_to(model) is None:
+        raise PlanError(f"model {model.name!r} is not parallelized; there are no gradients to send")
+    averaging = averaging_of(named_variables(model).values())
+    with contextlib.nullcontext() if averaging is None else averaging.putting_off():
+        yield
 
 
 def restore(model: keras.Model) -> keras.Model:

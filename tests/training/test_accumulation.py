@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
 import tp_planner
@@ -17,6 +19,7 @@ from tests.models import building, randomize
 from tests.replicas import MODELS, Shape, layout, relative, share
 from tests.training.test_training import variables_of
 from tests.workers import Pools
+from tp_planner.frontend.layer_tree import named_variables
 
 OPTIMIZERS = {
     "adamw": lambda: keras.optimizers.AdamW(
@@ -190,6 +193,50 @@ def fit_under_a_distribution(kind: str) -> dict[str, float]:
     return {key: float(np.abs(found[key] - expected[key]).max()) for key in expected}
 
 
+def put_off(name: str, rules: str, of_torch: bool) -> tuple[dict[str, float], list[int], str]:
+    """Return how far a loop of one's own is from one process, what its passes have sent, and what a mistake hears.
+
+    In each of two updates three passes are put off, of which the first is zeroed, and the last one sends.
+    """
+    case, replica = MODELS[name], dist.get_rank() // 2
+    models, counts, heard = [case.build("float64") for _ in range(2)], [], ""
+    batches = [case.batch(np.random.default_rng(seed), size) for seed, size in enumerate((8, 4, 5, 1))]
+    given = replace(layout(name, rules, (2, 2)), sequence_parallel=name == "gpt")
+    tp_planner.parallelize(models[1], given, share(batches[1][0], replica, 2), batch_axis="batch")
+    for model in models:
+        model.compile(loss=case.make_loss("float64"))  # of which a share may be empty
+        kind = keras.optimizers.Adam(0.01, epsilon=1e-3, global_clipnorm=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9) if of_torch else kind
+        for _ in range(2):
+            model.zero_grad()
+            for number, (x, y) in enumerate(batches):
+                fed = (x, y) if model is models[0] else (share(x, replica, 2), share(y, replica, 2))
+                later = model is models[1] and number < 3
+                recorder = tp_planner.record(model) if model is models[1] else contextlib.nullcontext()
+                with recorder as seen, tp_planner.no_sync(model) if later else contextlib.nullcontext():
+                    model.compute_loss(None, fed[1], model(fed[0], training=True)).backward()
+                if seen is not None:
+                    sent = seen.recording.collectives
+                    counts.append(sum(each.axis == "batch" and each.bytes > 8 for each in sent))
+                if later and number == 1:
+                    with pytest.raises(tp_planner.ParallelRuntimeError) as error:
+                        update(optimizer, model)
+                    heard = str(error.value)
+                if number == 0:
+                    model.zero_grad()
+            update(optimizer, model)
+    expected, found = ({key: each.numpy() for key, each in named_variables(model).items()} for model in models)
+    return {key: relative(found[key], expected[key]) for key in expected}, counts, heard
+
+
+def update(optimizer: Any, model: keras.Model) -> None:
+    if isinstance(optimizer, torch.optim.Optimizer):
+        optimizer.step()
+    else:
+        variables = model.trainable_variables
+        optimizer.apply([variable.value.grad for variable in variables], variables)
+
+
 # In the parent
 
 
@@ -232,6 +279,27 @@ def test_stopping_in_between(pools: Pools, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["replicated", pytest.param("mesh, zero 1", marks=pytest.mark.slow)])
 def test_under_a_distribution(pools: Pools, kind: str) -> None:
     check(pools(4).run(fit_under_a_distribution, kind))
+
+
+@pytest.mark.parametrize(
+    ("name", "rules", "of_torch", "counts"),
+    [
+        ("mlp", "model axis", True, [0, 0, 0, 1] * 2),
+        ("gpt", "model axis", False, [0, 0, 0, 2] * 2),
+        pytest.param("gpt", "both axes", False, None, marks=pytest.mark.slow),
+        pytest.param("tied", "model axis, zero 1", False, None, marks=pytest.mark.slow),
+        pytest.param("stacked", "stacked", True, None, marks=pytest.mark.slow),
+    ],
+)
+def test_loops_that_put_off(pools: Pools, name: str, rules: str, of_torch: bool, counts: list[int] | None) -> None:
+    """What passes have added up travels once, and an update without that is refused."""
+    for errors, sent, heard in pools(4).run(put_off, name, rules, of_torch):
+        check([errors])
+        assert counts is None or sent == counts
+        assert heard.endswith(
+            "is this replica's alone; make the last backward pass before an update outside of tp_planner.no_sync, "
+            "which sends what all of them have added up"
+        )
 
 
 SAMPLES = ("backward", "all_reduce", "samples of each replica")

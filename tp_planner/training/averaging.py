@@ -4,19 +4,21 @@ As torch's DistributedDataParallel does (https://arxiv.org/abs/2006.15704), whic
 only what is called through its wrapper, not what ``fit`` calls. A bucket's all-reduce starts when the last of its
 gradients has arrived and no bucket before it waits; ``backward()`` returns when all have ended. Gradients are then
 views of their bucket. A bucket whose update is shared is waited for when the next one starts, so that what was sent is
-not kept for longer. In a micro-step whose gradients an optimizer adds up, no bucket is sent before the last.
+not kept for longer. In a micro-step whose gradients an optimizer adds up, no bucket is sent before the last, nor in a
+pass that puts it off.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from tp_planner.ir.errors import ParallelRuntimeError
 from tp_planner.regions.calls import Site
 from tp_planner.regions.replicas import SAMPLES, Replicas, add_in_place, add_together, wait
 from tp_planner.training.accumulation import MicroStep
@@ -35,6 +37,51 @@ class Averaging:
         self._travelling: SharedBucket | None = None
         self._micro_step: MicroStep | None = None
         self._put_off: list[Bucket] = []  # those of the running pass whose gradients are to be weighed, and no more
+        self._puts_off = False  # whether backward passes send nothing
+        self._own: dict[int, Any] = {}  # variables in whose parameters such passes have left gradients, by id
+        self._undo: list[Callable[[], None]] = []
+        self._is_told = False  # whether it is told before gradients are added to what is in parameters
+
+    @contextlib.contextmanager
+    def putting_off(self) -> Iterator[None]:
+        """Inside, backward passes leave each replica its own gradients, weighed by samples, and send none.
+
+        What they add up to travels with the gradients of the next pass outside.
+        """
+        self._be_told()
+        before, self._puts_off = self._puts_off, True
+        try:
+            yield
+        finally:
+            self._puts_off = before
+
+    def _be_told(self) -> None:
+        if self._is_told:
+            return
+        self._is_told = True
+        for bucket in self._buckets:
+            if not isinstance(bucket, SharedBucket):
+                for position in range(len(bucket.variables)):
+                    expected = functools.partial(self._expected, bucket, position)
+                    self._undo += [handle.remove for handle in _hooked(bucket, position, expected, None)]
+
+    def _expected(self, bucket: Bucket, position: int, _: Any = None) -> None:
+        variable = bucket.variables[position]
+        if id(variable) not in self._own or position in bucket.sums:
+            return
+        if variable._value.grad is None:  # which somebody has set to nothing
+            del self._own[id(variable)]
+        else:
+            bucket.set_aside(position)
+
+    @property
+    def own_variables(self) -> tuple[Any, ...]:
+        """Those whose gradients were put off, and not sent since."""
+        return tuple(self._own.values())
+
+    def is_own(self, variable: Any) -> bool:
+        """Whether the gradient in a variable's parameter is this replica's alone."""
+        return id(variable) in self._own and variable._value.grad is not None
 
     @contextlib.contextmanager
     def micro_step_of(self, optimizer: Any) -> Iterator[None]:
@@ -56,6 +103,7 @@ class Averaging:
 
     def watch(self, undo: list[Callable[[], None]]) -> None:
         """Begin; add what ends it."""
+        self._undo = undo
         self._replicas.at_end.append(self._end)
         for bucket in self._buckets:
             for position, variable in enumerate(bucket.variables):
@@ -64,20 +112,11 @@ class Averaging:
                 undo.append(functools.partial(_forget, id(variable)))
 
     def _watch(self, bucket: Bucket, position: int) -> list[Any]:
-        parameter = bucket.variables[position]._value
-
         def arrived(_: torch.Tensor) -> None:
             self._arrived(bucket, position)
 
-        frozen = not parameter.requires_grad
-        if frozen:  # it may be trained later, and hooks are taken by parameters only that need a gradient
-            parameter.requires_grad = True
-        handles = [parameter.register_post_accumulate_grad_hook(arrived)]
-        if isinstance(bucket, SharedBucket):
-            handles.append(parameter.register_hook(lambda _: bucket.expect(position)))
-        if frozen:
-            parameter.requires_grad = False
-        return handles
+        expected = (lambda _: bucket.expect(position)) if isinstance(bucket, SharedBucket) else None
+        return _hooked(bucket, position, expected, arrived)
 
     def _arrived(self, bucket: Bucket, position: int) -> None:
         self._replicas.meet(bucket.device)
@@ -91,6 +130,7 @@ class Averaging:
         """Note that the gradient of a variable of a late bucket is about to be added to what is in its parameter."""
         for bucket, position in self._late_places(variable):
             bucket.expect(position)
+            self._expected(bucket, position)
 
     def arrive(self, variable: Any) -> None:
         """Note that the gradient of a variable of a late bucket is in its parameter."""
@@ -104,18 +144,33 @@ class Averaging:
 
     def _send(self, bucket: Bucket) -> None:
         self._next += 1
+        if not self._puts_off:
+            self._take_own(bucket)
         if not (bucket.arrived or bucket.always):
             return
         if isinstance(bucket, SharedBucket):
             if self._travelling is not None:
                 self._travelling.finish()
             self._travelling = bucket
+        elif self._puts_off:
+            self._own |= {id(each): each for each in map(bucket.variables.__getitem__, bucket.arrived)}
+            self._put_off.append(bucket)
+            return
         elif self._micro_step is not None:
             if self._micro_step.puts_off(bucket.variables):
                 self._put_off.append(bucket)
                 return
             bucket.sums = self._micro_step.sums_of(bucket.variables)
         bucket.send(self._replicas)
+
+    def _take_own(self, bucket: Bucket) -> None:
+        """Let what passes before have put off travel with a bucket."""
+        for position, variable in enumerate(bucket.variables if self._own else ()):
+            if self._own.pop(id(variable), None) is not None:
+                if position not in bucket.arrived:
+                    bucket.set_aside(position)
+                if position in bucket.sums:
+                    bucket.arrived.add(position)
 
     def mean(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Return the means over the replicas of gradients that no backward pass has left in their parameters."""
@@ -143,6 +198,20 @@ class Averaging:
                 bucket.clear()
 
 
+def _hooked(bucket: Bucket, position: int, expected: Any, arrived: Any) -> list[Any]:
+    """Let functions be called before and after a gradient is added to what is in a parameter, and return the hooks."""
+    parameter = bucket.variables[position]._value
+    frozen = not parameter.requires_grad
+    if frozen:  # it may be trained later, and hooks are taken by parameters only that need a gradient
+        parameter.requires_grad = True
+    handles = [] if arrived is None else [parameter.register_post_accumulate_grad_hook(arrived)]
+    if expected is not None:
+        handles.append(parameter.register_hook(expected))
+    if frozen:
+        parameter.requires_grad = False
+    return handles
+
+
 _averaged_by: dict[int, Averaging] = {}  # by id of the variable
 
 
@@ -150,13 +219,37 @@ def _forget(variable: int) -> None:
     _averaged_by.pop(variable, None)
 
 
+def averaging_of(variables: Iterable[Any]) -> Averaging | None:
+    """Return what averages the gradients of these variables; None if nothing does."""
+    return next((_averaged_by[id(each)] for each in variables if id(each) in _averaged_by), None)
+
+
+def require_averaged(variables: Iterable[Any]) -> None:
+    """Raise ParallelRuntimeError if gradients of the variables are this replica's alone."""
+    for variable in variables:
+        averaging = _averaged_by.get(id(variable))
+        if averaging is not None and averaging.is_own(variable):
+            raise ParallelRuntimeError(
+                f"the gradient of {variable.path!r} is this replica's alone; make the last backward pass before an "
+                f"update outside of tp_planner.no_sync, which sends what all of them have added up"
+            )
+
+
+def require_averaged_in(parameters: Iterable[torch.Tensor]) -> None:
+    """Raise ParallelRuntimeError if gradients in the parameters are this replica's alone."""
+    asked = set(map(id, parameters))
+    for averaging in set(_averaged_by.values()):
+        require_averaged(each for each in averaging.own_variables if id(each._value) in asked)
+
+
 def averaged(gradients: Sequence[Any], variables: Sequence[Any]) -> Sequence[Any]:
     """Return the gradients, those averaged that are not what a backward pass has left in the variables' parameters.
 
     They may come from ``torch.autograd.grad``, which no hook sees. A mean of means is what it was, so that gradients
     which a training loop has made of averaged ones may come too. Of a variable whose update is shared it is this
-    replica's part.
+    replica's part. Raises ParallelRuntimeError for gradients that were put off.
     """
+    require_averaged(variables)
     strays = [
         position
         for position, (gradient, variable) in enumerate(zip(gradients, variables, strict=False))

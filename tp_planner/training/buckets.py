@@ -6,7 +6,7 @@ Of a bucket that is averaged it is the whole, of one whose update is shared the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class Bucket:
         self._views = [(end - shape.numel(), end, shape) for end, shape in zip(ends, shapes, strict=True)]
         self.device = local_tensor(variables[0]).device
         self.arrived: set[int] = set()  # positions of variables
-        self.sums: Mapping[int, torch.Tensor] = {}  # by position, what this replica has added up before, and not sent
+        self.sums: dict[int, torch.Tensor] = {}  # by position, what this replica has added up before, and not sent
         self.flat: torch.Tensor | None = None
 
     @property
@@ -63,14 +63,27 @@ class Bucket:
         _weigh(self.flat, replicas)
         for position, before in self.sums.items():
             self._view(position).add_(before)
+        self.sums = {}
         for position in self.arrived:
             self._place(position)
         return self.flat
 
     def weigh(self, replicas: Replicas) -> None:
-        """Weigh the gradients that have arrived by samples, where they are; they are not sent in this pass."""
+        """Weigh the gradients that have arrived by samples, where they are; they are not sent in this pass.
+
+        What was set aside is added to them.
+        """
         for position in self.arrived:
-            _weigh(self._gradient(position), replicas)
+            gradient = self._gradient(position)
+            _weigh(gradient, replicas)
+            if position in self.sums:
+                gradient.add_(self.sums.pop(position))
+
+    def set_aside(self, position: int) -> None:
+        """Set aside what this replica has added up in a parameter, so that it is not weighed again."""
+        parameter = self.variables[position]._value
+        if parameter.grad is not None:
+            self.sums[position], parameter.grad = local_gradient(parameter.grad), None
 
     def _gradient(self, position: int) -> torch.Tensor:
         gradient = self.variables[position]._value.grad
@@ -85,7 +98,10 @@ class Bucket:
         return self.flat[start:end].view(shape)
 
     def _place(self, position: int) -> None:
-        parameter, view = self.variables[position]._value, self._view(position)
+        self._put(position, self._view(position))
+
+    def _put(self, position: int, view: torch.Tensor) -> None:
+        parameter = self.variables[position]._value
         parameter.grad = DTensor(view, parameter._spec, requires_grad=False) if isinstance(parameter, DTensor) else view
 
     def finish(self) -> None:
@@ -105,6 +121,8 @@ class Bucket:
 
     def clear(self) -> None:
         """Be as before the pass."""
+        for position, before in self.sums.items():  # to which nothing was added
+            self._put(position, before)
         self.arrived, self.flat, self.sums = set(), None, {}
 
 

@@ -20,6 +20,7 @@ from tp_planner.storage.forwarding import current
 from tp_planner.storage.log import logger
 from tp_planner.storage.sharding import Sharding
 from tp_planner.storage.variables import local_tensor, sharded_parameter, stored_in_parts
+from tp_planner.training.averaging import require_averaged_in
 from tp_planner.training.shares import share_their_updates
 
 # Those that have updated sharded parameters; in the order of their first such step, which is that of all ranks.
@@ -45,7 +46,9 @@ def _look_at_parameters(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any
                 _cut_as(parameter, optimizer.state.get(parameter, {}), in_parts)
                 seen[id(parameter)] = in_parts
         _update_one_by_one(group)
-    if share_their_updates(each for group in optimizer.param_groups for each in group["params"]):
+    updated = [each for group in optimizer.param_groups for each in group["params"]]
+    require_averaged_in(updated)
+    if share_their_updates(updated):
         raise PlanError(
             f"torch's {type(optimizer).__name__} updates whole parameters, and of these, planned with zero=1, each "
             f"replica has a part of the gradient; train with a Keras optimizer, optimizer.apply(gradients, variables), "
