@@ -235,11 +235,12 @@ def record(model: keras.Model) -> Iterator[Recorder]:
 def no_sync(model: keras.Model) -> Iterator[None]:
     """Inside, backward passes send no gradients to other replicas, as in torch's modules of this name.
 
-    They stay in the parameters, this replica's alone, and travel with those of the next backward pass outside. So a
-    loop of one's own that adds up gradients averages them once. Those of which replicas keep parts are reduced in each
-    pass.
+    They stay in the parameters, this replica's alone and weighed by its samples, and travel with those of the next
+    backward pass outside. So a loop of one's own that adds up gradients averages them once. Those of which replicas
+    keep parts, as with zero=1 and 3, are reduced in each pass, and may be read at any time.
 
-    Raises PlanError for a model that is not parallelized, and ParallelRuntimeError in an update without such a pass.
+    Raises PlanError for a model that is not parallelized. Of others, an update without such a pass, or clipping before
+    it, raises ParallelRuntimeError.
 
     >>> for number, (x, y) in enumerate(batches):  # doctest: +SKIP
     ...     with contextlib.nullcontext() if number == last else tp_planner.no_sync(model):

@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import keras
 import numpy as np
@@ -20,6 +21,7 @@ from tests.replicas import MODELS, Shape, layout, relative, share
 from tests.training.test_training import variables_of
 from tests.workers import Pools
 from tp_planner.frontend.layer_tree import named_variables
+from tp_planner.passes import bucket_gradients
 
 OPTIMIZERS = {
     "adamw": lambda: keras.optimizers.AdamW(
@@ -159,6 +161,49 @@ def read_gradients() -> tuple[dict[str, float], tuple[str, ...]]:
     return differences("its own step", *models), plan.notes
 
 
+class Gate(keras.layers.Layer):
+    """Gradients pass for rows from ``first`` on."""
+
+    first = 0
+
+    def call(self, x: Any) -> Any:
+        stopped = keras.ops.stop_gradient(x)
+        return (
+            keras.ops.concatenate([stopped[: self.first], x[self.first :]])
+            if 0 < self.first < len(x)
+            else (stopped if self.first else x)
+        )
+
+
+def leave_out() -> dict[str, float]:
+    """Train with every variable in a bucket of its own and without gradients of some; return how far replicas are.
+
+    Of four rows each of two replicas has two. In the last of the micro-steps either or both of them have no gradient.
+    """
+    x, y = np.random.default_rng(0).standard_normal((2, 4, 4))
+    models, rank, errors = [], dist.get_rank(), {}
+    for _ in range(2):
+        with building("float64"):
+            inputs = keras.Input((4,), name="x")
+            gated = Gate(name="gate")(keras.layers.Dense(4, name="left_out")(inputs))
+            outputs = keras.layers.Dense(4, name="head")(keras.layers.Concatenate(name="both")([inputs, gated]))
+            models.append(randomize(keras.Model(inputs, outputs, name="gated"), 0))
+        models[-1].compile(OPTIMIZERS["momentum"](), keras.losses.MeanSquaredError(dtype="float64"), jit_compile=False)
+    with mock.patch.object(bucket_gradients, "BUCKET_BYTES", 1):
+        plan = tp_planner.plan(models[1], layout("mlp", "no rules", (2, 1)), x[:2], batch_axis="batch")
+    tp_planner.parallelize(models[1], plan)
+    for number, first in enumerate((0, 0, 0, 4, 0, 2, 2, 0, 4, 4)):
+        models[0].get_layer("gate").first = first
+        models[0].train_on_batch(x, y)
+        models[1].get_layer("gate").first = max(0, first - 2 * rank)
+        with tp_planner.record(models[1]) as recorder:
+            models[1].train_on_batch(x[2 * rank : 2 * rank + 2], y[2 * rank : 2 * rank + 2])
+        if not first:
+            plan.check(recorder.recording)
+        errors |= differences(f"micro-step {number}", *models)
+    return errors
+
+
 def count(name: str, rules: str, shape: Shape, optimizer: str) -> list[tuple[bool, list[tuple[str, str, str]]]]:
     """Return of each of four micro-steps whether it updated, and what it sent over the batch axis; all as planned."""
     case, replica = MODELS[name], dist.get_rank() // shape[1]
@@ -193,13 +238,14 @@ def fit_under_a_distribution(kind: str) -> dict[str, float]:
     return {key: float(np.abs(found[key] - expected[key]).max()) for key in expected}
 
 
-def put_off(name: str, rules: str, of_torch: bool) -> tuple[dict[str, float], list[int], str]:
-    """Return how far a loop of one's own is from one process, what its passes have sent, and what a mistake hears.
+def put_off(name: str, rules: str, of_torch: bool, in_parts: bool) -> tuple[dict[str, float], list[int], set[str]]:
+    """Return how far a loop of one's own is from one process, what its passes have sent, and what mistakes hear.
 
-    In each of two updates three passes are put off, of which the first is zeroed, and the last one sends.
+    In each of two updates three passes are put off, of which the first is zeroed, and the last one sends. Where all
+    gradients are in parts, an update in between is none.
     """
     case, replica = MODELS[name], dist.get_rank() // 2
-    models, counts, heard = [case.build("float64") for _ in range(2)], [], ""
+    models, counts, heard = [case.build("float64") for _ in range(2)], [], set()
     batches = [case.batch(np.random.default_rng(seed), size) for seed, size in enumerate((8, 4, 5, 1))]
     given = replace(layout(name, rules, (2, 2)), sequence_parallel=name == "gpt")
     tp_planner.parallelize(models[1], given, share(batches[1][0], replica, 2), batch_axis="batch")
@@ -218,10 +264,14 @@ def put_off(name: str, rules: str, of_torch: bool) -> tuple[dict[str, float], li
                 if seen is not None:
                     sent = seen.recording.collectives
                     counts.append(sum(each.axis == "batch" and each.bytes > 8 for each in sent))
-                if later and number == 1:
-                    with pytest.raises(tp_planner.ParallelRuntimeError) as error:
-                        update(optimizer, model)
-                    heard = str(error.value)
+                if number == 1 and in_parts:
+                    update(optimizer, model)
+                elif number == 1 and later:
+                    parameters = [each for each in model.parameters() if each.requires_grad]
+                    for mistake in (update, lambda *_: torch.nn.utils.clip_grad_norm_(parameters, 1.0)):
+                        with pytest.raises(tp_planner.ParallelRuntimeError) as error:
+                            mistake(optimizer, model)
+                        heard.add(str(error.value))
                 if number == 0:
                     model.zero_grad()
             update(optimizer, model)
@@ -287,19 +337,29 @@ def test_under_a_distribution(pools: Pools, kind: str) -> None:
         ("mlp", "model axis", True, [0, 0, 0, 1] * 2),
         ("gpt", "model axis", False, [0, 0, 0, 2] * 2),
         pytest.param("gpt", "both axes", False, None, marks=pytest.mark.slow),
-        pytest.param("tied", "model axis, zero 1", False, None, marks=pytest.mark.slow),
         pytest.param("stacked", "stacked", True, None, marks=pytest.mark.slow),
     ],
 )
 def test_loops_that_put_off(pools: Pools, name: str, rules: str, of_torch: bool, counts: list[int] | None) -> None:
     """What passes have added up travels once, and an update without that is refused."""
-    for errors, sent, heard in pools(4).run(put_off, name, rules, of_torch):
+    for errors, sent, heard in pools(4).run(put_off, name, rules, of_torch, False):
         check([errors])
         assert counts is None or sent == counts
-        assert heard.endswith(
-            "is this replica's alone; make the last backward pass before an update outside of tp_planner.no_sync, "
-            "which sends what all of them have added up"
-        )
+        for message in heard:
+            assert message.endswith(
+                "is this replica's alone; make the last backward pass before an update outside of tp_planner.no_sync, "
+                "which sends what all of them have added up"
+            )
+        assert heard
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rules", ["model axis, zero 1", "model axis, zero 3"])
+def test_loops_whose_gradients_are_in_parts(pools: Pools, rules: str) -> None:
+    """They are reduced in each pass, so that an update without a last pass outside is that of one process, too."""
+    for errors, sent, _ in pools(4).run(put_off, "tied", rules, False, True):
+        check([errors])
+        assert all(sent)
 
 
 SAMPLES = ("backward", "all_reduce", "samples of each replica")
@@ -320,6 +380,12 @@ def test_parts_are_reduced_in_each_micro_step(pools: Pools) -> None:
         each = [SAMPLES, ("backward", "reduce_scatter", "gradients 0")]
         clipped = ("update", "all_reduce", "gradient clipping")
         assert found == [(False, each), (True, [*each, clipped, ("update", "all_gather", "weights 0")])] * 2
+
+
+def test_what_has_no_gradient_in_the_last_micro_step(pools: Pools) -> None:
+    """It is left out of the update, as by one process, though what was added up of it has travelled."""
+    for errors in pools(2).run(leave_out):
+        check([errors])
 
 
 def test_a_step_of_ones_own(pools: Pools) -> None:

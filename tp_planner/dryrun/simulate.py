@@ -55,6 +55,7 @@ from tp_planner.regions.replicas import Replicas
 from tp_planner.regions.summands import site_of
 from tp_planner.storage.variables import local_tensor
 from tp_planner.training.accumulation import be_before_last, is_put_off, micro_steps_of, why_in_each
+from tp_planner.training.averaging import MARKS
 from tp_planner.training.optimizer import LOSS_SCALE, adopt_optimizer, require_elementwise, updates_all_at_once
 from tp_planner.training.vocabulary import follow_logits
 
@@ -369,6 +370,10 @@ def _add_gradients(
         )  # a mark for each of several
         axis, site = (plan.mesh.batch_axis or "", plan.replicas), Site("", f"gradients {number}")
         _add_together(log, axis, size, site, several, 1 + several + (number in once), number in once)
+    alone = sum(len(plan.buckets[number]) == 1 for number in once)
+    if alone:
+        axis = plan.mesh.batch_axis or "", plan.replicas
+        _add_together(log, axis, alone * torch.float32.itemsize, MARKS, joined=True, kernels=1, once=True)
     log.events += rest
 
 

@@ -26,6 +26,7 @@ from tp_planner.training.buckets import Bucket, SharedBucket, local_gradient
 from tp_planner.training.shares import share_of
 
 GRADIENTS = Site("", "gradients")
+MARKS = Site("", "gradients that there are")
 
 
 class Averaging:
@@ -37,6 +38,7 @@ class Averaging:
         self._travelling: SharedBucket | None = None
         self._micro_step: MicroStep | None = None
         self._put_off: list[Bucket] = []  # those of the running pass whose gradients are to be weighed, and no more
+        self._alone: list[Bucket] = []  # of one variable, with what micro-steps before have added up
         self._puts_off = False  # whether backward passes send nothing
         self._own: dict[int, Any] = {}  # variables in whose parameters such passes have left gradients, by id
         self._undo: list[Callable[[], None]] = []
@@ -161,6 +163,8 @@ class Averaging:
                 self._put_off.append(bucket)
                 return
             bucket.sums = self._micro_step.sums_of(bucket.variables)
+            if bucket.sums and bucket.always and len(bucket.variables) == 1:
+                self._alone.append(bucket)
         bucket.send(self._replicas)
 
     def _take_own(self, bucket: Bucket) -> None:
@@ -187,15 +191,32 @@ class Averaging:
             with torch.no_grad():
                 for bucket in self._buckets[self._next :]:
                     self._send(bucket)
+                marked = self._mark_those_alone()
                 for bucket in self._put_off:
                     bucket.weigh(self._replicas)
+                for bucket, mark in zip(self._alone, wait(marked) if self._alone else (), strict=True):
+                    bucket.mark = mark
                 for bucket in self._buckets:
                     bucket.finish()
         finally:
             self._next, self._travelling = 0, None
             self._put_off.clear()
+            self._alone.clear()
             for bucket in self._buckets:
                 bucket.clear()
+
+    def _mark_those_alone(self) -> torch.Tensor:
+        """Begin to count on how many replicas a gradient has arrived, for each that travels without a mark.
+
+        What was added up before travels with a gradient that is not there, too, and does not tell.
+        """
+        marked = torch.ones(len(self._alone), device=self._alone[0].device) if self._alone else torch.empty(0)
+        for number, bucket in enumerate(self._alone):
+            if not bucket.is_complete:
+                marked[number].zero_()
+        if self._alone:
+            add_in_place(marked, self._replicas.axis, MARKS)
+        return marked
 
 
 def _hooked(bucket: Bucket, position: int, expected: Any, arrived: Any) -> list[Any]:
@@ -233,6 +254,13 @@ def require_averaged(variables: Iterable[Any]) -> None:
                 f"the gradient of {variable.path!r} is this replica's alone; make the last backward pass before an "
                 f"update outside of tp_planner.no_sync, which sends what all of them have added up"
             )
+
+
+def require_averaged_gradients(gradients: Iterable[torch.Tensor]) -> None:
+    """Raise ParallelRuntimeError if gradients that are read where parameters have them are this replica's alone."""
+    asked = set(map(id, gradients))
+    for averaging in set(_averaged_by.values()):
+        require_averaged(each for each in averaging.own_variables if id(each._value.grad) in asked)
 
 
 def require_averaged_in(parameters: Iterable[torch.Tensor]) -> None:

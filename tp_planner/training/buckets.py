@@ -38,6 +38,7 @@ class Bucket:
         self.arrived: set[int] = set()  # positions of variables
         self.sums: dict[int, torch.Tensor] = {}  # by position, what this replica has added up before, and not sent
         self.flat: torch.Tensor | None = None
+        self.mark: torch.Tensor | None = None  # of a single variable, where what travels does not tell
 
     @property
     def is_complete(self) -> bool:
@@ -111,19 +112,23 @@ class Bucket:
         wait(self.flat)
         missing = set(range(len(self.variables))) - self.arrived
         if missing and not isinstance(self.flat, FakeTensor):
-            marks = (
-                self.flat[-len(self.variables) :].tolist() if len(self.variables) > 1 else self.flat.any().reshape(1)
-            )
+            marks = self._marks(self.flat).tolist()
             for position in missing:
                 if marks[position] > 0:
                     self._place(position)
         self.clear()
 
+    def _marks(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return for each variable a number above 0 if any replica has a gradient of it."""
+        if len(self.variables) > 1:
+            return flat[-len(self.variables) :]
+        return (flat.any() if self.mark is None else self.mark).reshape(1)
+
     def clear(self) -> None:
         """Be as before the pass."""
         for position, before in self.sums.items():  # to which nothing was added
             self._put(position, before)
-        self.arrived, self.flat, self.sums = set(), None, {}
+        self.arrived, self.flat, self.sums, self.mark = set(), None, {}, None
 
 
 class SharedBucket(Bucket):

@@ -24,6 +24,7 @@ from tp_planner.patches import wrap_for_good
 from tp_planner.regions.calls import standing_at
 from tp_planner.storage.forwarding import current
 from tp_planner.storage.unequal_parts import is_in_unequal_parts
+from tp_planner.training.averaging import require_averaged_gradients
 from tp_planner.training.optimizer import CLIPPING
 
 _meshes: set[DeviceMesh] = set()  # those of parallel models: DTensors of others are none of ours
@@ -47,6 +48,7 @@ def _total_norm(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
     @functools.wraps(plain)
     def total_norm(tensors: Any, norm_type: float = 2.0, *args: Any, **kwargs: Any) -> torch.Tensor:
         tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+        require_averaged_gradients(tensors)
         if any(map(_is_ours, tensors)):
             tensors = _norms(tensors, float(norm_type))
         return plain(tensors, norm_type, *args, **kwargs)
@@ -98,6 +100,7 @@ def _on_what_is_stored(plain: Callable[..., None]) -> Callable[..., None]:
     def change(parameters: Any, *args: Any, **kwargs: Any) -> None:
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         gradients = [each.grad for each in parameters if each.grad is not None]
+        require_averaged_gradients(gradients)
         if any(map(_is_ours, gradients)):
             parameters = [_Stored(_stored(each)) for each in gradients]
         return plain(parameters, *args, **kwargs)
