@@ -30,6 +30,9 @@ collective_latency = { value = [1e-6, 2e-6], source = "i" }
 ring_step_latency = { value = [1e-7, 2e-7], source = "j" }
 launch_overhead = { value = [1e-6, 1e-5], source = "k" }
 node_size = { value = 4, source = "l" }
+node_bandwidth = { value = 1e10, source = "m" }
+node_efficiency = { value = [0.25, 1], source = "n" }
+node_step_latency = { value = [1e-6, 2e-6], source = "o" }
 """
 
 
@@ -60,6 +63,9 @@ def test_reads_every_figure_with_its_source(tmp_path: Path) -> None:
         ring_step_latency=FigureRange(1e-7, 2e-7, "j"),
         launch_overhead=FigureRange(1e-6, 1e-5, "k"),
         node_size=Figure(4.0, "l"),
+        node_bandwidth=Figure(1e10, "m"),
+        node_efficiency=FigureRange(0.25, 1.0, "n"),
+        node_step_latency=FigureRange(1e-6, 2e-6, "o"),
     )
 
 

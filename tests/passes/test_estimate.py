@@ -30,16 +30,24 @@ HARDWARE = Hardware(
     ring_step_latency=FigureRange(1e-6, 2e-6, ""),
     launch_overhead=FigureRange(1e-6, 1e-5, ""),
     node_size=Figure(8.0, ""),
+    node_bandwidth=Figure(1e10, ""),
+    node_efficiency=FigureRange(0.5, 1.0, ""),
+    node_step_latency=FigureRange(1e-5, 2e-5, ""),
 )
 NO_MEMORY = MemoryUse(0, 0, 0, 0, 0)
 NO_TIME = TimeRange(0.0, 0.0)
 
 
-def plan_of(*work: Work, collectives: tuple[Collective, ...] = (), parts: int = 4, peak: MemoryUse = NO_MEMORY) -> Plan:
+def plan_of(
+    *work: Work,
+    collectives: tuple[Collective, ...] = (),
+    mesh: tuple[tuple[str, int], ...] = (("model", 4),),
+    peak: MemoryUse = NO_MEMORY,
+) -> Plan:
     return Plan(
         model="m",
         fingerprint="",
-        mesh=Mesh((("model", parts),)),
+        mesh=Mesh(mesh),
         axis="model",
         inputs=(((2, 16), "int32"),),
         rules=(),
@@ -93,6 +101,110 @@ def test_communication_is_a_ring(kind: CollectiveKind, expected: tuple[float, fl
     plan = plan_of(work("forward", ops=1), collectives=(collective(kind, 10**8),))
     (phase,) = estimate_time(plan, HARDWARE).phases
     assert (phase.communication.low, phase.communication.high) == pytest.approx(expected)
+
+
+# A mesh, whose ranks are on nodes of eight devices; the axis; what is sent; low and high: a latency, steps within a
+# node and between nodes, and the bytes that a rank sends over the slowest link: 100 GB/s within a node at best and half
+# of that at worst, or those ranks' shares of the network that are together on a node, 10 GB/s and half of it each.
+NODES: dict[str, tuple[tuple[tuple[str, int], ...], str, CollectiveKind, int, tuple[float, float]]] = {
+    "8 on a node": (
+        (("batch", 8), ("model", 8)),
+        "model",
+        "all_reduce",
+        8 * 10**6,
+        (1e-5 + 14e-6 + 14e6 / 1e11, 2e-5 + 28e-6 + 14e6 / 5e10),
+    ),
+    "8, each on its node": (
+        (("batch", 8), ("model", 8)),
+        "batch",
+        "all_reduce",
+        8 * 10**6,
+        (1e-5 + 14e-5 + 14e6 / 1e10, 2e-5 + 28e-5 + 14e6 / 5e9),
+    ),
+    "the same of a mesh in the other order": (
+        (("model", 8), ("batch", 8)),
+        "model",
+        "all_reduce",
+        8 * 10**6,
+        (1e-5 + 14e-5 + 14e6 / 1e10, 2e-5 + 28e-5 + 14e6 / 5e9),
+    ),
+    "64, 8 to a node": (
+        (("batch", 64), ("model", 1)),
+        "batch",
+        "all_gather",
+        10**6,
+        (1e-5 + 56e-6 + 7e-5 + 63e6 / 8e10, 2e-5 + 112e-6 + 14e-5 + 63e6 / 4e10),
+    ),
+    "32, 4 to a node": (
+        (("batch", 32), ("model", 2)),
+        "batch",
+        "all_reduce",
+        32 * 10**6,
+        (1e-5 + 48e-6 + 14e-5 + 62e6 / 4e10, 2e-5 + 96e-6 + 28e-5 + 62e6 / 2e10),
+    ),
+    "16, 8 to a node": (
+        (("batch", 4), ("model", 16)),
+        "model",
+        "reduce_scatter",
+        16 * 10**6,
+        (1e-5 + 14e-6 + 1e-5 + 15e6 / 8e10, 2e-5 + 28e-6 + 2e-5 + 15e6 / 4e10),
+    ),
+    "64 of 512, each on its node": (
+        (("batch", 64), ("model", 8)),
+        "batch",
+        "reduce_scatter",
+        64 * 10**6,
+        (1e-5 + 63e-5 + 63e6 / 1e10, 2e-5 + 126e-5 + 63e6 / 5e9),
+    ),
+    "512, to each something of its own": (
+        (("batch", 512), ("model", 1)),
+        "batch",
+        "all_to_all",
+        512 * 10**6,
+        (1e-5 + 448e-6 + 63e-5 + 511e6 / 1e10, 2e-5 + 896e-6 + 126e-5 + 511e6 / 5e9),
+    ),
+    "12, of which a node has 4": (
+        (("model", 12),),
+        "model",
+        "all_gather",
+        10**6,
+        (1e-5 + 10e-6 + 1e-5 + 11e6 / 4e10, 2e-5 + 20e-6 + 2e-5 + 11e6 / 2e10),
+    ),
+}
+
+
+@pytest.mark.parametrize(("mesh", "axis", "kind", "size", "expected"), NODES.values(), ids=NODES)
+def test_rings_over_several_nodes(
+    mesh: tuple[tuple[str, int], ...], axis: str, kind: CollectiveKind, size: int, expected: tuple[float, float]
+) -> None:
+    """A ring goes once from each node to the next, where the ranks that it has there send together."""
+    sent = Collective(kind, axis, dict(mesh)[axis], size, "layer", "output", "forward", "")
+    (phase,) = estimate_time(plan_of(work("forward", ops=1), collectives=(sent,), mesh=mesh), HARDWARE).phases
+    assert (phase.communication.low, phase.communication.high) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("devices", [8, 64, 512])
+def test_meshes_are_ranked_by_what_crosses_nodes(devices: int) -> None:
+    """Of what layers send the least is sent fastest within a node, and of gradients by many on a node together."""
+
+    def seconds(model: int) -> float:
+        replicas = devices // model
+        mesh = (("batch", replicas), ("model", model))
+        sent = [Collective("all_reduce", "model", model, 8 * 10**7, "layer", "output", "forward", "")] * 8
+        sent += [Collective("all_reduce", "batch", replicas, 12 * 10**8 // model, "", "gradients 0", "forward", "")]
+        return estimate_time(plan_of(work("forward", ops=1), collectives=tuple(sent), mesh=mesh), HARDWARE).total.low
+
+    found = {model: seconds(model) for model in (1, 2, 4, 8, 16, 32) if model <= devices}
+    # By hand, but for latencies. Over the axis "model" 1.28 GB (m - 1) / m at 100 GB/s, above 8 at min(100, 80) GB/s.
+    # Over "batch" 2.4 GB (r - 1) / r / m: on one node at 100 GB/s, over several at (8 / m) * 10 GB/s.
+    expected = {}
+    for model in found:
+        replicas, together = devices // model, max(8 // model, 1)
+        of_layers = 1.28e9 * (model - 1) / model / (1e11 if model <= 8 else 8e10)
+        of_gradients = 2.4e9 / model * (replicas - 1) / replicas / (1e11 if devices == 8 else together * 1e10)
+        expected[model] = of_layers + of_gradients
+    assert found == pytest.approx(expected, rel=0.1)
+    assert sorted(found, key=found.__getitem__) == sorted(expected, key=expected.__getitem__)
 
 
 def test_one_rank_does_not_communicate() -> None:
@@ -149,7 +261,7 @@ estimated, not measured: one training step with inputs 2x16 int32 on 4 x Abacus
   memory at the peak, backward: 2.00 GiB of 8.00 GiB
   low: the efficiencies' high ends; arithmetic, memory traffic and launches of a phase overlap wholly
   high: the efficiencies' low ends; nothing overlaps, no op is fused, nothing stays in a cache
-  both: a collective waits for the ops before it and holds up those after it; rings within one node
+  both: a collective is a ring, waits for the ops before it and holds up those after it
   not counted: metrics, reading the data, and memory that allocators and libraries keep"""
 
 
@@ -179,13 +291,13 @@ def test_report_says_what_does_not_fit() -> None:
 
 
 def test_report_says_what_the_plan_leaves_out() -> None:
-    """That there is no update, no loss, and that a ring over more devices than a node has is slower."""
+    """That there is no update, no loss, and what of it goes from node to node."""
     plan = example()
     plan = replace(plan, step=replace(plan.step, optimizer="", loss=""), mesh=Mesh((("model", 16),)))
     assert estimate_lines(plan, HARDWARE)[-3:] == [
         "  no update: the plan was made without an optimizer",
         "  no loss: the plan was made without one",
-        "  16 ranks are more than the 8 devices that the links connect: between nodes communication takes longer",
+        "  rings over 'model' go around 2 nodes of 8 devices, and send on 8 ranks together",
     ]
 
 

@@ -35,8 +35,11 @@ def layout_command(
         int | None, typer.Option(metavar="NUMBER", min=1, help="Instead of a mesh: try all meshes of so many devices.")
     ] = None,
     devices_per_node: Annotated[
-        int, typer.Option(metavar="NUMBER", min=1, help="With --devices: how many of them a node has.")
-    ] = 8,
+        int | None,
+        typer.Option(
+            metavar="NUMBER", min=1, help="With --devices: how many of them a node has, if not as --hardware."
+        ),
+    ] = None,
     input: InputOption = None,
     batch: BatchOption = None,
     optimizer: OptimizerOption = None,
@@ -110,7 +113,7 @@ def _on_mesh(asked: _Question, mesh: str) -> Found:
     return search(job.model, wanted, profile, job.inputs, job.optimizer, job.loss, most)
 
 
-def _on_devices(asked: _Question, devices: int, devices_per_node: int) -> tuple[MeshTried, ...]:
+def _on_devices(asked: _Question, devices: int, devices_per_node: int | None) -> tuple[MeshTried, ...]:
     from tp_planner.search.meshes import search_meshes
 
     if asked.batch is None:

@@ -19,7 +19,7 @@ _PROFILE_FOLDERS = (_PACKAGE / "hardware", _PACKAGE.parent / "plans" / "hardware
 
 _KEYS = tuple(field.name for field in fields(Hardware))
 _FIGURE_KEYS = ("value", "source")
-_FRACTIONS = ("matmul_efficiency", "memory_efficiency", "link_efficiency")
+_FRACTIONS = ("matmul_efficiency", "memory_efficiency", "link_efficiency", "node_efficiency")
 # Names of torch dtypes that a rate can be given for.
 _DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "int32", "int64")
 
@@ -108,6 +108,9 @@ class _Reader:
             ring_step_latency=self._range("ring_step_latency"),
             launch_overhead=self._range("launch_overhead"),
             node_size=self._figure("node_size"),
+            node_bandwidth=self._figure("node_bandwidth"),
+            node_efficiency=self._range("node_efficiency"),
+            node_step_latency=self._range("node_step_latency"),
             device=self._device(),
         )
 

@@ -27,7 +27,7 @@ class FigureRange:
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """One kind of device as a rank uses it, and the links between the devices of a node.
+    """One kind of device as a rank uses it, the links between the devices of a node, and those between nodes.
 
     Rates and bandwidths are peaks, efficiencies the fractions of them that are reached in practice. Rates are in
     FLOP/s by dtype name, sizes in bytes, bandwidths in bytes/s (of links: in one direction), times in seconds.
@@ -45,6 +45,9 @@ class Hardware:
     ring_step_latency: FigureRange  # of each step around the ring on top of that
     launch_overhead: FigureRange  # of the host for each op
     node_size: Figure  # devices that the links connect
+    node_bandwidth: Figure  # a device's share of what its node sends to others
+    node_efficiency: FigureRange
+    node_step_latency: FigureRange  # of each step around the ring that goes to another node
     device: DeviceType = "cpu"  # whose kernels run on it
 
 

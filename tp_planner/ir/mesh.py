@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -100,6 +102,14 @@ class Mesh:
         following = self.axes[self.names.index(axis) + 1 :]
         return rank // math.prod(size for _, size in following) % self.axis_size(axis)
 
+    def on_nodes(self, axis: str, devices_per_node: int) -> OnNodes:
+        """Return how groups of ranks along an axis lie on nodes of so many devices, neighbours in order of rank.
+
+        >>> Mesh((("batch", 8), ("model", 4))).on_nodes("batch", 8)
+        OnNodes(nodes=4, neighbours=2)
+        """
+        return _on_nodes(self, axis, devices_per_node)
+
     def to_json(self) -> dict[str, int]:
         return dict(self.axes)
 
@@ -109,6 +119,25 @@ class Mesh:
 
     def __str__(self) -> str:
         return ", ".join(f"{name}={size}" for name, size in self.axes)
+
+
+@dataclass(frozen=True, slots=True)
+class OnNodes:
+    """How groups of ranks lie on nodes: the most nodes of a group, and the fewest ranks that one has on a node."""
+
+    nodes: int
+    neighbours: int
+
+
+@functools.lru_cache(maxsize=64)
+def _on_nodes(mesh: Mesh, axis: str, devices_per_node: int) -> OnNodes:
+    following = mesh.axes[mesh.names.index(axis) + 1 :]
+    stride = math.prod(size for _, size in following)
+    groups: dict[int, Counter[int]] = {}
+    for rank in range(mesh.size):
+        first = rank - stride * mesh.coordinate(rank, axis)
+        groups.setdefault(first, Counter())[rank // devices_per_node] += 1
+    return OnNodes(max(map(len, groups.values())), min(min(each.values()) for each in groups.values()))
 
 
 def parse_mesh(text: str) -> Mesh:

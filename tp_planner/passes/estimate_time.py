@@ -4,7 +4,9 @@ Compute is bounded by a roofline: arithmetic at the matmul rate, traffic at the 
 to launch the ops (Williams, Waterman and Patterson, "Roofline: an insightful visual performance model for multicore
 architectures", 2009). Where all three overlap, the longest of them is the time of a phase; where nothing does, their
 sum. Collectives follow the alpha-beta model of a ring: a latency, another for each step, and bytes over bandwidth
-(Thakur, Rabenseifner and Gropp, "Optimization of collective communication operations in MPICH", 2005).
+(Thakur, Rabenseifner and Gropp, "Optimization of collective communication operations in MPICH", 2005). A ring over
+several nodes goes from each to the next once; it is as fast as its slowest link, and the ranks that it has on a node
+send together to the next, each over its own network adapter, as the channels of NCCL do.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Iterable
 
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.hardware import Hardware, PhaseTime, TimeEstimate, TimeRange
+from tp_planner.ir.mesh import Mesh, OnNodes
 from tp_planner.ir.plan import Plan
 from tp_planner.ir.step import Collective, Phase, Work
 
@@ -21,7 +24,7 @@ _NO_TIME = TimeRange(0.0, 0.0)
 _ASSUMPTIONS = (
     "low: the efficiencies' high ends; arithmetic, memory traffic and launches of a phase overlap wholly",
     "high: the efficiencies' low ends; nothing overlaps, no op is fused, nothing stays in a cache",
-    "both: a collective waits for the ops before it and holds up those after it; rings within one node",
+    "both: a collective is a ring, waits for the ops before it and holds up those after it",
     "not counted: metrics, reading the data, and memory that allocators and libraries keep",
 )
 
@@ -66,27 +69,38 @@ def _assumptions_of(plan: Plan, hardware: Hardware) -> tuple[str, ...]:
         )
     if not plan.step.loss:
         assumptions.append("no loss: the plan was made without one")
-    if plan.mesh.size > hardware.node_size.value:
-        assumptions.append(
-            f"{plan.mesh.size} ranks are more than the {hardware.node_size.value:g} devices that the links connect: "
-            f"between nodes communication takes longer"
-        )
+    assumptions += [_across_nodes(axis, plan, hardware) for axis in _axes_across_nodes(plan, hardware)]
     return tuple(assumptions)
+
+
+def _axes_across_nodes(plan: Plan, hardware: Hardware) -> list[str]:
+    """Return the axes over which ranks communicate that are on several nodes."""
+    used = dict.fromkeys(each.axis for each in plan.collectives if each.axis in plan.mesh.names)
+    return [axis for axis in used if plan.mesh.on_nodes(axis, int(hardware.node_size.value)).nodes > 1]
+
+
+def _across_nodes(axis: str, plan: Plan, hardware: Hardware) -> str:
+    size = int(hardware.node_size.value)
+    lie = plan.mesh.on_nodes(axis, size)
+    together = f"{lie.neighbours} ranks together" if lie.neighbours > 1 else "each rank alone"
+    return f"rings over {axis!r} go around {lie.nodes} nodes of {size} devices, and send on {together}"
 
 
 def _phase_time(phase: Phase, plan: Plan, hardware: Hardware) -> PhaseTime:
     compute = [compute_time(work, hardware) for work in plan.step.work if work.phase == phase]
     here = [each for each in plan.collectives if each.phase == phase]
-    in_turn = sum((collective_time(each, hardware) for each in here if each.early and not each.behind), _NO_TIME)
-    others = sum((_seen_time(each, hardware) for each in here if not each.early or each.behind), _NO_TIME)
+    in_turn = sum(
+        (collective_time(each, plan.mesh, hardware) for each in here if each.early and not each.behind), _NO_TIME
+    )
+    others = sum((_seen_time(each, plan.mesh, hardware) for each in here if not each.early or each.behind), _NO_TIME)
     computed = sum(compute, _NO_TIME)
     seen = TimeRange(max(in_turn.low - computed.low, 0.0), in_turn.high)
     return PhaseTime(phase, computed, others + seen)
 
 
-def _seen_time(collective: Collective, hardware: Hardware) -> TimeRange:
+def _seen_time(collective: Collective, mesh: Mesh, hardware: Hardware) -> TimeRange:
     """Return for how long a rank waits for a collective, at best only once the products behind which it runs end."""
-    whole = collective_time(collective, hardware)
+    whole = collective_time(collective, mesh, hardware)
     hidden = _products_time(collective.behind, hardware) / hardware.matmul_efficiency.high
     return TimeRange(max(whole.low - hidden, 0.0), whole.high)
 
@@ -108,19 +122,36 @@ def compute_time(work: Work, hardware: Hardware) -> TimeRange:
     )
 
 
-def collective_time(collective: Collective, hardware: Hardware) -> TimeRange:
-    """Return the time of one collective."""
+def collective_time(collective: Collective, mesh: Mesh, hardware: Hardware) -> TimeRange:
+    """Return the time of one collective on a mesh whose ranks are on nodes of ``hardware.node_size`` devices."""
     if collective.group_size == 1:
         return _NO_TIME
-    latency, step, link = hardware.collective_latency, hardware.ring_step_latency, hardware.link_efficiency
-    steps = _ring_steps(collective)
-    transfer = collective.wire_bytes / hardware.link_bandwidth.value
+    latency, step, far = hardware.collective_latency, hardware.ring_step_latency, hardware.node_step_latency
+    turns = 2 if collective.kind == "all_reduce" else 1  # it is a reduce-scatter and an all-gather
+    between = turns * (_on_nodes(collective, mesh, hardware).nodes - 1)
+    within = turns * (collective.group_size - 1) - between
+    transfer = transfer_time(collective, mesh, hardware)
     return TimeRange(
-        low=latency.low + steps * step.low + transfer / link.high,
-        high=latency.high + steps * step.high + transfer / link.low,
+        low=latency.low + within * step.low + between * far.low + transfer.low,
+        high=latency.high + within * step.high + between * far.high + transfer.high,
     )
 
 
-def _ring_steps(collective: Collective) -> int:
-    """Return how many times data moves on around the ring: an all-reduce is a reduce-scatter and an all-gather."""
-    return (collective.group_size - 1) * (2 if collective.kind == "all_reduce" else 1)
+def transfer_time(collective: Collective, mesh: Mesh, hardware: Hardware) -> TimeRange:
+    """Return the time that the bytes of a collective take on the slowest link of its ring."""
+    lie, near, far = _on_nodes(collective, mesh, hardware), hardware.link_efficiency, hardware.node_efficiency
+    slow, fast = (hardware.link_bandwidth.value * efficiency for efficiency in (near.low, near.high))
+    if lie.nodes > 1:
+        # In an all-to-all each rank has something of its own for every other.
+        together = 1 if collective.kind == "all_to_all" else lie.neighbours
+        share = hardware.node_bandwidth.value * together
+        slow, fast = min(slow, share * far.low), min(fast, share * far.high)
+    return TimeRange(collective.wire_bytes / fast, collective.wire_bytes / slow)
+
+
+def _on_nodes(collective: Collective, mesh: Mesh, hardware: Hardware) -> OnNodes:
+    """Return how the groups of a collective lie on nodes; those over no axis of the mesh are of all ranks."""
+    axis, ranks = collective.axis, mesh
+    if axis not in mesh.names:
+        axis, ranks = "all", Mesh((("all", mesh.size),))
+    return ranks.on_nodes(axis, int(hardware.node_size.value))

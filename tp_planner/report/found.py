@@ -29,7 +29,7 @@ def meshes_sections(tried: Sequence[tuple[str, FoundFigures | None, str]]) -> li
             figures = found.best.figures
             cells = (_milliseconds(found.best.seconds), bytes_text(figures.wire_bytes), bytes_text(figures.peak_bytes))
         rows.append((mesh, *cells, problem))
-    between_nodes = "what replicas send between nodes is priced like links within one"
+    between_nodes = "what replicas send between nodes is priced by the links between them"
     return [Section("meshes", (between_nodes,), table=Table(heads, tuple(rows), frozenset(heads[1:4])))]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import keras
 
@@ -11,7 +11,7 @@ from tp_planner.frontend.inputs import sized_inputs
 from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.found import FoundFigures
-from tp_planner.ir.hardware import Hardware
+from tp_planner.ir.hardware import Figure, Hardware
 from tp_planner.ir.mesh import Mesh
 from tp_planner.search.find import search
 from tp_planner.search.found import Found
@@ -34,7 +34,7 @@ class MeshTried:
 def search_meshes(
     model: keras.Model,
     devices: int,
-    devices_per_node: int,
+    devices_per_node: int | None,
     batch: int,
     hardware: Hardware,
     optimizer: keras.optimizers.Optimizer | None = None,
@@ -44,21 +44,22 @@ def search_meshes(
     """Return what is found on each mesh of so many devices, the shortest step first.
 
     Each mesh has replicas over the axis "batch", which share a batch of this size, and layers split over the axis
-    "model", which lies within a node. What replicas send between nodes is priced like links within one.
+    "model", which lies within a node. What replicas send between nodes is priced by the links between them.
 
     Args:
         model: as for ``search``.
         devices: their number.
-        devices_per_node: how many of them the links of ``hardware`` connect.
+        devices_per_node: how many of them are on a node; None for as many as ``hardware`` says.
         batch: the size of the batch that all devices train on in one step.
         hardware: as for ``search``.
         optimizer: as for ``search``.
         loss: as for ``search``.
         memory: as for ``search``.
     """
-    tried = [
-        _tried(model, mesh, batch, hardware, optimizer, loss, memory) for mesh in _meshes(devices, devices_per_node)
-    ]
+    if devices_per_node is not None:
+        hardware = replace(hardware, node_size=Figure(float(devices_per_node), "as asked"))
+    meshes = _meshes(devices, int(hardware.node_size.value))
+    tried = [_tried(model, mesh, batch, hardware, optimizer, loss, memory) for mesh in meshes]
     return tuple(sorted(tried, key=lambda each: (each.found is None, each.found.cost if each.found else 0.0)))
 
 

@@ -16,7 +16,7 @@ from tp_planner.ir.hardware import Hardware
 from tp_planner.ir.placement import Partial, Placement, Shard, local_shape
 from tp_planner.ir.plan import Boundary, Plan, Transition
 from tp_planner.ir.step import Collective, Work
-from tp_planner.passes.estimate_time import collective_time, compute_time, estimate_time
+from tp_planner.passes.estimate_time import collective_time, compute_time, estimate_time, transfer_time
 from tp_planner.search.ways import Crossing, transitions
 
 
@@ -56,11 +56,11 @@ class Prices:
         if dims and dims[0] != 0:  # chunks are put together along their dim
             work += OpWork((), 2 * whole, 1)
         collective = Collective(kind, self.base.axis, parts, sent, "", "", "forward", "")
-        return collective_time(collective, self.hardware).high + self.of_work(work)
+        return collective_time(collective, self.base.mesh, self.hardware).high + self.of_work(work)
 
     def of_loss(self, loss: LossWork) -> float:
         """Return the time of a loss, forward and backward."""
-        sent = sum(collective_time(each, self.hardware).high for each in loss.collectives)
+        sent = sum(collective_time(each, self.base.mesh, self.hardware).high for each in loss.collectives)
         return sent + sum(compute_time(work, self.hardware).high for work in loss.work)
 
     # --- variables -------------------------------------------------------------------------------------
@@ -80,8 +80,7 @@ class Prices:
         seconds = self.of_work(OpWork((), update, 0))
         for each in self.base.collectives:
             if each.axis == self.base.mesh.batch_axis:
-                transfer = each.wire_bytes / self.hardware.link_bandwidth.value / self.hardware.link_efficiency.low
-                seconds += transfer
+                seconds += transfer_time(each, self.base.mesh, self.hardware).high
         return seconds / max(self._trained_bytes, 1)
 
     def memory_of_storing(self, variable: VariableInfo, placement: Placement) -> float:
