@@ -202,7 +202,7 @@ def test_a_loss_in_shards_and_unequal_parts_are_found() -> None:
     found, preset = found_and_preset("gpt2", 8)
     assert found.cost < preset
     assert found.gap < 1e-6
-    assert abs(found.error) < ERROR
+    assert abs(found.error) < 0.005
     assert any(each.into_loss for each in found.plan.layers)
 
 
@@ -212,14 +212,14 @@ def test_a_loss_in_shards_and_unequal_parts_are_found() -> None:
 def test_found_is_no_dearer_than_the_preset(name: str, parts: int, record_property: Any) -> None:
     """What is found for a family costs as much as its preset or less, and what could be cheaper is so by 1 % at most.
 
-    But where the program is wrong, which is said; and Gemma's one head of keys is an exception: see plans/README.md.
+    But where the program is wrong, which is said.
     """
     found, preset = found_and_preset(name, parts)
     candidates = (found.best, *found.runners_up)
     cost = min(each.cost for each in candidates if not each.layout.sequence_parallel)  # as the preset
     stream = f"{found.cost / preset:.3f} with the stream in shards" if cost > found.cost else "no stream"
     record_property("counted", f"{name} on {parts}: {cost / preset:.3f} of its preset, {stream}, gap {found.gap:.2%}")
-    assert cost <= preset * (1.05 if name.startswith("gemma") else 1 + 1e-9)
+    assert cost <= preset * (1 + 1e-9)
     assert found.gap < 0.01 or found.notes
 
 

@@ -40,10 +40,12 @@ def measure_loss(loss: TrainingLoss, head: Boundary, axes: Axes, in_shards: bool
     meter = StepMeter(axes)
     shape = local_shape(head.shape, head.forward.source, axes.model.size) if in_shards else head.shape
     with fake_tensors():
-        made = torch.empty(shape, dtype=getattr(torch, head.dtype), requires_grad=True)
-        meter.hold([made], "activations")
+        product = torch.empty(shape, dtype=getattr(torch, head.dtype), requires_grad=True).flatten(0, -2)
+        meter.hold([product], "activations")
         with meter:
+            made = product.view(shape)
             outputs = logits_of(made, head, axes.model, Site("", "")) if in_shards else made
-            torch.autograd.grad(loss(outputs).sum(), made)
+            (gradient,) = torch.autograd.grad(loss(outputs).sum(), made)
+            gradient.reshape(product.shape)  # as the product's own gradients need it: some losses leave it transposed
         meter.forget()
     return LossWork(work_of(meter.log), collectives_of(meter.log))

@@ -31,6 +31,9 @@ from tp_planner.regions.behind import made_as
 from tp_planner.regions.calls import running
 from tp_planner.regions.recording import LOCAL_OPS, CollectiveRecorder
 
+_aten = torch.ops.aten
+_ALLOCATE = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
+
 
 class StepMeter(CollectiveRecorder):
     """Writes the log of a step while it is entered.
@@ -203,7 +206,7 @@ class StepMeter(CollectiveRecorder):
                 if max(weight, times) > 1:
                     self.stands_for[number] = max(weight, times)
                 moved += leaf.numel() * leaf.element_size() * weight
-        if self._counting:
+        if self._counting and computes(func):
             flops = flops_of(func, args, kwargs, result)
             dtype = str(inputs[0].dtype).removeprefix("torch.") if flops else ""
             if flops:
@@ -213,6 +216,11 @@ class StepMeter(CollectiveRecorder):
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf.elem if isinstance(leaf, AsyncCollectiveTensor) else leaf for leaf in tensors_in(tree)]
+
+
+def computes(func: Any) -> bool:
+    """Whether an op reads or writes anything: those that leave what they make as it is are no kernels."""
+    return func.overloadpacket not in _ALLOCATE
 
 
 def flops_of(func: Any, args: Any, kwargs: Any, result: Any) -> int:

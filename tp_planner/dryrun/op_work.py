@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from tp_planner.dryrun.metering import flops_of
+from tp_planner.dryrun.metering import computes, flops_of
 from tp_planner.dryrun.sharding_rules import DTensorRules, local_stride, resolve_op
 from tp_planner.frontend.dispatch import WatchingMode, tensors_in
 from tp_planner.frontend.fake_mode import FakeCpuMode
@@ -223,7 +223,7 @@ class _Meter(WatchingMode):
         inputs = list(tensors_in((args, kwargs)))
         storages = {each.untyped_storage()._cdata for each in inputs}
         made = [each for each in tensors_in(result) if each.untyped_storage()._cdata not in storages]
-        if made or func._schema.is_mutable:
+        if (made or func._schema.is_mutable) and computes(func):
             flops = flops_of(func, args, kwargs, result)
             dtype = str(inputs[0].dtype).removeprefix("torch.") if flops else ""
             moved = sum(each.numel() * each.element_size() for each in (*inputs, *made))

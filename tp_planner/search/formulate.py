@@ -153,7 +153,7 @@ class Formulation:
         if call is None or self.loss_in_shards is None or not self._head or boundary.tensor != self._head:
             return self.prices.of_crossing(crossing)
         calls = sum((each.layer, each.mode) == (call.layer, call.mode) for each in self.graph.calls.values())
-        if calls > 1 or not gathers_last_dim(boundary):
+        if calls > 1 or not set(call.outputs) & set(self.graph.outputs) or not gathers_last_dim(boundary):
             return self.prices.of_crossing(crossing)
         return self.loss_in_shards(boundary)
 

@@ -15,21 +15,36 @@ from tp_planner.ir.graph import ModelGraph
 from tp_planner.ir.placement import WHOLE
 from tp_planner.ir.plan import Plan
 from tp_planner.search.steps import Step
-from tp_planner.search.ways import Way
+from tp_planner.search.ways import Crossing, Way
 
 Chosen = Mapping[int, tuple[Step, Way]]  # by column
 End = tuple[str, str, str]  # of a region: layer, mode, and "output" or the variable
 
 
 def refused_regions(graph: ModelGraph, chosen: Chosen, plan: Plan) -> Iterator[frozenset[int]]:
-    """Yield the columns of each region of the chosen ways that ends in the plan where it does not in the program."""
+    """Yield the columns of each region of the chosen ways that ends in the plan where it does not in the program.
+
+    With them those of contractions beside it that gather what they make: their shards may be what it met.
+    """
     ended = frozenset(_ends_of_plan(plan))
     for columns in regions(chosen):
         of_region = {end for column in columns for end in _ends_of_way(graph, *chosen[column])}
         calls = [graph.calls[chosen[column][0].call] for column in columns]
         layers = {(call.layer, call.mode) for call in calls}
         if any(end[:2] in layers and end not in of_region for end in ended):
-            yield columns
+            yield columns.union(_gathered_beside(graph, chosen, columns))
+
+
+def _gathered_beside(graph: ModelGraph, chosen: Chosen, region: frozenset[int]) -> Iterator[int]:
+    """Yield the columns of ways that gather what they make, in calls in which the region has layers or code."""
+    around = {_call_around(graph, chosen[column][0]) for column in region}
+    for column, (step, way) in chosen.items():
+        if _call_around(graph, step) in around and any(_gathers_output(each) for each in way.crossings):
+            yield column
+
+
+def _call_around(graph: ModelGraph, step: Step) -> int | None:
+    return step.call if step.layer_call is None else graph.calls[step.call].parent
 
 
 def regions(chosen: Chosen) -> Iterator[frozenset[int]]:
@@ -58,3 +73,7 @@ def _ends_of_way(graph: ModelGraph, step: Step, way: Way) -> Iterator[End]:
     for crossing in way.crossings:
         if crossing.boundary.forward.collective == "all_gather":
             yield call.layer, call.mode, crossing.variable or "output"
+
+
+def _gathers_output(crossing: Crossing) -> bool:
+    return crossing.variable is None and crossing.boundary.forward.collective == "all_gather"
