@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 import math
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +22,7 @@ from tp_planner.dryrun.collector import only_new_garbage, without_collector
 from tp_planner.dryrun.metering import StepMeter
 from tp_planner.dryrun.repeats import BlockRepeats, multiplicities, stand_ins
 from tp_planner.dryrun.sharing import SimulatedShares
+from tp_planner.dryrun.slots import Slots
 from tp_planner.frontend.inputs import CallArguments, fake_inputs
 from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.frontend.trace import conditions_need_values, fake_tensors
@@ -106,7 +107,7 @@ def simulate(
                 None if optimizer is None else _adopted(type(optimizer).from_config, settings, axes, not averaged)
             )
             variables = {key for layer in left_out for key in graph.layers[layer].variables}
-            step = TrainingStep(model, meter, updating, loss, variables, applied.replicas, sharing)
+            step = TrainingStep(model, meter, updating, loss, variables, applied.replicas, sharing, without_values=True)
             _hold_left_out_variables(meter, plan, variables)
             try:
                 step.run(arguments, multiplicities(repeats))
@@ -189,6 +190,7 @@ class TrainingStep:
         left_out: variables that take no part, by key.
         replicas: the replicas, which meet when the backward pass begins; None for one. They do not average gradients.
         sharing: the updates that they share, if they do.
+        without_values: whether the model runs on fake tensors.
     """
 
     def __init__(
@@ -200,14 +202,15 @@ class TrainingStep:
         left_out: Set[str] = frozenset(),
         replicas: Replicas | None = None,
         sharing: SimulatedShares | None = None,
+        without_values: bool = False,
     ) -> None:
         self.model, self.meter, self.optimizer, self.left_out = model, meter, optimizer, left_out
         self._loss, self._replicas, self._sharing = loss, replicas, sharing
+        self._without_values = without_values
         self.loss_name = "" if loss is None else loss.name
         self.whole_update = True
         self.notes: list[str] = []
         self.trained: set[str] = set()  # variables that have got a gradient, by key
-        self._slots: list[tuple[Any, Any]] = []
 
     def run(self, arguments: CallArguments, others: Mapping[str, int]) -> None:
         """Run the step.
@@ -224,7 +227,10 @@ class TrainingStep:
         trainable = [variable for variable in model.trainable_variables if id(variable) in ids]
         meter.hold((variable._value for variable in here), "parameters")
         meter.hold(arguments.tensors, "activations")
-        self._build_optimizer(trainable, {id(each): others.get(keys[id(each)], 0) for each in trainable})
+        slots = None
+        if self.optimizer is not None and trainable:
+            numbers = {id(each): others.get(keys[id(each)], 0) for each in trainable}
+            slots = Slots(self.optimizer, trainable, numbers, meter, self._without_values)
         with meter:
             with nullcontext() if self._loss is None else in_a_step_of(model):
                 outputs = arguments.call(model, training=True)
@@ -245,11 +251,9 @@ class TrainingStep:
             meter.hold((variable._value.grad for variable in trained), "gradients")
             if self._sharing is not None:
                 self._sharing.leave_parts(trained)
-            slots: dict[int, list[Any]] = {}
-            for owner, slot in self._slots:
-                slots.setdefault(id(owner), []).append(slot)
+            kept = {} if slots is None else slots.by_variable()
             for variable in trained:
-                self._stand_for(variable, slots.get(id(variable), []), 1 + others.get(keys[id(variable)], 0))
+                self._stand_for(variable, kept.get(id(variable), ()), 1 + others.get(keys[id(variable)], 0))
             if self.optimizer is not None and trained:
                 self._update(self.optimizer, trained)
             elif self._sharing is not None:  # whatever makes the update
@@ -289,31 +293,10 @@ class TrainingStep:
         sums = [each.sum() for each in terms if isinstance(each, torch.Tensor) and each.is_floating_point()]
         return functools.reduce(torch.add, sums) if sums else None
 
-    def _build_optimizer(self, trainable: list[Any], others: Mapping[int, int]) -> None:
-        """Make the slots, as they are there from the second step on."""
-        if self.optimizer is None or not trainable:
-            return
-        add = self.optimizer.add_variable_from_reference
-
-        @functools.wraps(add)
-        def adding(reference_variable: Any, *args: Any, **kwargs: Any) -> Any:
-            slot = add(reference_variable, *args, **kwargs)
-            self._slots.append((reference_variable, slot))
-            return slot
-
-        self.optimizer.__dict__["add_variable_from_reference"] = adding
-        self.optimizer.build(trainable)
-        self.meter.hold((slot._value for slot in self.optimizer.variables), "optimizer")
-        for variable, slot in self._slots:
-            if others[id(variable)]:
-                self.meter.log.allocate(
-                    local_tensor(slot).untyped_storage().nbytes(), "optimizer", others[id(variable)]
-                )
-
-    def _stand_for(self, variable: Any, slots: list[Any], number: int) -> None:
+    def _stand_for(self, variable: Any, slots: Sequence[torch.Tensor], number: int) -> None:
         """Let a variable, its gradient and its slots count for ``number`` equal ones in the update."""
         gradient = variable._value.grad
-        tensors = [local_tensor(variable), getattr(gradient, "_local_tensor", gradient), *map(local_tensor, slots)]
+        tensors = [local_tensor(variable), getattr(gradient, "_local_tensor", gradient), *slots]
         self.meter.stands_for.update({self.meter.storage(tensor): number for tensor in tensors})
 
 
