@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -96,6 +97,31 @@ class Drawing(layers.Layer):
         return x + torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).to(x)
 
 
+class Counting(layers.Layer):
+    """Counts its calls, and does something else from the tenth on."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.state = {"calls": 0}
+
+    def call(self, x: Any) -> Any:
+        if not (x.is_meta or isinstance(x, FakeTensor)):
+            self.state["calls"] += 1
+        return x if self.state["calls"] < 10 else 2 * x
+
+
+class Numbering(layers.Layer):
+    """Adds a number that is another in each call, and kept where no attribute tells."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        numbers = itertools.count(1)
+        self.next = lambda: next(numbers)
+
+    def call(self, x: Any) -> Any:
+        return x if x.is_meta or isinstance(x, FakeTensor) else x + 0.1 * self.next()
+
+
 def averaged(**options: Any) -> layers.Layer:
     return layers.TorchModuleWrapper(Averaging(), output_shape=(None, 32), **options)
 
@@ -110,6 +136,11 @@ MIDDLES: dict[str, tuple[Callable[..., layers.Layer], str]] = {
     "a kept tensor": (Keeping, "layer 'middle' keeps a tensor that its call has made"),
     "a tensor kept inside": (KeepingInside, "layer 'middle' keeps a tensor that its call has made"),
     "a buffer": (averaged, "layer 'middle' keeps a tensor that its call has made"),
+    "a count": (Counting, "layer 'middle' changes its attribute 'calls' when it is called"),
+    "another number": (
+        Numbering,
+        "code is not the same in each call: it calls torch's add with other arguments",
+    ),
     "recomputation": (recomputed, "code runs again in the backward pass"),
     "a loss": (Penalized, "layer 'middle' adds a loss"),
     "a generator": (Drawing, "code draws from a torch.Generator of its own"),

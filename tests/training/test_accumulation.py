@@ -15,12 +15,14 @@ import torch
 import torch.distributed as dist
 
 import tp_planner
+from tests.dryrun.test_simulation import SIZES, metered_training
 from tests.keras_distribution.test_distributed_replicas import distributed, normalized, rows
 from tests.models import building, randomize
 from tests.replicas import MODELS, Shape, layout, relative, share
 from tests.training.test_training import variables_of
 from tests.workers import Pools
 from tp_planner.frontend.layer_tree import named_variables
+from tp_planner.ir.step import Memory
 from tp_planner.passes import bucket_gradients
 
 OPTIMIZERS = {
@@ -39,7 +41,7 @@ OPTIMIZERS = {
         keras.optimizers.Adam(0.01, epsilon=1e-3, gradient_accumulation_steps=2), initial_scale=1024.0
     ),
 }
-SIZES = [8, 8, 8, 5, 1, 8, 8]  # of global batches; with four replicas some have no share
+BATCHES = [8, 8, 8, 5, 1, 8, 8]  # of global batches; with four replicas some have no share
 
 
 # On the ranks
@@ -91,7 +93,7 @@ def differences(what: str, expected: keras.Model, found: keras.Model) -> dict[st
 def train(name: str, rules: str, shape: Shape, optimizer: str) -> dict[str, float]:
     """Return how far replicas are from one process after each micro-step."""
     both, errors = Both(name, rules, shape, optimizer), {}
-    for number, size in enumerate(SIZES):
+    for number, size in enumerate(BATCHES):
         losses = both.train(size)
         errors[f"{number}: loss"] = relative(losses[1], losses[0]) * 1e-6  # Keras adds them in float32
         errors |= both.differences(f"{number}")
@@ -221,6 +223,22 @@ def count(name: str, rules: str, shape: Shape, optimizer: str) -> list[tuple[boo
         sent = [each for each in recorder.recording.collectives if each.axis == "batch"]
         found.append((recorder.recording.updates, [(each.phase, each.kind, each.place) for each in sent]))
     return found
+
+
+def meter_last_micro_steps(name: str, rules: str, shape: Shape) -> tuple[Memory, list[Memory]]:
+    """Return the planned memory of a rank, and what the last micro-steps of a few updates take."""
+    case = MODELS[name]
+    model = case.build(**SIZES.get(name, {}))
+    model.compile(keras.optimizers.AdamW(gradient_accumulation_steps=2), case.make_loss(), jit_compile=False)
+    x, y = case.batch(np.random.default_rng(0), 8)
+    plan = tp_planner.plan(model, layout(name, rules, shape), x, batch_axis="batch")
+    tp_planner.parallelize(model, plan)
+    found = []
+    for _ in range(4):
+        model.train_on_batch(x, y)
+        model.zero_grad()
+        found.append(metered_training(model, x, y))
+    return plan.step.memory, found[1:]
 
 
 def fit_under_a_distribution(kind: str) -> dict[str, float]:
@@ -399,6 +417,23 @@ def test_a_step_of_ones_own(pools: Pools) -> None:
             "gradients are averaged in each of the 3 micro-steps of an update: Reading has a train_step of its own, "
             "which may read them",
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "rules", "shape"),
+    [
+        ("gpt", "model axis", (2, 2)),
+        ("gpt", "both axes", (2, 2)),
+        ("mlp", "no rules", (4, 1)),
+        ("gpt", "model axis, zero 1", (2, 2)),
+    ],
+)
+def test_memory_of_the_last_micro_step(pools: Pools, name: str, rules: str, shape: Shape) -> None:
+    """Within 5 % of the plan's, sums of gradients among the optimizer's slots."""
+    for planned, found in pools(4).run(meter_last_micro_steps, name, rules, shape):
+        assert pytest.approx(planned.peak.total, rel=0.05) in [each.peak.total for each in found]
+        assert {each.largest.optimizer for each in found} == {planned.largest.optimizer}
 
 
 def test_what_the_plan_says() -> None:

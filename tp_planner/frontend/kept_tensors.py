@@ -22,7 +22,7 @@ _PLAIN = frozenset((int, float, str, bool, bytes, type(None)))  # most of what l
 
 def kept_tensors(layer: keras.Layer) -> Iterator[torch.Tensor]:
     """Yield the tensors that the layer holds in attributes, in containers there, and in buffers of its torch module."""
-    for holder in _holders(layer):
+    for holder in holders(layer):
         yield from (value for value in _values(holder) if isinstance(value, torch.Tensor))
 
 
@@ -34,7 +34,7 @@ def no_fakes_left(model: keras.Model, not_called: Set[str] = frozenset()) -> Ite
     """
     called = [layer for name, layer in named_layers(model).items() if name not in not_called]
     unbuilt = [layer for layer in called if not layer.built]
-    before = [(holder, holder.copy()) for layer in called for holder in _holders(layer)]
+    before = [(holder, holder.copy()) for layer in called for holder in holders(layer)]
     try:
         yield
     finally:
@@ -71,7 +71,7 @@ def _has_fakes(value: Any) -> bool:
     )
 
 
-def _holders(layer: keras.Layer) -> Iterator[Holder]:
+def holders(layer: keras.Layer) -> Iterator[Holder]:
     """Yield what holds the layer's attributes, and the containers among them."""
     seen: set[int] = set()
     yield vars(layer)

@@ -1,7 +1,8 @@
 """Replay: calls of a model from their tape instead of its layers' code; ``jit_compile=True`` asks for it.
 
-Of each sort of call (shapes, dtypes, training or not) the first runs as ever, so that layers make what they keep; the
-second is taped; the others run the tape's program. It makes the same torch functions, boundaries and collectives.
+Of each sort of call (shapes, dtypes, training or not) the first two are taped: layers make what they keep in the first.
+The others run the second tape's program, if code did the same in both, and left nothing behind that it did not before;
+else a third is taped. A program makes the same torch functions, boundaries and collectives.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from keras.src.backend.common.variables import get_autocast_scope
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tp_planner.frontend.calling import leaves_no_trace
-from tp_planner.frontend.kept_tensors import kept_tensors
 from tp_planner.regions.calls import run_at_once, running
 from tp_planner.regions.left_out import watching
-from tp_planner.replay.program import Program, Writing, compiled
+from tp_planner.replay.program import Program, Step, Writing, compiled
+from tp_planner.replay.same_steps import difference
 from tp_planner.replay.tape import Tape
+from tp_planner.replay.what_stays import Attributes, look_for_what_stays
 from tp_planner.storage.log import logger
 
+MOST_CALLS = 3  # of one sort that are taped
 MOST_PROGRAMS = 64  # of one model; further sorts of calls run as ever
 PLAIN_ARGUMENTS = (bool, int, float, str, type(None))
 
@@ -52,7 +55,8 @@ def replaying(
     """
     plain, asked = getattr(model, method), model.jit_compile  # which Keras changes while it calls models
     what = f"model {model.name!r}" if method == "call" else f"{method} of model {model.name!r}"
-    programs: dict[Hashable, Program | None] = {}  # None: called once
+    programs: dict[Hashable, Program] = {}
+    taped: dict[Hashable, list[Sequence[Step]]] = {}  # of the calls before
     refused: set[Hashable] = set()
 
     @functools.wraps(plain)
@@ -61,7 +65,7 @@ def replaying(
         leaves = [keras.ops.convert_to_tensor(leaf) if _is_numbers(leaf) else leaf for leaf in leaves]
         tensors = list({id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}.values())
         key = None if _is_special() else _sort_of_call(leaves, tensors, structure)
-        if key is None or key in refused or (key not in programs and len(programs) == MOST_PROGRAMS):
+        if key is None or key in refused or (key not in taped and len(taped) == MOST_PROGRAMS):
             return plain(*args, **kwargs)
         program = programs.get(key)
         if program is not None:
@@ -72,17 +76,25 @@ def replaying(
             except BaseException:
                 torch._C._set_grad_enabled(gradients)  # the program may have switched them off
                 raise
-        if key not in programs:
-            programs[key] = None
-            return plain(*args, **kwargs)
         args, kwargs = tree_unflatten(leaves, structure)
+        before = Attributes(layers)
         with Tape(tensors) as tape:
             output = plain(*args, **kwargs)
-        _look_for_what_stays(tape, layers, output)
-        programs[key] = tape.program(output, write)
-        if tape.problem:
-            refused.add(key)
-            logger.warning("[ModelParallel] jit_compile=%r does nothing for %s: %s", asked, what, tape.problem)
+        calls = taped.setdefault(key, [])
+        if calls:
+            look_for_what_stays(tape, before, layers, output)
+            other = difference(calls[-1], tape.steps)
+            if other and len(calls) == MOST_CALLS - 1:
+                tape.fail(f"code is not the same in each call: {other}")
+            program = None if other else tape.program(output, write)
+            if tape.problem:
+                refused.add(key)
+                logger.warning("[ModelParallel] jit_compile=%r does nothing for %s: %s", asked, what, tape.problem)
+            elif program is not None:
+                programs[key] = program
+        calls.append(tape.steps)
+        if key in programs or key in refused:
+            calls.clear()
         return output
 
     return call
@@ -131,14 +143,3 @@ def _call_context() -> Hashable:
     context = global_state.get_global_attribute("current_call_ctx")
     told = {} if context is None else {name: each for name, each in vars(context).items() if name != "entry_layer"}
     return tuple(sorted((name, repr(each)) for name, each in told.items()))
-
-
-def _look_for_what_stays(tape: Tape, layers: Mapping[str, keras.Layer], output: Any) -> None:
-    """Let the tape fail if the call has left anything but its output, which a program would not."""
-    for name, layer in layers.items():
-        if layer._losses:
-            tape.fail(f"layer {name!r} adds a loss")
-        if any(map(tape.has_made, kept_tensors(layer))):
-            tape.fail(f"layer {name!r} keeps a tensor that its call has made")
-    if any(hasattr(leaf, "_keras_mask") for leaf in tree_flatten(output)[0]):
-        tape.fail("the output has a mask")

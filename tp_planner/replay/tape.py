@@ -91,6 +91,11 @@ class Tape:
         given, named = self._with_names(args), self._with_names(kwargs)
         self._steps.append(Step(self._result(result), function, given, named, changes, alone))
 
+    @property
+    def steps(self) -> Sequence[Step]:
+        """What is written down, up to the first problem."""
+        return self._steps
+
     def program(self, output: Any, write: Writing = compiled) -> Program | None:
         """Return the function of the call's input tensors that returns ``output`` anew; None if there is none.
 
