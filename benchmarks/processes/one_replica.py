@@ -18,7 +18,7 @@ from models.gpt import RULES, SIZES, Size, draw_batch, draw_weights, keras_gpt
 from peers.fully_sharded import fully_sharded
 from peers.handwritten import Gpt
 from processes.measure import TOLERANCE, Batch, Version, count_collectives, facts, keras_steps, measure, torch_steps
-from showing.replicas import FULLY_SHARDED, PLANNED
+from showing.replicas import FULLY_SHARDED, PLANNED, REPLAYED
 from torch.distributed.device_mesh import init_device_mesh
 
 import tp_planner
@@ -53,10 +53,13 @@ def versions(size: Size, shape: tuple[int, int]) -> Iterator[Version]:
     layout_map = keras.distribution.LayoutMap(keras.distribution.DeviceMesh(shape, names, devices))
     for pattern, axes in IN_PARTS.items():
         layout_map[pattern] = axes
-    planned = tp_planner.parallelize(keras_gpt(size, weights, nested=True), layout_map, batch_axis="batch")
+    planned, replayed = (
+        tp_planner.parallelize(keras_gpt(size, weights, nested=True), layout_map, batch_axis="batch") for _ in range(2)
+    )
     replica = dist.get_rank() // shape[1]
     batch: Batch = tuple(np.split(each, shape[0])[replica] for each in draw_batch(size))  # type: ignore[assignment]
     yield Version(PLANNED, keras_steps(planned, batch))
+    yield Version(REPLAYED, keras_steps(replayed, batch, jit_compile=True))
     yield Version(FULLY_SHARDED, torch_steps(fully_sharded(Gpt(size, weights), mesh), batch))
 
 

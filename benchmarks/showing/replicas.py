@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 PLANNED = "tp_planner, Keras"
+REPLAYED = "tp_planner, Keras, jit_compile=True"
 FULLY_SHARDED = "fully_shard (FSDP2), torch"
 
 FOOTNOTE = """\

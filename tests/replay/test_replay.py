@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import tp_planner
 from tests.models import CASES, randomize
+from tests.replicas import MODELS, share
 from tests.replicas import layout as replicas_layout
-from tests.replicas import share
 from tests.workers import WorkerPool, layout_map
 from tp_planner.frontend.layer_tree import named_variables
 
@@ -214,6 +214,17 @@ def both_as_replicas(dropout: float) -> tuple[dict[str, Any], dict[str, Any]]:
     return plain, jit
 
 
+def both_in_parts(name: str, rules: str, shape: tuple[int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train replicas that store weights in parts, each on its share of the batches, with and without jit_compile."""
+    case, replica, rng = MODELS[name], dist.get_rank() // shape[1], np.random.default_rng(5)
+    batches = [tuple(share(each, replica, shape[0]) for each in case.batch(rng, 8)) for _ in range(STEPS)]
+    layout = replicas_layout(name, rules, shape)
+    plain, jit = (
+        trained(case.build("float64"), case.make_loss(), batches, layout, jit, "batch") for jit in (False, True)
+    )
+    return plain, jit
+
+
 def both_with(middle: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train an MLP whose middle layer does what a program does not do."""
     case = CASES["mlp"]
@@ -404,6 +415,26 @@ def test_dropout_is_replayed(pools: Callable[[int], WorkerPool], seeded: bool) -
 def test_replicas_are_replayed(pools: Callable[[int], WorkerPool], dropout: float) -> None:
     """Gradients are averaged, and shares counted, outside the calls that are replayed; each replica draws its own."""
     check(pools(2).run(both_as_replicas, dropout), replayed=STEPS - 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "rules", "shape"),
+    [
+        ("gpt", "both axes", (2, 2)),
+        pytest.param("gpt", "model axis, zero 3", (4, 1), marks=pytest.mark.slow),
+        pytest.param("llama", "KerasHub's", (2, 2), marks=pytest.mark.slow),
+        pytest.param("stacked", "stacked, 2 ahead", (2, 2), marks=pytest.mark.slow),
+        pytest.param("tied", "model axis, zero 3", (2, 2), marks=pytest.mark.slow),
+        pytest.param("mlp", "batch axis alone", (4, 1), marks=pytest.mark.slow),
+    ],
+)
+def test_weights_in_parts_are_replayed(
+    pools: Callable[[int], WorkerPool], name: str, rules: str, shape: tuple[int, int]
+) -> None:
+    """They are put together as ever, block by block and early, and let go: what is sent is as planned."""
+    results = pools(4).run(both_in_parts, name, rules, shape)
+    check(results, replayed=STEPS - 1)
+    assert [jit["warnings"] for _, jit in results] == [[]] * 4
 
 
 @pytest.mark.parametrize("middle", MIDDLES)

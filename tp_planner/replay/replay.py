@@ -42,6 +42,7 @@ def replaying(
     method: str,
     layers: Mapping[str, keras.Layer],
     gathers_again: bool = False,
+    in_parts: bool = False,
     write: Writing = compiled,
 ) -> Callable[..., Any]:
     """Return what replaces a method of a model, one of ``REPLAYED``.
@@ -51,6 +52,7 @@ def replaying(
         method: the method's name.
         layers: the model's layers by name.
         gathers_again: whether what the plan gathers is not to be kept for the backward pass.
+        in_parts: whether that holds for weights, too; the plan says what of them is kept by what the code keeps.
         write: makes programs of steps.
     """
     plain, asked = getattr(model, method), model.jit_compile  # which Keras changes while it calls models
@@ -71,7 +73,7 @@ def replaying(
         if program is not None:
             gradients = torch.is_grad_enabled()
             try:
-                with watching() if gathers_again else contextlib.nullcontext():
+                with watching() if gathers_again or in_parts else contextlib.nullcontext():
                     return program(*tensors)
             except BaseException:
                 torch._C._set_grad_enabled(gradients)  # the program may have switched them off
@@ -86,7 +88,7 @@ def replaying(
             other = difference(calls[-1], tape.steps)
             if other and len(calls) == MOST_CALLS - 1:
                 tape.fail(f"code is not the same in each call: {other}")
-            program = None if other else tape.program(output, write)
+            program = None if other else tape.program(output, write, rewrites=not in_parts)
             if tape.problem:
                 refused.add(key)
                 logger.warning("[ModelParallel] jit_compile=%r does nothing for %s: %s", asked, what, tape.problem)

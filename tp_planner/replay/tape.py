@@ -96,10 +96,11 @@ class Tape:
         """What is written down, up to the first problem."""
         return self._steps
 
-    def program(self, output: Any, write: Writing = compiled) -> Program | None:
+    def program(self, output: Any, write: Writing = compiled, rewrites: bool = True) -> Program | None:
         """Return the function of the call's input tensors that returns ``output`` anew; None if there is none.
 
-        ``write`` makes it of the names of the inputs, the steps, and the output in names.
+        ``write`` makes it of the names of the inputs, the steps, and the output in names. Without ``rewrites`` its
+        steps are those on the tape, so that autograd keeps what it does for the code.
         """
         if self._modes != _modes():
             self.fail("code switches gradients or dtypes by other means than torch functions")
@@ -108,7 +109,7 @@ class Tape:
         result = self._with_names(output)
         if self.problem:
             return None
-        return write(self._inputs, rewritten(self._steps, result), result)
+        return write(self._inputs, rewritten(self._steps, result) if rewrites else self._steps, result)
 
     def has_made(self, value: Any) -> bool:
         """Whether a value is a tensor that the call has made."""

@@ -283,16 +283,17 @@ def _replay_if_asked(model: keras.Model, applied: Applied) -> None:
     write = written_by(model.jit_compile, model)
     for name in _ASKS_FOR_TORCH_COMPILE:
         _override_for_jit_compile(model, name, lambda: False, applied)
-    if any(isinstance(each.batch_placement, Shard) for each in applied.plan.variables):
+    in_parts = any(isinstance(each.batch_placement, Shard) for each in applied.plan.variables)
+    if in_parts and model.jit_compile is not True:
         logger.warning(
-            "[ModelParallel] jit_compile=%r does nothing for model %r: variables are in parts",
+            "[ModelParallel] jit_compile=%r does nothing for model %r: variables are in parts; make it True",
             model.jit_compile,
             model.name,
         )
         return
-    layers, gathers_again = named_layers(model), applied.plan.gathers_again
+    layers, again = named_layers(model), applied.plan.gathers_again
     for name in (each for each in REPLAYED if hasattr(model, each)):
-        _override_for_jit_compile(model, name, replaying(model, name, layers, gathers_again, write), applied)
+        _override_for_jit_compile(model, name, replaying(model, name, layers, again, in_parts, write), applied)
 
 
 def _override_for_jit_compile(model: keras.Model, name: str, function: Callable[..., Any], applied: Applied) -> None:
