@@ -131,7 +131,7 @@ class WorkerPool:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._folder = tempfile.TemporaryDirectory()
         server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(["tests.families"])  # which imports all that most ranks need
+        server.set_forkserver_preload(["tests.preloaded"])  # which imports all that most ranks need
         for number in range(self.size):
             here, there = server.Pipe()
             dump = Path(self._folder.name) / f"rank_{number}.txt"
@@ -216,7 +216,7 @@ def _work(rank: int, size: int, port: int, pipe: Connection, dump: Path, start: 
         start(store, rank, size)
         _let_plain_models_train_alone()
         patched = _what_tests_patch()
-        _spare_the_collector()
+        _count_frozen_objects_once()
         pipe.send_bytes(pickle.dumps(Answer()))
         while (task := _next_task(pipe)) is not None:
             _begin_afresh(rank, patched)
@@ -276,15 +276,16 @@ def _let_plain_models_train_alone() -> None:
     )
 
 
-def _spare_the_collector() -> None:
-    """Exempt all that is imported from garbage collection, which ``clear_session`` asks for in every run."""
-    keras.utils.clear_session()  # imports torch's compiler
-    gc.freeze()
+def _count_frozen_objects_once() -> None:
+    """Let ``gc.get_freeze_count`` answer at once: it goes through all of them, and planning asks each time."""
+    count = gc.get_freeze_count()
+    gc.get_freeze_count = lambda: count
 
 
 def _begin_afresh(rank: int, patched: list[Entry]) -> None:
     """Put the process into the state in which every run begins."""
     keras.utils.clear_session()
+    gc.freeze()  # what former runs have left alive; the next collection goes through this run's objects alone
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
     keras.utils.set_random_seed(rank)
