@@ -7,7 +7,7 @@ twice gives the same variable paths. Weights are random, biases and norms too: a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -760,6 +760,6 @@ USUAL = frozenset(
 FEWEST = frozenset({"convnet", "gpt"})
 
 
-def usual(names: Iterable[str]) -> list[Any]:
-    """Return the names as parameters of a test, those not in USUAL marked as slow."""
-    return [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def usual(names: Iterable[str], those: Set[str] = USUAL) -> list[Any]:
+    """Return the names as parameters of a test, but for ``those`` marked as slow."""
+    return [name if name in those else pytest.param(name, marks=pytest.mark.slow) for name in names]

@@ -165,6 +165,7 @@ def step_that_runs_again() -> tuple[list[int], int]:
     return backward.products, len(running.started)
 
 
+@pytest.mark.slow
 def test_gathers_of_blocks_that_run_again_run_while_the_block_before_does(pools: Pools) -> None:
     """Of four blocks the last begins its gather when it needs it; the others' run behind what is computed."""
     products, left = pools(4).run(step_that_runs_again)[0]

@@ -128,11 +128,11 @@ TRAININGS: list[Training] = [
     ("mlp", "model axis", (2, 1), "float64", [8, 5, 1], "adamw"),
     ("mlp", "both axes", (2, 1), "float32", [8, 8], "adamw"),
     ("tied", "both axes", (2, 2), "float64", [4, 3], "adamw"),
-    ("stacked", "stacked, 2 ahead", (2, 2), "float64", [4, 3], "adamw"),
     ("stacked", "no rules, zero 1", (4, 1), "float64", [8, 7, 1], "adamw"),
     ("tied", "model axis, zero 3", (2, 2), "float64", [4, 3], "adamw"),
 ]
 MORE: list[Training] = [
+    ("stacked", "stacked, 2 ahead", (2, 2), "float64", [4, 3], "adamw"),
     ("gpt", "model axis, zero 1", (2, 2), "float64", [4, 3], "adamw"),
     ("entangled", "stacked", (4, 1), "float64", [8, 7], "adamw"),
     ("gpt", "both axes", (2, 2), "float64", [4, 4], "adamw"),

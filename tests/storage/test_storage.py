@@ -154,7 +154,7 @@ def _logged(level: int) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("slots", [pytest.param("before", marks=pytest.mark.slow), "after"])
-@pytest.mark.parametrize("name", usual(CASES))
+@pytest.mark.parametrize("name", usual(CASES, {"convnet", "llama", "subclassed", "tied"}))
 def test_ranks_store_their_share(workers: WorkerPool, name: str, slots: str) -> None:
     """A rank stores one of N chunks of each sharded variable, of its gradient and of its AdamW slots."""
     ranks = workers.run(store, name, slots, {})

@@ -169,7 +169,7 @@ def different_steps() -> list[str]:
 WAYS = ("parallelize", "distribution", "called")
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS[:2], pytest.param(WAYS[2], marks=pytest.mark.slow)])
 def test_rank_zero_writes(pools: Pools, way: str, tmp_path: Path) -> None:
     """Of the files that ranks are told to write only rank 0's are there, for every rank to see, and they are whole."""
     first, second = pools(2).run(write, way, str(tmp_path))
