@@ -11,11 +11,13 @@ from typer.testing import CliRunner
 
 from tests import models
 from tp_planner.cli import app
+from tp_planner.frontend.hardware_file import find_hardware_file, read_hardware_file
 from tp_planner.ir.degrees import Degree, Device, Setting, Sweep
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.figures import Figures, figures_of
 from tp_planner.ir.layout import AxisSpec, Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh, parse_mesh
+from tp_planner.passes.estimate_time import estimate_time
 from tp_planner.planner import make_plan
 from tp_planner.report.sections import sections_to_text
 from tp_planner.report.sweep import sweep_sections
@@ -188,6 +190,24 @@ def test_report_answers_what_fits() -> None:
     )
     shown = Sweep("gpt", "model", (), ("3x64 int32", "4x64 int32"), degrees, (), Device("small", 4 * 2**30))
     assert sections_to_text(sweep_sections(shown)) == FITTING
+
+
+def test_steps_are_estimated() -> None:
+    """With hardware each row says what a step takes on its mesh, and what all replicas train on in a second."""
+    hardware = read_hardware_file(find_hardware_file("h100"))
+    settings = settings_of([2], replicas=[1, 8])
+    found = sweep(models.mlp(), rules(PAIR), "model", settings, optimizer=keras.optimizers.AdamW(), hardware=hardware)
+    alone, replicas = found.degrees
+    layout = Layout(parse_mesh("batch=8,model=2"), rules(PAIR))
+    plan = make_plan(models.mlp(), layout, optimizer=keras.optimizers.AdamW())
+    assert replicas.seconds == estimate_time(plan, hardware).total.high > (alone.seconds or 0.0) > 0.0
+    assert replicas.samples == 8 * alone.samples == 16
+    table = sweep_sections(replace(found, degrees=(replace(replicas, seconds=0.5),)))[0].table
+    assert table is not None
+    assert [(head, cell) for head, cell in zip(table.heads, table.rows[0], strict=True)][-3:-1] == [
+        ("step", "500.0 ms"),
+        ("samples/s", "32.00"),
+    ]
 
 
 # The largest batch

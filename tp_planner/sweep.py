@@ -17,10 +17,12 @@ from tp_planner.frontend.training_loss import TrainingLoss
 from tp_planner.ir.degrees import Degree, Device, Setting, Sweep
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.figures import figures_of
+from tp_planner.ir.hardware import Hardware
 from tp_planner.ir.layout import BATCH, DeviceType, Layout, LayoutRule, Zero
 from tp_planner.ir.mesh import Mesh
 from tp_planner.ir.plan import Plan
 from tp_planner.passes.compare_plans import layer_name
+from tp_planner.passes.estimate_time import estimate_time
 from tp_planner.planner import make_plan
 
 LARGEST_BATCH = 2**20  # where the search ends: a model whose memory does not grow with the batch fits any
@@ -56,12 +58,13 @@ def sweep(
     optimizer: keras.optimizers.Optimizer | None = None,
     loss: TrainingLoss | None = None,
     device: Device | None = None,
+    hardware: Hardware | None = None,
 ) -> Sweep:
     """Return what becomes of ``model`` under ``rules`` in each of ``settings``; the model is as before.
 
     Other axes that the rules name get size 1, and the axis of the batch, "batch" if they name none, that of the
     replicas. ``inputs``, ``optimizer`` and ``loss`` are those of ``make_plan``; with inputs no setting may name sizes.
-    With a device and no batch in any setting, the largest batch that fits is found.
+    With a device and no batch in any setting, the largest batch that fits is found; with hardware steps are estimated.
 
     Raises:
         PlanError: if no rule names ``axis``, or if every setting is refused for the same reason.
@@ -73,7 +76,7 @@ def sweep(
         )
     others = tuple(name for name in named if name != axis)
     planning = _Planning(
-        model, tuple(rules), others, axis, inputs, optimizer, loss, None if device is None else device.kind
+        model, tuple(rules), others, axis, inputs, optimizer, loss, None if device is None else device.kind, hardware
     )
     searched = device is not None and inputs is None and all(setting.batch is None for setting in settings)
     if searched and device is not None:
@@ -111,6 +114,7 @@ class _Planning:
     optimizer: keras.optimizers.Optimizer | None
     loss: TrainingLoss | None
     devices: DeviceType | None
+    hardware: Hardware | None
 
     def tried(self, setting: Setting) -> tuple[Degree, Plan | PlanError]:
         """Return the plan in a setting, or why there is none, and what it comes to."""
@@ -127,7 +131,14 @@ class _Planning:
                 plan = make_plan(self.model, layout, inputs, self.optimizer, self.loss)
         except PlanError as error:
             return Degree(setting, None, (), (), (), error.problems), error
-        return _degree(setting, plan), plan
+        return _degree(setting, plan, self._seconds(plan)), plan
+
+    def _seconds(self, plan: Plan) -> float | None:
+        """Return the estimate of a step; None where the hardware has no figures for it."""
+        try:
+            return None if self.hardware is None else estimate_time(plan, self.hardware).total.high
+        except PlanError:
+            return None
 
     def _mesh(self, setting: Setting) -> Mesh:
         """Return the mesh of a setting; layers are split over the last axis, if all are 1."""
@@ -143,7 +154,7 @@ class _Planning:
         return sized_inputs(self.model, setting.batch, setting.sequence)
 
 
-def _degree(setting: Setting, plan: Plan) -> Degree:
+def _degree(setting: Setting, plan: Plan, seconds: float | None) -> Degree:
     gathered = [layer for layer in plan.layers if layer.style == "gathered"]
     left_early = [
         layer for layer in plan.layers if layer.output is not None and layer.output.forward.collective == "all_gather"
@@ -155,6 +166,8 @@ def _degree(setting: Setting, plan: Plan) -> Degree:
         left_early=tuple((layer_name(layer), layer.reason) for layer in left_early),
         notes=plan.notes,
         problems=(),
+        seconds=seconds,
+        samples=plan.replicas * (plan.inputs[0][0][0] if plan.inputs and plan.inputs[0][0] else 0),
     )
 
 

@@ -61,7 +61,7 @@ def sweep_command(
 
     Every size is planned on its own, with every batch, length and way to save memory that is asked for. Other axes
     that the layout names get size 1, but for that of the batch with --replicas. With --hardware the largest batch that
-    fits its memory is found.
+    fits its memory is found, and what a step takes is estimated.
     """
     with working():
         from tp_planner.ir.degrees import Device
@@ -78,7 +78,7 @@ def sweep_command(
         profile = load_hardware(hardware)
         device = None if profile is None else Device(profile.name, int(profile.memory_size.value), profile.device)
         job = load_job(model, input, None, None, optimizer, loss)
-        swept = sweep(job.model, rules.rules, axis, settings, job.inputs, job.optimizer, job.loss, device)
+        swept = sweep(job.model, rules.rules, axis, settings, job.inputs, job.optimizer, job.loss, device, profile)
     show(swept, sweep_sections(swept), as_json)
 
 

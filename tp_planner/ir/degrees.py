@@ -33,7 +33,8 @@ class Degree:
 
     ``gathered`` are (layer, reason) of the layers whose weights are stored sharded and gathered at use,
     ``left_early`` of those whose sharded output is gathered behind them. Where the layout is refused, ``figures``
-    is None and ``problems`` says why.
+    is None and ``problems`` says why. ``seconds`` is the high end of what a step is estimated to take, None without
+    hardware that has figures for it, and ``samples`` what all replicas train on in it.
     """
 
     setting: Setting
@@ -42,6 +43,8 @@ class Degree:
     left_early: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
     problems: tuple[str, ...]
+    seconds: float | None = None
+    samples: int = 0
 
     def fits(self, memory: int) -> bool:
         """Whether the plan is not refused and its peak is within these bytes."""

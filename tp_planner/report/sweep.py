@@ -12,6 +12,7 @@ from tp_planner.report.guesses import guess_lines
 from tp_planner.report.sections import Section, Table
 
 _NUMBERS = ("collectives", "wire bytes", "parameters", "peak memory", "gathered", "left early")
+_TIMES = ("step", "samples/s")
 _LEGEND = (
     "each row is one training step on one rank",
     "gathered: layers whose weights are stored sharded and gathered at use, which is right and slow",
@@ -31,10 +32,15 @@ def sweep_sections(sweep: Sweep) -> list[Section]:
         facts.append("each replica has a batch of its own; zero: what they store in parts, 1 slots, 3 weights too")
     else:
         facts += [f"the layout names mesh axis {name!r} too: it has size 1 here" for name in sweep.other_axes]
+    if any(each.seconds is not None for each in sweep.degrees):
+        facts.append("step: estimated, not measured, the high end; samples/s: those of all replicas in it")
     facts += guess_lines(sweep.guessed)
     columns = _columns(sweep)
-    heads = (*columns, *_NUMBERS, "verdict")
-    rows = tuple((*(cell(each.setting) for cell in columns.values()), *_cells(each, sweep)) for each in sweep.degrees)
+    timed = any(each.seconds is not None for each in sweep.degrees)
+    heads = (*columns, *_NUMBERS, *(_TIMES if timed else ()), "verdict")
+    rows = tuple(
+        (*(cell(each.setting) for cell in columns.values()), *_cells(each, sweep, timed)) for each in sweep.degrees
+    )
     table = Table(heads, rows, frozenset(heads[:-1]))
     sections = [
         Section(f"{sweep.model!r} with sizes {sizes} of mesh axis {sweep.axis!r}", (*facts, *_LEGEND), table=table),
@@ -74,9 +80,9 @@ def _place(degree: Degree, sweep: Sweep) -> str:
     return " ".join([size[1](degree.setting), *(f"{name} {cell(degree.setting)}" for name, cell in others)])
 
 
-def _cells(degree: Degree, sweep: Sweep) -> tuple[str, ...]:
+def _cells(degree: Degree, sweep: Sweep, timed: bool) -> tuple[str, ...]:
     if degree.figures is None:
-        return (*[""] * len(_NUMBERS), "refused")
+        return (*[""] * len(_NUMBERS + (_TIMES if timed else ())), "refused")
     figures = degree.figures
     verdict = "gathers" if degree.gathered else "divides"
     if sweep.device is not None:
@@ -88,8 +94,15 @@ def _cells(degree: Degree, sweep: Sweep) -> tuple[str, ...]:
         bytes_text(figures.peak_bytes),
         str(len(degree.gathered)),
         str(len(degree.left_early)),
+        *(_times(degree) if timed else ()),
         verdict,
     )
+
+
+def _times(degree: Degree) -> tuple[str, str]:
+    if degree.seconds is None:
+        return "", ""
+    return f"{1e3 * degree.seconds:#.4g} ms", f"{degree.samples / degree.seconds:#.4g}"
 
 
 def _answer(sweep: Sweep) -> list[Section]:
