@@ -20,6 +20,7 @@ from tp_planner.frontend.fake_mode import FakeCpuMode
 from tp_planner.frontend.quiet import quiet_torch
 from tp_planner.ir.graph import Op, TensorInfo, TensorRef
 from tp_planner.ir.placement import WHOLE, Placement, Shape, local_shape
+from tp_planner.layers.own_rows import own_rows, without_others
 
 # Views whose gradients are views.
 _VIEWS = {f"aten.{name}.default" for name in ("view", "_unsafe_view", "t", "permute", "unsqueeze", "alias", "detach")}
@@ -106,6 +107,18 @@ class OpMeter:
         if key not in self._known:
             self._known[key] = self._measure_together(ops, tensors, placed, made, arguments)
         return self._known[key]
+
+    def of_own_rows(self, ids: TensorInfo, looked_up: TensorInfo, rows: int) -> OpWork:
+        """Return what a lookup in a rank's own rows, of so many in all, computes besides the lookup."""
+        meter = _Meter()
+        with self._fake, quiet_torch(), torch.enable_grad():
+            found = self._shard(looked_up, WHOLE, looked_up.has_gradient)
+            with meter:
+                _, elsewhere = own_rows(self._shard(ids, WHOLE), rows, self._parts, 0)
+                result = without_others(found, elsewhere)
+                if result.requires_grad:
+                    torch.autograd.grad(result, found, torch.empty_like(result))
+        return meter.work
 
     def is_view(self, info: TensorInfo, placement: Placement, shape: Shape) -> bool:
         """Whether a tensor that is placed so has a view of this shape, which is that of a rank."""

@@ -22,9 +22,10 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from tp_planner.frontend.calling import is_symbolic
 from tp_planner.frontend.contractions import call_mode
 from tp_planner.ir.errors import ParallelRuntimeError
-from tp_planner.ir.placement import Shard, chunk_sizes
+from tp_planner.ir.placement import Shard
 from tp_planner.ir.plan import Boundary, LayerPlan
 from tp_planner.job.axes import Axis
+from tp_planner.layers.own_rows import own_rows, without_others
 from tp_planner.regions.boundaries import cross
 from tp_planner.regions.calls import Frame, Reader, Site, end_with_call, running
 from tp_planner.regions.functions import FunctionCalls, PlannedFunction, planned_functions
@@ -236,7 +237,7 @@ class LayerCalls:
             return None
         result = output
         if plan.style == "vocabulary":
-            result = result.masked_fill(frame.kept.unsqueeze(-1), 0)
+            result = without_others(result, frame.kept)
         elif plan.dropout_order and frame.kept is not None:
             placement = plan.sharded_inputs[0][1]
             result = frame.kept * own_shard(result, placement, self.axis)
@@ -276,17 +277,10 @@ class LayerCalls:
         return across
 
     def _own_rows(self, layer: keras.Layer, args: Any) -> tuple[Any, torch.Tensor]:
-        """Return ids relative to this rank's rows, and the mask of ids that other ranks hold.
-
-        An id that no rank holds stays out of range on every rank, so that it fails as on a single device.
-        """
+        """Return the call's arguments with ids relative to this rank's rows, and the mask of ids that others hold."""
         ids = args[0] if not args[0].is_floating_point() else keras.ops.cast(args[0], "int32")
-        sizes = chunk_sizes(layer.input_dim, self.axis.size)
-        ids = torch.where(ids < 0, ids + layer.input_dim, ids)
-        ids = torch.where(ids < 0, layer.input_dim, ids)
-        local = ids - self.axis.rank * sizes[0]
-        elsewhere = (local < 0) | ((local >= sizes[self.axis.rank]) & (ids < layer.input_dim))
-        return (local.masked_fill(elsewhere, 0), *args[1:]), elsewhere
+        own, elsewhere = own_rows(ids, layer.input_dim, self.axis.size, self.axis.rank)
+        return (own, *args[1:]), elsewhere
 
     def _whole_mask(self, plan: LayerPlan, args: Any, kwargs: Any) -> tuple[Any, torch.Tensor | None]:
         """Let dropout run on ones of the whole shape and memory order: the mask is the one a single device draws."""

@@ -330,7 +330,17 @@ class Walker:
                 for each, made in zip(op.outputs, outputs, strict=True):
                     placed[each] = WHOLE if isinstance(made, Partial) else made
         work = self.meter.work_together(self._ops(step), self.graph.tensors, placed, step.makes, arguments)
+        if choice is not None and choice.style == "vocabulary":
+            work += self._work_of_own_rows(step, choice)
         return work + self._work_of_gradients(step, {each: placed.get(each, WHOLE) for each in step.makes})
+
+    def _work_of_own_rows(self, step: Step, choice: StyleChoice) -> OpWork:
+        """Return the work of finding the ids of a rank's own rows, and of zeros for those of others."""
+        call = step.layer_call
+        assert call is not None and choice.contraction is not None
+        made = call.outputs[0] if call.core_output is None else call.core_output
+        rows = self.graph.variables[choice.contraction.main_weight].shape[0]
+        return self.meter.of_own_rows(self.graph.tensors[call.inputs[0][1]], self.graph.tensors[made], rows)
 
 
 class Gradients:
