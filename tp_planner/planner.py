@@ -76,13 +76,13 @@ def make_plan(
     require_built(model)
     layout = layout.across(layout.mesh.batch_axis)
     with naming_once(model), without_collector(), no_fakes_left(model), kernels_of(layout.devices or "cpu"):
-        layers, variables = survey(model)
+        layers, variables = surveyed = survey(model) if traces is None else traces.surveyed
         require_quick_rules(layout.rules, layers, variables)
         resolution = resolve_rules(layout, variables, {name: layer.path for name, layer in layers.items()})
         if layout.zero == 3:
             resolution = store_in_parts(resolution, variables, layout.mesh, _state_of_layers(model))
         arguments, guessed = known_inputs(model, inputs)
-        traces = traces or Traces(model, arguments)
+        traces = traces or Traces(model, arguments, surveyed)
         job = _Job(model, layout, arguments, guessed, optimizer, loss, layers, variables, resolution, traces)
         found = job.plan(find_blocks(model, job.planned_alike)) or job.unrolled_plan()
         if not layout.sequence_parallel or found.shards_stream:

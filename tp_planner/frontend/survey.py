@@ -13,7 +13,10 @@ from tp_planner.frontend.torch_modules import keeps_parameters_elsewhere
 from tp_planner.ir.graph import LayerInfo, VariableInfo
 
 
-def survey(model: keras.Model) -> tuple[dict[str, LayerInfo], dict[str, VariableInfo]]:
+Surveyed = tuple[dict[str, LayerInfo], dict[str, VariableInfo]]  # by name, and by key
+
+
+def survey(model: keras.Model) -> Surveyed:
     """Return the layers by name and the variables by key, each in a fixed order."""
     keys = {id(variable): key for key, variable in named_variables(model).items()}
     layers: dict[str, LayerInfo] = {}

@@ -26,7 +26,6 @@ from tp_planner.frontend.inputs import known_inputs
 from tp_planner.frontend.kept_tensors import no_fakes_left
 from tp_planner.frontend.layer_tree import naming_once
 from tp_planner.frontend.quiet import quiet_torch
-from tp_planner.frontend.survey import survey
 from tp_planner.frontend.trace import require_built
 from tp_planner.frontend.traces import Traces
 from tp_planner.frontend.training_loss import TrainingLoss
@@ -80,15 +79,16 @@ def search(
         PlanError: if the model cannot be planned, or no layout that was planned fits the memory.
     """
     require_built(model)
-    traces = Traces(model, known_inputs(model, inputs)[0])
-    make = _Planner(model, inputs, optimizer, loss, hardware, traces)
-    base = make.whole(mesh)
-    if base.plan.axis_size == 1:
-        if memory is not None and base.plan.step.memory.peak.total > memory:
-            raise PlanError(_too_large(base, (), memory))
-        return Found(model.name, hardware.name, base, base.cost, base, ())
-    formulation = _formulate(model, traces, loss, Prices(base.plan, hardware))
-    return _Search(make, base, formulation, memory).run()
+    with naming_once(model), without_collector():
+        traces = Traces(model, known_inputs(model, inputs)[0])
+        make = _Planner(model, inputs, optimizer, loss, hardware, traces)
+        base = make.whole(mesh)
+        if base.plan.axis_size > 1:
+            formulation = _formulate(model, traces, loss, Prices(base.plan, hardware))
+            return _Search(make, base, formulation, memory).run()
+    if memory is not None and base.plan.step.memory.peak.total > memory:
+        raise PlanError(_too_large(base, (), memory))
+    return Found(model.name, hardware.name, base, base.cost, base, ())
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class _Planner:
 
     def whole(self, mesh: Mesh) -> Candidate:
         """Return the layout in which nothing is sharded: a rule says so of one variable, for files have rules."""
-        variables = survey(self.model)[1].values()
+        variables = self.traces.surveyed[1].values()
         paths = Counter(each.path for each in variables)
         named = [each for each in variables if paths[each.path] == 1]
         rules = [LayoutRule(escaped(each.path), (None,) * len(each.shape)) for each in named]
@@ -116,7 +116,7 @@ class _Planner:
 
 
 def _formulate(model: keras.Model, traces: Traces, loss: TrainingLoss | None, prices: Prices) -> Formulation:
-    with naming_once(model), without_collector(), no_fakes_left(model):
+    with no_fakes_left(model):
         stage(f"tracing {model.name}")
         graph = traces.of(find_blocks(model), training=True)
         stage(f"asking how {model.name} can be computed")
