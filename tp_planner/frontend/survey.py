@@ -12,7 +12,6 @@ from tp_planner.frontend.penalties import penalty_kind
 from tp_planner.frontend.torch_modules import keeps_parameters_elsewhere
 from tp_planner.ir.graph import LayerInfo, VariableInfo
 
-
 Surveyed = tuple[dict[str, LayerInfo], dict[str, VariableInfo]]  # by name, and by key
 
 
