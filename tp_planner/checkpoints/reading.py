@@ -20,10 +20,10 @@ import torch.distributed as dist
 
 from tp_planner.checkpoints.formats import stored
 from tp_planner.checkpoints.formats.stored import Block, Buffer, Chunk, StoredTensor, indices_in, overlap
-from tp_planner.ir.errors import PlanError
+from tp_planner.ir.errors import ParallelRuntimeError, PlanError
 from tp_planner.ir.placement import Shape
 from tp_planner.job.process_group import host_group
-from tp_planner.job.rendezvous import saying_that_it_waits
+from tp_planner.job.waiting import finish, gather_values
 from tp_planner.storage.sharding import Piece
 
 # Measured (``benchmarks/README.md``): smaller tensors are read sooner than ranks have met.
@@ -45,6 +45,7 @@ def reading_together(what: str) -> Iterator[Reading]:
 
     Raises:
         PlanError: on all ranks, for what cannot be read on one; or if they ask for different tensors.
+        ParallelRuntimeError: if another rank has ended.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield Reading()
@@ -52,13 +53,15 @@ def reading_together(what: str) -> Iterator[Reading]:
     reading = _SharedReading(what)
     try:
         yield reading
+    except ParallelRuntimeError:  # there is nobody to tell
+        raise
     except (PlanError, OSError) as error:
-        reading.fail(str(error))
+        reading.fail(error, str(error))
         if isinstance(error, PlanError):
             raise
         raise PlanError(f"{what}: {error}") from error
     except Exception as error:
-        reading.fail(f"{type(error).__name__}: {error}")
+        reading.fail(error, f"{type(error).__name__}: {error}")
         raise
     reading.end()
 
@@ -78,11 +81,24 @@ class _SharedReading(Reading):
 
     def __init__(self, what: str) -> None:
         self._what, self._group = what, host_group()
-        self._ended = False
+        self._ended_by: Exception | None = None
         self._number = 0  # of tensors that were shared
         self._sent, self._received = Buffer(), Buffer()  # kept, for memory that is given back in between scatters
 
     def read(self, tensor: StoredTensor, pieces: Sequence[Piece], into: torch.Tensor) -> None:
+        """Fill what this rank stores of a tensor. After an error, which Keras may have kept, each call raises it."""
+        if self._ended_by is not None:
+            raise self._ended_by
+        try:
+            self._read(tensor, pieces, into)
+        except ParallelRuntimeError as error:
+            self._ended_by = error
+            raise
+        except (PlanError, OSError) as error:
+            self.fail(error, str(error))
+            raise
+
+    def _read(self, tensor: StoredTensor, pieces: Sequence[Piece], into: torch.Tensor) -> None:
         if tensor.nbytes < SMALLEST_SHARED:
             super().read(tensor, pieces, into)
             return
@@ -91,31 +107,31 @@ class _SharedReading(Reading):
             super().read(tensor, pieces, into)
             return
         with torch.no_grad():
-            _Sharing(tensor, parts, self._number, self._group).read(into, self._sent, self._received)
+            sharing = _Sharing(self._what, tensor, parts, self._number, self._group)
+            sharing.read(into, self._sent, self._received)
         self._number += 1
 
     def end(self) -> None:
         """Return once all ranks have read all. Raises PlanError if one cannot."""
+        if self._ended_by is not None:
+            raise self._ended_by
         self._meet("nothing more", ())
 
-    def fail(self, problem: str) -> None:
+    def fail(self, error: Exception, problem: str) -> None:
         """Let the others know what is wrong here, where they meet next."""
-        if not self._ended:
-            self._ended = True
+        if self._ended_by is None:
+            self._ended_by = error
             self._gather(problem, "", ())
 
     def _meet(self, asked: str, pieces: Sequence[Piece]) -> Parts:
         answers = self._gather("", asked, pieces)
         if problem := _problem_in(self._what, answers):
-            self._ended = True
-            raise PlanError(problem)
+            self._ended_by = PlanError(problem)
+            raise self._ended_by
         return [pieces for _, _, pieces in answers]
 
     def _gather(self, problem: str, asked: str, pieces: Sequence[Piece]) -> list[Answer]:
-        answers: list[Any] = [None] * dist.get_world_size()
-        with saying_that_it_waits(self._what, dist.get_rank()):
-            dist.all_gather_object(answers, (problem, asked, pieces), group=self._group)
-        return answers
+        return gather_values(self._what, (problem, asked, pieces), self._group)
 
 
 def _problem_in(what: str, answers: Sequence[Answer]) -> str:
@@ -167,14 +183,15 @@ class _Sharing:
     A round takes at most ``LARGEST_READ`` bytes: the run, what is sent of it, and what arrives.
 
     Args:
+        what: what ranks do, for errors.
         tensor: what is read, by all ranks alike.
         parts: what each rank stores of it.
         first: the rank that has the first share, which takes turns, for a small tensor has fewer runs than ranks.
         group: of all ranks, for tensors on the host.
     """
 
-    def __init__(self, tensor: StoredTensor, parts: Parts, first: int, group: Any) -> None:
-        self._tensor, self._parts, self._first, self._group = tensor, parts, first, group
+    def __init__(self, what: str, tensor: StoredTensor, parts: Parts, first: int, group: Any) -> None:
+        self._what, self._tensor, self._parts, self._first, self._group = what, tensor, parts, first, group
         self._size, self._rank = dist.get_world_size(), dist.get_rank()
         runs = _runs_of(tensor, self._size, _bytes_a_round(tensor, parts))
         self._rounds = -(-len(runs) // self._size)
@@ -239,7 +256,11 @@ class _Sharing:
     ) -> None:
         """Exchange bytes, whatever the dtype is."""
         leaves, arrives = ([sum(each) * self._tensor.dtype.itemsize for each in way] for way in (leaving, arriving))
-        dist.all_to_all_single(received.view(torch.uint8), sent.view(torch.uint8), arrives, leaves, group=self._group)
+        arriving_bytes, leaving_bytes = received.view(torch.uint8), sent.view(torch.uint8)
+        finish(
+            self._what,
+            dist.all_to_all_single(arriving_bytes, leaving_bytes, arrives, leaves, group=self._group, async_op=True),
+        )
 
     def _unpack(self, number: int, received: torch.Tensor, into: torch.Tensor) -> None:
         at = 0

@@ -16,6 +16,7 @@ from torch._C._distributed_c10d import Store
 
 BEAT_S = 2.0
 SILENCE_S = 20.0  # after which a process counts as dead
+SETTLE_S = 0.05  # of a process that ends, for threads that wait for the interpreter
 
 
 def let_pulse_beat(store: Store, rank: int) -> None:
@@ -62,9 +63,15 @@ _beating: _Pulse | None = None
 
 @atexit.register
 def _stop() -> None:
-    """End the thread before the interpreter does, which must not happen while it is in torch."""
+    """End the thread before the interpreter does, which must not happen while it is in torch; let torch's finish.
+
+    A thread of gloo lets go of a collective's tensors after whoever waited for it went on, and needs the interpreter
+    for that. One that asks for it while the interpreter ends takes the process with it ("terminate called without an
+    active exception", SIGABRT), and a launcher starts a job again that was done.
+    """
     if _beating is not None:
         _beating.stop()
+        time.sleep(SETTLE_S)  # in which others have the interpreter
 
 
 class Listener:
@@ -83,6 +90,14 @@ class Listener:
                 if rank not in self._heard or self._heard[rank][0] != beat:
                     self._heard[rank] = beat, now
         return [rank for rank in ranks if rank in self._heard and now - self._heard[rank][1] > SILENCE_S]
+
+
+def no_sign_of_life(what: str, rank: int) -> str:
+    """Return in words that a rank has ended for which others wait in a call."""
+    return (
+        f"{what}: rank {rank} has given no sign of life for {SILENCE_S:.0f} s; "
+        f"its process has ended, or its machine is out of reach"
+    )
 
 
 def _key(rank: int) -> str:

@@ -29,7 +29,7 @@ PATIENCE_S = 20.0  # after which a rank that waits says so; and again each time 
 SOON_S = 1.0  # after which it is looked at where the others wait
 LONGEST_NAP_S = 0.2  # between two looks
 _HELLO = "tp_planner/hello"  # where in the store of a job a process says that it has come
-_NO_STORE = "{}: the store where ranks meet cannot be reached; the process that keeps it has ended"
+NO_STORE = "{}: the store where ranks meet cannot be reached; the process that keeps it has ended"
 STAY_S = 3.0  # of a process that ends, for others to read what it brought last
 
 _begun: Counter[tuple[int, ...]] = Counter()  # meetings, by who takes part
@@ -75,7 +75,7 @@ def meet_before_start(store: Store, rank: int, size: int) -> Store:
     try:
         start = own if rank == 0 else _told_by_rank_zero(store, rank, own, what)
     except dist.DistError as error:
-        raise ParallelRuntimeError(_NO_STORE.format(what)) from error
+        raise ParallelRuntimeError(NO_STORE.format(what)) from error
     fresh = PrefixStore(start, store)
     Meeting(fresh, rank, tuple(range(size)), "tp_planner/start", what, tell if rank == 0 else _do_nothing).bring("")
     return fresh
@@ -98,14 +98,21 @@ def _do_nothing() -> None:
 @contextlib.contextmanager
 def saying_that_it_waits(what: str, rank: int | str) -> Iterator[None]:
     """Inside, where torch waits for other ranks, say so after ``PATIENCE_S`` seconds."""
-    words = "[ModelParallel] %s: rank %s has waited %.0f s for the others, and waits on; start all ranks of the job"
-    timer = threading.Timer(PATIENCE_S, logger.warning, [words, what, rank, PATIENCE_S])
+    timer = threading.Timer(PATIENCE_S, say_that_it_waits, [what, rank])
     timer.daemon = True
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
+
+
+def say_that_it_waits(what: str, rank: int | str) -> None:
+    """Say that a rank has waited ``PATIENCE_S`` seconds where it is not known for whom."""
+    logger.warning(
+        "[ModelParallel] %s: rank %s has waited %.0f s for the others, and waits on; start all ranks of the job",
+        *(what, rank, PATIENCE_S),
+    )
 
 
 def _meeting(what: str, ranks: Sequence[int] | None) -> Meeting:
@@ -140,7 +147,7 @@ class Meeting:
             self._wait(keys)
             brought = [self.store.get(key).decode() for key in keys]
         except dist.DistError as error:
-            raise ParallelRuntimeError(_NO_STORE.format(self.what)) from error
+            raise ParallelRuntimeError(NO_STORE.format(self.what)) from error
         with contextlib.suppress(dist.DistError):
             self.store.set(self._heard(self.rank), "")
         _stay_for(self)
@@ -168,10 +175,8 @@ class Meeting:
             waited = time.monotonic() - began
             absent = [rank for rank in self.ranks if not self.store.check([self._place(rank)])]
             if silent := listener.silent(absent):
-                raise ParallelRuntimeError(
-                    f"{self.what}: rank {silent[0]} has given no sign of life for {pulse.SILENCE_S:.0f} s; "
-                    f"its process has ended, or its machine is out of reach"
-                )
+                self._leave(told)
+                raise ParallelRuntimeError(pulse.no_sign_of_life(self.what, silent[0]))
             if waited > SOON_S:
                 told = told or self._tell_where()
                 self._refuse_to_wait_for_each_other(absent)
@@ -180,6 +185,10 @@ class Meeting:
                 next_word *= 2
             time.sleep(nap)
             nap = min(2 * nap, LONGEST_NAP_S)
+        self._leave(told)
+
+    def _leave(self, told: bool) -> None:
+        """Let the others know that this rank waits here no more, if they were told that it does."""
         if told:
             self.store.set(_where(self.rank), "")
 
