@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from tp_planner.agreement import agree, agree_on_mesh, as_on_rank_zero
 from tp_planner.checkpoints.initial import READING, Values, initial_values, read_and_initialize
+from tp_planner.checkpoints.loading import let_loads_read_shards
 from tp_planner.checkpoints.reading import reading_together
 from tp_planner.checkpoints.values import lacks_values, tensors_for, values_of
 from tp_planner.checkpoints.waiting_loads import loads_for
@@ -199,6 +200,7 @@ def parallelize(
     applied = _apply(model, chosen, axes, weights, names)
     try:
         take_over(model, applied)
+        let_loads_read_shards()
     except BaseException:  # an interrupt, say
         applied.revert(model, old_value)
         raise

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import keras
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,13 +19,20 @@ from safetensors.torch import save_file
 import tp_planner
 from tests.checkpoints.files import save_dcp, save_safetensors_in_two
 from tests.checkpoints.test_formats import save_hdf5, sharding, tensors
-from tests.workers import Pools, WorkerPool
+from tests.job.test_rendezvous import stop_pulse
+from tests.keras_distribution.test_model_parallel import model_parallel
+from tests.workers import Pools, WorkerPool, layout_map
 from tp_planner.checkpoints import reading
 from tp_planner.checkpoints.formats import stored
 from tp_planner.checkpoints.formats.opening import open_weights
 from tp_planner.checkpoints.reading import reading_together
 from tp_planner.ir.placement import PackedShard, Replicate, Shard
+from tp_planner.job import pulse
+from tp_planner.job.process_group import host_group
+from tp_planner.job.rendezvous import meet
 
+WIDTH = 1024
+FILES_OF_KERAS = "w.weights.h5", "w.keras", "w.weights.json"
 PLACEMENTS = Replicate(), Shard(0), Shard(1), PackedShard(1, (4, 2)), PackedShard(0, (8, 4))
 # The files, and with what largest read and shortest run in bytes each is read.
 FILES = {"w.weights.h5": (64, 8), "safe": (64, 1000), "dcp": (2**26, 2**18)}
@@ -128,6 +138,64 @@ def refusals(path: str) -> list[str]:
     return messages
 
 
+def waits_for_a_dead_rank(path: str) -> str:
+    """Let rank 1 have no pulse any more; return what is said on the others."""
+    own = sharding(Shard(1), Replicate(), meshes()[0], places(meshes()[0]))
+
+    def read() -> None:
+        with open_weights(Path(path)) as weights, reading_together("reading") as together:
+            (tensor,) = weights.tensors.values()
+            together.read(tensor, own.pieces(tensor.shape), torch.empty(own.local_shape(tensor.shape)))
+
+    with mock.patch.object(pulse, "SILENCE_S", 1.0), mock.patch.object(pulse, "BEAT_S", 0.1):
+        stop_pulse()
+        meet("the beginning")
+        if dist.get_rank() == 1:
+            stop_pulse()
+            time.sleep(2.5)  # longer than it is waited for
+            begun = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+            dist.all_gather(begun, begun[0], group=host_group())  # as the others did when they waited
+            return ""
+        with pytest.raises(tp_planner.ParallelRuntimeError) as refusal:
+            read()
+        stop_pulse()
+    return str(refusal.value)
+
+
+def matrices() -> keras.Model:
+    x = inputs = keras.Input((WIDTH,), name="x")
+    for name in ("columns", "rows"):
+        x = keras.layers.Dense(WIDTH, name=name)(x)
+    return keras.Model(inputs, x, name="matrices")
+
+
+def loads_of_keras(folder: str) -> dict[str, tuple[int, bool]]:
+    """Return how many bytes this rank reads of matrices in Keras's own loads, and whether it has what was written."""
+    rules, plain = {"columns/kernel": (None, "model"), "rows/kernel": ("model", None)}, stored.Extent.read
+    with np.load(f"{folder}/values.npz") as values:
+        wanted = dict(values)
+    found = {}
+
+    def load(model: keras.Model, name: str) -> tuple[int, bool]:
+        read = []
+
+        def noting(self: Any, start: int, stop: int) -> torch.Tensor:
+            read.append((stop - start) * self.dtype.itemsize)
+            return plain(self, start, stop)
+
+        with mock.patch.object(stored.Extent, "read", noting):
+            model.load_weights(f"{folder}/{name}")
+        same = all(np.array_equal(each.numpy(), wanted[each.path.replace("/", "_")]) for each in model.variables)
+        return sum(read), same
+
+    parallel = tp_planner.parallelize(matrices(), layout_map(rules))
+    for name in FILES_OF_KERAS:
+        found[name] = load(parallel, name)
+    with model_parallel(rules):
+        found["under a distribution"] = load(matrices(), "w.weights.h5")
+    return found
+
+
 # In the test's process
 
 
@@ -160,3 +228,26 @@ def test_an_error_on_one_rank_is_one_on_all(pools: Pools, tmp_path: Path) -> Non
     cannot_read = "[Errno 5] Input/output error"
     assert first == [f"PlanError: rank 1: {cannot_read}", "PlanError: rank 1: ValueError: not here", *differs]
     assert second == [f"PlanError: reading: {cannot_read}", "ValueError: not here", *differs]
+
+
+def test_a_rank_that_is_dead_is_not_waited_for(pools: Pools, tmp_path: Path) -> None:
+    """The others say for whom they have waited, as in any meeting."""
+    save_file({"w": torch.zeros(1024, 1024)}, tmp_path / "w.safetensors")
+    pool = pools(2)
+    assert pool.run(waits_for_a_dead_rank, str(tmp_path / "w.safetensors"))[0] == (
+        "reading: rank 1 has given no sign of life for 1 s; its process has ended, or its machine is out of reach"
+    )
+
+
+def test_loads_of_keras_read_shards(pools: Pools, tmp_path: Path) -> None:
+    """load_weights into a model in shards reads of each matrix a share, whatever the file is."""
+    model = matrices()
+    for variable in model.variables:
+        variable.assign(np.random.default_rng(0).standard_normal(variable.shape))
+    np.savez(tmp_path / "values.npz", **{each.path.replace("/", "_"): each.numpy() for each in model.variables})
+    model.save_weights(tmp_path / "w.weights.h5")
+    model.save(tmp_path / "w.keras")
+    model.save_weights(tmp_path / "w.weights.json", max_shard_size=5e-3)
+    share = 2 * WIDTH * WIDTH * 4 // 2
+    for found in pools(2).run(loads_of_keras, str(tmp_path)):
+        assert found == dict.fromkeys([*FILES_OF_KERAS, "under a distribution"], (share, True))

@@ -21,6 +21,7 @@ import torch
 from keras.src.legacy.saving import legacy_h5_format
 from keras.src.saving import saving_lib
 
+from tp_planner.checkpoints.loading import let_loads_read_shards
 from tp_planner.frontend.layer_tree import named_variables
 from tp_planner.ir.errors import PlanError
 from tp_planner.patches import wrap_for_good, wrapped
@@ -93,6 +94,7 @@ def _noting(filled: set[int]) -> Iterator[None]:
 
 def let_loads_wait() -> None:
     """From now on, let whatever gives values to variables that wait for theirs wait as well, or be refused."""
+    let_loads_read_shards()  # when they are made
     wrap_for_good(BackendVariable, "assign", _remembered, "values of variables that have none yet are made later")
     wrap_for_good(saving_lib, "load_weights_only", _reading_later, "a model without values is read in shards")
     for name in ("load_weights_from_hdf5_group", "load_weights_from_hdf5_group_by_name"):

@@ -16,6 +16,7 @@ from keras.src.distribution import distribution_lib
 from keras.src.saving import saving_lib
 from keras.src.trainers import data_adapters
 
+from tp_planner.checkpoints import loading
 from tp_planner.frontend.calling import without_distribution
 from tp_planner.ir.errors import PlanError
 from tp_planner.keras_distribution import backend, births, data, models
@@ -79,6 +80,7 @@ def _patches() -> Iterator[Patch]:
     for module, name in writing.FUNCTIONS:
         yield wrapped(module, name, writing.written_by_rank_zero, "one rank writes")
     yield wrapped(saving_lib, "is_memory_sufficient", writing.through_the_disk, writing.IN_MEMORY)
+    yield wrapped(saving_lib, "load_weights_only", loading.reading_shards, loading.WHY)
     shared = "every replica sees its own share of the data"
     for name in ("train_on_batch", "test_on_batch", "predict_on_batch"):
         yield wrapped(keras.Model, name, data.sharing_its_batch, shared)

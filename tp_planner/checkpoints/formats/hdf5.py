@@ -57,7 +57,7 @@ def open_keras(path: Path) -> Weights:
             missing = [name for name in named if name not in members]
             if missing:
                 raise PlanError(f"{path}: holds no {missing[0]}; give a .keras file that Keras saved, or its weights")
-            return _open(path, [(path, _begin(path, members[name])) for name in named])
+            return _open(path, [(path, begin_of_member(path, members[name])) for name in named])
     except zipfile.BadZipFile as error:
         raise PlanError(f"{path}: no .keras file, or one that is cut off ({error}); copy it again") from None
 
@@ -68,7 +68,7 @@ def _read_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) 
     return archive.read(member)
 
 
-def _begin(path: Path, member: zipfile.ZipInfo) -> int:
+def begin_of_member(path: Path, member: zipfile.ZipInfo) -> int:
     """Return where in the archive the bytes of a member begin, which are not compressed."""
     if member.compress_type != zipfile.ZIP_STORED:
         raise PlanError(f"{path}: its {member.filename} is compressed; unpack it, and give that file")
@@ -100,7 +100,7 @@ def _open(path: Path, parts: list[tuple[Path, int]]) -> Weights:
             file = h5py.File(Window(raw, begin, raw.size - begin), "r") if begin else h5py.File(part, "r")
             opened.append(file)
             for name, dataset in _datasets(file, "", 0):
-                if (tensor := _stored(part, raw, begin, name, dataset)) is not None:
+                if (tensor := stored_tensor(part, raw, begin, name, dataset)) is not None:
                     tensors[name] = tensor
         require_apart(path, tensors)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
@@ -134,8 +134,8 @@ def _datasets(group: h5py.Group, prefix: str, depth: int) -> Iterator[tuple[str,
             yield name, child
 
 
-def _stored(path: Path, raw: RawFile, begin: int, name: str, dataset: h5py.Dataset) -> StoredTensor | None:
-    """Return a dataset of numbers; None for text and the like."""
+def stored_tensor(path: Path, raw: RawFile, begin: int, name: str, dataset: h5py.Dataset) -> StoredTensor | None:
+    """Return a dataset of numbers, in a file of HDF5 that begins at byte ``begin``; None for text and the like."""
     if dataset.external or dataset.is_virtual:
         raise PlanError(f"{path}: the values of {name!r} lie in another file; such files are not read")
     dtype = _dtype(dataset)
