@@ -292,6 +292,14 @@ def put_off(name: str, rules: str, of_torch: bool, in_parts: bool) -> tuple[dict
                 if number == 0:
                     model.zero_grad()
             update(optimizer, model)
+        if not (of_torch or in_parts) and model is models[1]:
+            with tp_planner.no_sync(model):
+                model.compute_loss(None, fed[1], model(fed[0], training=True)).backward()
+            copies = [variable.value.grad for variable in model.trainable_variables]
+            model.zero_grad()
+            with pytest.raises(tp_planner.ParallelRuntimeError) as error:
+                optimizer.apply(copies, model.trainable_variables)
+            heard.add(str(error.value))
     expected, found = ({key: each.numpy() for key, each in named_variables(model).items()} for model in models)
     return {key: relative(found[key], expected[key]) for key in expected}, counts, heard
 

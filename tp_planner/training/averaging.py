@@ -83,7 +83,11 @@ class Averaging:
 
     def is_own(self, variable: Any) -> bool:
         """Whether the gradient in a variable's parameter is this replica's alone."""
-        return id(variable) in self._own and variable._value.grad is not None
+        return self.has_put_off(variable) and variable._value.grad is not None
+
+    def has_put_off(self, variable: Any) -> bool:
+        """Whether the last pass that had a gradient of a variable has left it to this replica."""
+        return id(variable) in self._own
 
     @contextlib.contextmanager
     def micro_step_of(self, optimizer: Any) -> Iterator[None]:
@@ -250,10 +254,14 @@ def require_averaged(variables: Iterable[Any]) -> None:
     for variable in variables:
         averaging = _averaged_by.get(id(variable))
         if averaging is not None and averaging.is_own(variable):
-            raise ParallelRuntimeError(
-                f"the gradient of {variable.path!r} is this replica's alone; make the last backward pass before an "
-                f"update outside of tp_planner.no_sync, which sends what all of them have added up"
-            )
+            raise _its_own(variable)
+
+
+def _its_own(variable: Any) -> ParallelRuntimeError:
+    return ParallelRuntimeError(
+        f"the gradient of {variable.path!r} is this replica's alone; make the last backward pass before an "
+        f"update outside of tp_planner.no_sync, which sends what all of them have added up"
+    )
 
 
 def require_averaged_gradients(gradients: Iterable[torch.Tensor]) -> None:
@@ -285,6 +293,9 @@ def averaged(gradients: Sequence[Any], variables: Sequence[Any]) -> Sequence[Any
     ]
     if not strays:
         return gradients
+    for position in strays:
+        if _averaged_by[id(variables[position])].has_put_off(variables[position]):
+            raise _its_own(variables[position])  # or a copy of what was in its parameter
     means = _averaged_by[id(variables[strays[0]])].mean([local_gradient(gradients[position]) for position in strays])
     result = list(gradients)
     for position, mean in zip(strays, means, strict=True):
