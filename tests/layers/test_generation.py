@@ -143,6 +143,19 @@ def by_layout(rules: Mapping[str, Axes]) -> tuple[np.ndarray, list[np.ndarray]]:
     return plain, [*found, model.generate(prompts(), stop_token_ids=None)["token_ids"]]
 
 
+def in_parts() -> tuple[np.ndarray, list[np.ndarray]]:
+    """Return what one device and replicas with weights in parts generate, at last replayed."""
+    model, size = FAMILIES["llama3"].build(), dist.get_world_size()
+    plain = generated(model, "greedy")
+    mesh = keras.distribution.DeviceMesh((size, 1), ("batch", "model"), [f"cpu:{rank}" for rank in range(size)])
+    layout = keras.distribution.LayoutMap(mesh)
+    layout[".*self_attention/.*kernel"] = ("batch", None, None)
+    layout[".*feedforward_.*kernel"] = ("batch", None)
+    tp_planner.parallelize(model, layout, inputs=prompts(), batch_axis="batch")
+    found = [generated(model, "greedy"), generated(model, "greedy", None, True)]
+    return plain, [*found, model.generate(prompts(), stop_token_ids=None)["token_ids"]]
+
+
 # In the parent
 
 
@@ -163,6 +176,13 @@ def test_ranks_choose_alike(pools: Pools, sampler: str, stop: Any) -> None:
     """With rank 0's seed where a sampler draws, in beams, and where they stop."""
     for plain, parallel in pools(2).run(both, "llama3", sampler, stop):
         np.testing.assert_array_equal(parallel, plain)
+
+
+@pytest.mark.slow
+def test_weights_in_parts_are_put_together_for_each_token(pools: Pools) -> None:
+    for plain, found in pools(2).run(in_parts):
+        for each in found:
+            np.testing.assert_array_equal(each, plain)
 
 
 @pytest.mark.parametrize("kv_heads", [1, pytest.param(2, marks=pytest.mark.slow)])
