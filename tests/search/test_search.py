@@ -42,7 +42,7 @@ def convolutions() -> keras.Model:
     """Return two convolutions with a normalization of channels between them."""
     x = keras.Input((8, 8, 256), name="x")
     hidden = keras.layers.Conv2D(1024, 3, use_bias=False, name="first")(x)
-    hidden = keras.layers.LayerNormalization(center=False, axis=(1, 2), name="norm")(hidden)
+    hidden = keras.layers.LayerNormalization(center=False, name="norm")(hidden)
     return keras.Model(x, keras.layers.Conv2D(256, 3, use_bias=False, name="second")(hidden), name="convolutions")
 
 
