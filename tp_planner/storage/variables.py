@@ -28,7 +28,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Partial as TorchPartial
 from torch.distributed.tensor import Replicate as TorchReplicate
 from torch.distributed.tensor import Shard as TorchShard
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -232,9 +231,8 @@ def sharded_parameter(
         mesh, placements = sharding.axes.model.mesh, placements[:1]
     if has_unequal_parts(sharding.placement):
         mesh = mesh_of_parts(mesh, parts_of(sharding.placement))
-    # As torch's FSDP makes its parameters: nothing to differentiate, so without the autograd of DTensor.from_local.
-    spec = DTensorSpec(mesh, tuple(placements), tensor_meta=TensorMeta(torch.Size(shape), stride, local.dtype))
-    return torch.nn.Parameter(DTensor(local, spec, requires_grad=False), requires_grad=requires_grad)
+    whole = DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+    return torch.nn.Parameter(whole, requires_grad=requires_grad)
 
 
 def _torch_placement(placement: Placement) -> Any:
