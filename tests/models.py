@@ -756,10 +756,6 @@ USUAL = frozenset(
 )
 
 
-# Of these, what tests take that need long for each.
-FEWEST = frozenset({"convnet", "gpt"})
-
-
 def usual(names: Iterable[str], those: Set[str] = USUAL) -> list[Any]:
     """Return the names as parameters of a test, but for ``those`` marked as slow."""
     return [name if name in those else pytest.param(name, marks=pytest.mark.slow) for name in names]

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import tp_planner
-from tests.models import CASES, FEWEST
+from tests.models import CASES
 from tests.workers import Pools, WorkerPool, layout_map
 from tp_planner.dryrun.collector import without_collector
 from tp_planner.dryrun.metering import StepMeter
@@ -133,7 +133,7 @@ def test_memory_is_within_five_percent_of_what_is_measured(workers: WorkerPool, 
 @pytest.mark.parametrize(
     ("name", "sequence_parallel"),
     [
-        *(pytest.param(name, False, marks=[] if name in FEWEST else pytest.mark.slow) for name in CASES),
+        *(pytest.param(name, False, marks=[] if name in ("convnet", "gpt") else pytest.mark.slow) for name in CASES),
         *(pytest.param(name, True, marks=[] if name == "gpt" else pytest.mark.slow) for name in CASES),
     ],
 )

@@ -113,7 +113,7 @@ KINDS: dict[str, tuple[Callable[[], keras.Model], dict[str, tuple[str | None, ..
     "tied": (tied, {"embedding/embeddings": ("model", None)}),
 }
 # What `make test` builds under a distribution, too.
-BORN = {"functional", "sequential", "subclassed", "lora", "tied"}
+BORN = {"functional", "sequential", "subclassed", "tied"}
 
 
 # On the ranks

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import tp_planner
-from tests.models import CASES, FEWEST
+from tests.models import CASES, usual
 from tests.workers import Pools, WorkerPool, layout_map
 from tp_planner.ir.contract import Recording
 from tp_planner.ir.layout import Layout, LayoutRule
@@ -193,9 +193,7 @@ def without_boundaries(plan: Plan, layer: str) -> Plan:
     return replace(plan, layers=tuple(map(broken, plan.layers)))
 
 
-@pytest.mark.parametrize(
-    "model", [each if each in FEWEST else pytest.param(each, marks=pytest.mark.slow) for each in MODELS]
-)
+@pytest.mark.parametrize("model", usual(MODELS, {"gpt"}))
 def test_first_step_of_training_is_as_planned(workers: WorkerPool, model: str) -> None:
     """Twice the planned batch, trained by Keras with AdamW: kinds, layers, places, phases, order and bytes."""
     counts = workers.run(train_checked, *MODELS[model], None, "AdamW")

@@ -57,14 +57,14 @@ class Slots:
             tensors.setdefault(id(variable), []).append(local_tensor(slot))
         return tensors
 
-    def _add(self, add: Any, variable: Any, *args: Any, **kwargs: Any) -> Any:
-        kind = (args, tuple(kwargs.items()), _how_stored(variable), self._others[id(variable)])
+    def _add(self, add: Any, reference_variable: Any, *args: Any, **kwargs: Any) -> Any:
+        kind = (args, tuple(kwargs.items()), _how_stored(reference_variable), self._others[id(reference_variable)])
         slot = None if self._shared is None else self._shared.get(kind)
         if slot is None:
-            slot = add(variable, *args, **kwargs)
+            slot = add(reference_variable, *args, **kwargs)
         if self._shared is not None:
             self._shared[kind] = slot
-        self._made.append((variable, slot))
+        self._made.append((reference_variable, slot))
         return slot
 
     def _count(self, slots: Iterable[Any]) -> None:
