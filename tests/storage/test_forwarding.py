@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -114,6 +115,8 @@ KINDS: dict[str, tuple[Callable[[], keras.Model], dict[str, tuple[str | None, ..
 }
 # What `make test` builds under a distribution, too.
 BORN = {"functional", "sequential", "subclassed", "tied"}
+# A thread of gloo holds the tensors of a collective until it runs again, after whoever waited for it went on.
+LET_GO_S = 10
 
 
 # On the ranks
@@ -169,10 +172,18 @@ def whole_weights(model: keras.Model, known: set[int], when: str) -> list[str]:
     """Return the live tensors, but those known before, that are as large as a sharded matrix of the model."""
     matrices = [each for each in named_variables(model).values() if is_sharded(each) and len(each.shape) > 1]
     smallest = min(int(np.prod(each.shape)) * 8 for each in matrices)
-    found = [each for each in live(torch.Tensor) if id(each) not in known and not isinstance(each, DTensor)]
-    with torch._C.DisableTorchFunctionSubclass():  # of what forwards, the tensor itself
-        large = [each for each in found if each.device.type != "meta" and each.untyped_storage().nbytes() >= smallest]
-    return [f"{when}: a tensor of {tuple(each.shape)}" for each in large]
+
+    def kept() -> list[str]:
+        found = [each for each in live(torch.Tensor) if id(each) not in known and not isinstance(each, DTensor)]
+        with torch._C.DisableTorchFunctionSubclass():  # of what forwards, the tensor itself
+            large = [each for each in found if each.device.type != "meta"]
+            large = [each for each in large if each.untyped_storage().nbytes() >= smallest]
+        return [f"{when}: a tensor of {tuple(each.shape)}" for each in large]
+
+    end = time.monotonic() + LET_GO_S
+    while (wrong := kept()) and time.monotonic() < end:
+        time.sleep(0.01)
+    return wrong
 
 
 def train_once(model: keras.Model) -> None:
