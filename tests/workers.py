@@ -64,7 +64,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """One process as the parent sees it. ``dump`` is the file into which SIGUSR1 makes it write its stacks."""
+    """One process as the parent sees it. ``dump`` is the file into which it writes its stacks: at SIGUSR1, or dying."""
 
     number: int
     process: ForkServerProcess
@@ -196,7 +196,7 @@ def _receive(rank: Rank) -> Answer:
     except (EOFError, ConnectionError):
         rank.process.join(STOP_S)
         text = f"the process of rank {rank.number} ended with exit code {rank.process.exitcode}"
-        return Answer(error=ChildProcessError(text), text=text)
+        return Answer(error=ChildProcessError(text), text=f"{text}\n{rank.dump.read_text()}")
 
 
 Pools = Callable[[int], WorkerPool]  # the pool of a number of processes
@@ -212,6 +212,7 @@ def start_gloo(store: dist.Store, rank: int, size: int) -> None:
 def _work(rank: int, size: int, port: int, pipe: Connection, dump: Path, start: Start) -> None:
     with dump.open("w") as stacks:
         faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
+        faulthandler.enable(stacks, all_threads=True)  # for a process that dies of a signal, such as SIGSEGV
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
         start(store, rank, size)
         _let_plain_models_train_alone()
