@@ -51,15 +51,43 @@ def test_plan_of_replicas_is_that_of_all_blocks(name: str, rules: str) -> None:
     assert_equal_plans(CASES[name].build(), layout_across(name, rules, (2, 2)))
 
 
+UPDATES: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
+    "accumulated and clipped": lambda: keras.optimizers.AdamW(gradient_accumulation_steps=2, global_clipnorm=1.0),
+    "averaged": lambda: keras.optimizers.Adam(use_ema=True, ema_overwrite_frequency=2),
+    "in a loop": keras.optimizers.Lion,
+    "one after the other": keras.optimizers.Ftrl,
+    "large on lists": keras.optimizers.RMSprop,
+    "loss scaling": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(momentum=0.9)),
+    "whole": keras.optimizers.Lamb,
+}
+
+
+@pytest.mark.parametrize(
+    ("update", "rules", "shape"),
+    [
+        ("accumulated and clipped", "model axis", (2, 2)),
+        *(pytest.param(each, "model axis", (1, 2), marks=pytest.mark.slow) for each in UPDATES),
+        *(
+            pytest.param(each, "both axes, zero 1", (2, 2), marks=pytest.mark.slow)
+            for each in UPDATES
+            if each != "whole"
+        ),
+    ],
+)
+def test_update_of_blocks_that_do_not_run(update: str, rules: str, shape: tuple[int, int]) -> None:
+    """So it is whatever an optimizer does with the gradients of all blocks, though only one has computed any."""
+    assert_equal_plans(CASES["llama"].build(), layout_across("llama", rules, shape), UPDATES[update]())
+
+
 def assert_equal_plans(
     model: keras.Model,
     layout: Layout,
-    amsgrad: bool = False,
+    optimizer: keras.optimizers.Optimizer | None = None,
     memory: bool = True,
     holders: bool = True,
     **options: Any,
 ) -> None:
-    optimizer = keras.optimizers.AdamW(weight_decay=0.01, amsgrad=amsgrad)
+    optimizer = optimizer or keras.optimizers.AdamW(weight_decay=0.01)
     once = make_plan(model, layout, optimizer=optimizer, **options)
     with mock.patch.object(planner, "find_blocks", return_value=Blocks.none()):
         each = make_plan(model, layout, optimizer=optimizer, **options)
@@ -87,7 +115,7 @@ def test_one_of_equal_blocks_runs() -> None:
         return call(self, *args, **kwargs)
 
     with mock.patch.object(type(model.get_layer("llama_backbone").transformer_layers[0]), "call", counted):
-        make_plan(model, layout_of("llama"))
+        make_plan(model, layout_of("llama"), optimizer=UPDATES["accumulated and clipped"]())
     assert runs == ["transformer_layer_0"] * 4
 
 
@@ -393,7 +421,8 @@ def test_blocks_that_only_seem_equal(build: Callable[[], keras.Model]) -> None:
     layout = Layout(Mesh((("model", 2),)), tuple(LayoutRule(pattern, axes) for pattern, axes in RULES.items()))
     memory = build not in (encoder_and_decoder, partly_frozen)
     # Gradients of the one tensor are added in another order, so that another op makes the last of them.
-    assert_equal_plans(build(), layout, True, memory, holders=build is not blocks_that_read_one_tensor)
+    optimizer = keras.optimizers.AdamW(weight_decay=0.01, amsgrad=True)
+    assert_equal_plans(build(), layout, optimizer, memory, holders=build is not blocks_that_read_one_tensor)
 
 
 @pytest.mark.parametrize(

@@ -93,24 +93,31 @@ def simulate(
     Raises:
         PlanError: if the forward or backward pass fails on fake tensors.
     """
-    repeats = graph.repeats if _blocks_are_independent(model, graph, optimizer) else {}
+    repeats = graph.repeats if _blocks_are_independent(model, graph) else {}
     left_out = graph.repeated_layers if repeats else frozenset()
+    # An update that is no few ops on lists is made of all variables, of blocks that do not run too.
+    updated = frozenset() if optimizer is None or updates_all_at_once(optimizer) else left_out
+    equal = stand_ins(repeats)
     settings = None if optimizer is None else _settings(optimizer)  # reads values, so before tensors are fake
     micro_steps, averaged = micro_steps_of(optimizer), why_in_each(model, optimizer)
     meter = StepMeter(axes, BLOCK if plan.device == "cuda" else 1)
     blocks = BlockRepeats(named_layers(model), graph, repeats, meter)
     with fake_tensors(), without_collector(), only_new_garbage():
         arguments = fake_inputs(model, inputs)
-        with applied_for_simulation(model, plan, axes, left_out) as applied, blocks.watched(), meter.attributing(model):
+        with (
+            applied_for_simulation(model, plan, axes, left_out, updated) as applied,
+            blocks.watched(),
+            meter.attributing(model),
+        ):
             sharing = _shared_updates(applied, meter, optimizer)
             updating = (
                 None if optimizer is None else _adopted(type(optimizer).from_config, settings, axes, not averaged)
             )
-            variables = {key for layer in left_out for key in graph.layers[layer].variables}
+            variables = {key for layer in left_out - updated for key in graph.layers[layer].variables}
             step = TrainingStep(model, meter, updating, loss, variables, applied.replicas, sharing, without_values=True)
             _hold_left_out_variables(meter, plan, variables)
             try:
-                step.run(arguments, multiplicities(repeats))
+                step.run(arguments, {} if updated else multiplicities(repeats), equal if updated else {})
             except PlanError:
                 raise
             except Exception as error:  # the user's own code may raise anything
@@ -125,9 +132,9 @@ def simulate(
     log = unfold(meter.log, twins)
     log.events = start_early(log.events, plan.gathers_ahead)
     once = _put_off(model, plan) if micro_steps > 1 and not averaged else frozenset()
-    _add_gradients(log, plan, step.trained, stand_ins(repeats), once)
+    _add_gradients(log, plan, step.trained, equal, once)
     if sharing is not None:
-        sharing.reduce(log, step.trained, stand_ins(repeats))
+        sharing.reduce(log, step.trained, equal)
     name = "" if optimizer is None else type(optimizer).__name__
     memory = memory_of(log)
     if plan.device == "cuda":
@@ -212,12 +219,13 @@ class TrainingStep:
         self.notes: list[str] = []
         self.trained: set[str] = set()  # variables that have got a gradient, by key
 
-    def run(self, arguments: CallArguments, others: Mapping[str, int]) -> None:
+    def run(self, arguments: CallArguments, others: Mapping[str, int], equal: Mapping[str, str] | None = None) -> None:
         """Run the step.
 
         Args:
             arguments: what the model is called with.
             others: how many variables besides itself a variable stands for, by key.
+            equal: variables whose gradient is that of another one when the backward pass has ended, by key.
         """
         meter, model = self.meter, self.model
         follow_logits()
@@ -246,6 +254,7 @@ class TrainingStep:
             loss.backward()
             del loss
             gc.collect(0)
+            _give_gradients(named_variables(model), equal or {})
             trained = [variable for variable in trainable if variable._value.grad is not None]
             self.trained = {keys[id(variable)] for variable in trained}
             meter.hold((variable._value.grad for variable in trained), "gradients")
@@ -300,12 +309,17 @@ class TrainingStep:
         self.meter.stands_for.update({self.meter.storage(tensor): number for tensor in tensors})
 
 
-def _blocks_are_independent(
-    model: keras.Model, graph: ModelGraph, optimizer: keras.optimizers.Optimizer | None
-) -> bool:
+def _give_gradients(variables: Mapping[str, Any], equal: Mapping[str, str]) -> None:
+    """Give variables of blocks that did not run the gradients of the equal ones that did: they differ in values alone.
+
+    The log of all blocks has the storages that they would be in.
+    """
+    for key, runs in equal.items():
+        variables[key]._value.grad = variables[runs]._value.grad
+
+
+def _blocks_are_independent(model: keras.Model, graph: ModelGraph) -> bool:
     """Whether it is enough to run one of several equal blocks: nothing but the model's call depends on the others."""
-    if optimizer is not None and not updates_all_at_once(optimizer):
-        return False
     if any(variable.penalty != "none" for variable in graph.variables.values()):
         return False
     return all(variable.constraint is None for variable in model.trainable_variables)

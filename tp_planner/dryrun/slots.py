@@ -11,15 +11,15 @@ import torch
 
 from tp_planner.dryrun.metering import StepMeter
 from tp_planner.storage.variables import local_tensor
-from tp_planner.training.optimizer import updates_all_at_once
+from tp_planner.training.optimizer import is_elementwise
 from tp_planner.training.shares import slot_sharding
 
 
 class Slots:
     """The slots of an optimizer, as they are there from the second step on.
 
-    Without values, slots of variables that are stored alike are alike. So where an update is a few ops on lists of all
-    variables, one slot takes the place of each of these; memory counts all.
+    Without values, slots of variables that are stored alike are alike. So where updates are elementwise, and nothing
+    asks whose a slot is, one takes the place of each of these; memory counts all.
 
     Args:
         optimizer: one that has none yet.
@@ -39,7 +39,7 @@ class Slots:
     ) -> None:
         self._made: list[tuple[Any, Any]] = []  # (variable, slot)
         self._others, self._meter = others, meter
-        self._shared: dict[Hashable, Any] | None = {} if without_values and updates_all_at_once(optimizer) else None
+        self._shared: dict[Hashable, Any] | None = {} if without_values and is_elementwise(optimizer) else None
         adding = functools.partial(self._add, optimizer.add_variable_from_reference)
         optimizer.__dict__["add_variable_from_reference"] = adding
         optimizer.build(trainable)

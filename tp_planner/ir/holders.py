@@ -17,42 +17,44 @@ _UNKNOWN = Origin("", "", "", ())
 def holders_of(log: StepLog) -> tuple[Holder, ...]:
     """Return the activations and temporaries that are there at the peak, the largest first."""
     held = _held_at_the_peak(log)
-    groups: dict[tuple[object, ...], list[tuple[Origin, int]]] = {}
-    for storage, size in held.items():
+    groups: dict[tuple[object, ...], list[tuple[Origin, Allocated]]] = {}
+    for storage, event in held.items():
         kind = log.kinds.get(storage, "temporaries")
         if kind in _OF_A_STEP:
             origin = log.origins.get(storage, _UNKNOWN)
             key = kind, _NUMBER.sub("*", origin.layer), *origin[1:]
-            groups.setdefault(key, []).append((origin, size))
+            groups.setdefault(key, []).append((origin, event))
     found = (_holder(key[0], members) for key, members in groups.items())
-    least = sum(held.values()) / SMALLEST_SHARE
+    least = sum(event.bytes * event.times for event in held.values()) / SMALLEST_SHARE
     return tuple(sorted((each for each in found if each.bytes >= least), key=lambda each: (-each.bytes, str(each))))
 
 
-def _holder(kind: object, members: Iterable[tuple[Origin, int]]) -> Holder:
-    origins, sizes = zip(*members, strict=True)
+def _holder(kind: object, members: Iterable[tuple[Origin, Allocated]]) -> Holder:
+    origins, events = zip(*members, strict=True)
     layers = tuple(dict.fromkeys(origin.layer for origin in origins))
     first = origins[0]
     assert kind == "activations" or kind == "temporaries"
-    return Holder(kind, layers, first.op, first.dtype, first.shape, len(sizes), sum(sizes))
+    count, size = sum(event.times for event in events), sum(event.bytes * event.times for event in events)
+    return Holder(kind, layers, first.op, first.dtype, first.shape, count, size)
 
 
-def _held_at_the_peak(log: StepLog) -> dict[int, int]:
-    """Return the storages that are there when their sum is largest for the first time, each with its bytes."""
-    held: dict[int, int] = {}
+def _held_at_the_peak(log: StepLog) -> dict[int, Allocated]:
+    """Return the storages that are there when their sum is largest for the first time."""
+    held: dict[int, Allocated] = {}
     total, highest, position = 0, 0, 0
     for number, event in enumerate(log.events, 1):
         if isinstance(event, Allocated):
-            held[event.storage] = event.bytes * event.times
+            held[event.storage] = event
             total += event.bytes * event.times
             if total > highest:
                 highest, position = total, number
         elif isinstance(event, Freed):
-            total -= held.pop(event.storage)
+            gone = held.pop(event.storage)
+            total -= gone.bytes * gone.times
     held.clear()
     for event in log.events[:position]:
         if isinstance(event, Allocated):
-            held[event.storage] = event.bytes * event.times
+            held[event.storage] = event
         elif isinstance(event, Freed):
             del held[event.storage]
     return held

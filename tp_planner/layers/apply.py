@@ -144,6 +144,7 @@ def apply_layers(
     scatter: Scatter,
     left_out: frozenset[str] = frozenset(),
     starting: bool = True,
+    stored: frozenset[str] = frozenset(),
 ) -> Applied:
     """Place the model's variables and hook its layers as ``plan`` says.
 
@@ -154,6 +155,7 @@ def apply_layers(
         scatter: makes this rank's stored tensor of a variable.
         left_out: layers that stay as they are, by name.
         starting: whether gathers are started before they are needed; else only those that would be are known.
+        stored: those of the layers left out whose variables are placed all the same.
 
     If anything fails, the model is as before.
     """
@@ -188,6 +190,8 @@ def apply_layers(
             applied.undo.append(shard_stream(model, axes.model.size))
         if applied.replicas is not None:
             _join_replicas(model, applied, applied.replicas, placer, starting)
+        for layer in (layer for name, layer in named_layers(model).items() if name in stored):
+            placer.place(layer)
     except BaseException:
         applied.revert(model, old_value)
         raise
@@ -426,15 +430,22 @@ def _part_of_shards(value: DTensor, sharding: Sharding) -> torch.Tensor:
 
 @contextlib.contextmanager
 def applied_for_simulation(
-    model: keras.Model, plan: Plan, axes: Axes, left_out: frozenset[str] = frozenset()
+    model: keras.Model,
+    plan: Plan,
+    axes: Axes,
+    left_out: frozenset[str] = frozenset(),
+    stored: frozenset[str] = frozenset(),
 ) -> Iterator[Applied]:
-    """Apply the plan with fake shards, on the same code path as for real, and undo it afterwards."""
+    """Apply the plan with fake shards, on the same code path as for real, and undo it afterwards.
+
+    Layers that are ``left_out`` stay as they are, but for the variables of those that are ``stored``.
+    """
 
     def empty(variable: Any, sharding: Sharding) -> torch.Tensor:
         shape = sharding.local_shape(tuple(variable.shape))
         return torch.empty(shape, dtype=variable._value.dtype, device="cpu")
 
-    applied = apply_layers(model, plan, axes, empty, left_out, starting=False)
+    applied = apply_layers(model, plan, axes, empty, left_out, starting=False, stored=stored)
     try:
         yield applied
     finally:

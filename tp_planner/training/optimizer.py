@@ -210,13 +210,18 @@ def _elementwise_classes() -> frozenset[type]:
 def require_elementwise(optimizer: Any) -> None:
     """Raise PlanError for an optimizer of which an update of a part is no part of the update."""
     inner = getattr(optimizer, "inner_optimizer", None) or optimizer
-    kind = _keras_class(inner)
-    if kind not in _elementwise_classes():
+    if not is_elementwise(inner):
+        kind = _keras_class(inner)
         raise PlanError(
             f"{kind.__name__} cannot update weights in parts over the batch axis, as zero=1 has it: what it makes of "
             f"one element depends on others, or is not known; plan with zero=0, or train with one of "
             f"{', '.join(each.__name__ for each in ELEMENTWISE)}"
         )
+
+
+def is_elementwise(optimizer: Any) -> bool:
+    """Whether an optimizer updates each element of a variable by itself; of Keras's own those are known that do."""
+    return _keras_class(optimizer) in _elementwise_classes()
 
 
 def _keras_class(optimizer: Any) -> type:
@@ -239,7 +244,7 @@ def updates_all_at_once(optimizer: Any) -> bool:
     kind = _keras_class(optimizer)
     extras = ("clipnorm", "global_clipnorm", "clipvalue", "use_ema", "gradient_accumulation_steps")
     return (
-        kind in _elementwise_classes()
+        is_elementwise(optimizer)
         and hasattr(kind, "_parallel_update_step")
         and not issubclass(kind, keras.optimizers.Lion)
         and not any(getattr(optimizer, extra, None) for extra in extras)
