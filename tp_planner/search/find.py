@@ -44,7 +44,7 @@ from tp_planner.search.formulate import Formulation, Group, Stored
 from tp_planner.search.found import Candidate, Found
 from tp_planner.search.prices import Prices, seconds_of
 from tp_planner.search.program import Solution
-from tp_planner.search.refusals import refused_regions
+from tp_planner.search.refusals import needless_ends, refused_regions
 from tp_planner.search.rules import axes_of, escaped, write_rules
 from tp_planner.search.stream import as_sums
 from tp_planner.search.unequal import unequal_parts
@@ -264,10 +264,14 @@ class _Search:
 
     def _refuse(self, solution: Solution, stored: Stored, plan: Plan) -> None:
         """Forbid what has been planned, and was not what the program said."""
-        refused = list(refused_regions(self.formulation.graph, self.formulation.chosen(solution), plan))
+        graph, chosen = self.formulation.graph, self.formulation.chosen(solution)
+        refused = list(refused_regions(graph, chosen, plan))
         for columns in refused:
             self.formulation.forbid_together(columns)
-        if not refused:
+        needless = [] if refused else list(needless_ends(graph, chosen, plan))
+        for column in needless:
+            self.formulation.forbid_where_stored_so(stored, column)
+        if not refused and not needless:
             self.formulation.forbid(stored)
             self.covers_all = False
 

@@ -236,6 +236,13 @@ class Formulation:
         matrices = [group for group in self.groups if len(group.variables[0].shape) > 1] or self.groups
         self.forbid_together(self.states[Slot("stored", group.key)][stored[group.key]] for group in matrices)
 
+    def forbid_where_stored_so(self, stored: Stored, column: int) -> None:
+        """Let the solution not end a region at the layer of this way, if it stores all variables so."""
+        columns = {self.states[Slot("stored", group.key)][stored[group.key]] for group in self.groups}
+        ways = next(ways for _, ways in self.ways if column in ways)
+        ending = (each for each, way in ways.items() if way.gathers_output)
+        self.program.row(dict.fromkeys((*columns, *ending), 1.0), 0.0, len(columns))
+
     def chosen(self, solution: Solution) -> dict[int, tuple[Step, Way]]:
         """Return the ways that a solution takes, by column."""
         return {column: (step, way) for step, ways in self.ways for column, way in ways.items() if solution.has(column)}

@@ -1,8 +1,9 @@
-"""Refusals: regions that a program thought possible, and planning has ended.
+"""Refusals: regions that a program thought possible and planning has ended, or ended and planning has not.
 
 The walk over the whole model, and the proof, see what no step alone does: code that writes a number of heads, say. Then
 the planner lets layers of the region return whole tensors, or gathers variables. What the region was is forbidden from
-then on, in every layout; what the planner made of it is in the program already, as other ways.
+then on, in every layout; what the planner made of it is in the program already, as other ways. The planner ends one
+where it has to, and nowhere else: one that a program ends to save time is forbidden to end there in that layout.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tp_planner.ir.graph import ModelGraph
 from tp_planner.ir.placement import WHOLE
 from tp_planner.ir.plan import Plan
 from tp_planner.search.steps import Step
-from tp_planner.search.ways import Crossing, Way
+from tp_planner.search.ways import Way
 
 Chosen = Mapping[int, tuple[Step, Way]]  # by column
 End = tuple[str, str, str]  # of a region: layer, mode, and "output" or the variable
@@ -35,11 +36,21 @@ def refused_regions(graph: ModelGraph, chosen: Chosen, plan: Plan) -> Iterator[f
             yield columns.union(_gathered_beside(graph, chosen, columns))
 
 
+def needless_ends(graph: ModelGraph, chosen: Chosen, plan: Plan) -> Iterator[int]:
+    """Yield the columns of chosen ways in which a layer gathers what it makes, and does not in the plan."""
+    ended = frozenset(_ends_of_plan(plan))
+    for column, (step, way) in chosen.items():
+        call = graph.calls[step.call]
+        gathers = step.layer_call is not None and way.gathers_output
+        if gathers and (call.layer, call.mode, "output") not in ended:
+            yield column
+
+
 def _gathered_beside(graph: ModelGraph, chosen: Chosen, region: frozenset[int]) -> Iterator[int]:
     """Yield the columns of ways that gather what they make, in calls in which the region has layers or code."""
     around = {_call_around(graph, chosen[column][0]) for column in region}
     for column, (step, way) in chosen.items():
-        if _call_around(graph, step) in around and any(_gathers_output(each) for each in way.crossings):
+        if _call_around(graph, step) in around and way.gathers_output:
             yield column
 
 
@@ -73,7 +84,3 @@ def _ends_of_way(graph: ModelGraph, step: Step, way: Way) -> Iterator[End]:
     for crossing in way.crossings:
         if crossing.boundary.forward.collective == "all_gather":
             yield call.layer, call.mode, crossing.variable or "output"
-
-
-def _gathers_output(crossing: Crossing) -> bool:
-    return crossing.variable is None and crossing.boundary.forward.collective == "all_gather"

@@ -65,6 +65,12 @@ class Way:
     work: OpWork
     plan: Any
 
+    @property
+    def gathers_output(self) -> bool:
+        """Whether shards that the step makes are gathered at once."""
+        gathered = (each for each in self.crossings if each.boundary.forward.collective == "all_gather")
+        return any(each.variable is None for each in gathered)
+
 
 class Walker:
     """Asks the walk about one step at a time.
