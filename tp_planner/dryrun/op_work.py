@@ -105,7 +105,9 @@ class OpMeter:
         )
         key = questions, wiring, described, tuple(numbers[each] for each in made if each in numbers)
         if key not in self._known:
-            self._known[key] = self._measure_together(ops, tensors, placed, made, arguments)
+            self._known[key] = self._measure_together(ops, tensors, placed, made, arguments) or self._measure_each(
+                ops, tensors, placed, arguments
+            )
         return self._known[key]
 
     def of_own_rows(self, ids: TensorInfo, looked_up: TensorInfo, rows: int) -> OpWork:
@@ -136,7 +138,7 @@ class OpMeter:
         placed: Mapping[int, Placement],
         made: Sequence[int],
         arguments: Mapping[int, Sequence[Any]],
-    ) -> OpWork:
+    ) -> OpWork | None:
         meter = _Meter()
         known: dict[int, torch.Tensor] = {}
         outside = dict.fromkeys(each for op in ops for each in op.inputs)
@@ -162,8 +164,19 @@ class OpMeter:
                             if tensors[each].variable is not None and gradient is not None:
                                 _lay_out(gradient, known[each], placed[each])
             except (RuntimeError, ValueError, TypeError, NotImplementedError):
-                return meter.work
+                return None
         return meter.work
+
+    def _measure_each(
+        self,
+        ops: Sequence[Op],
+        tensors: Mapping[int, TensorInfo],
+        placed: Mapping[int, Placement],
+        arguments: Mapping[int, Sequence[Any]],
+    ) -> OpWork:
+        """Return what the ops compute of inputs that they do not take from each other."""
+        work = (self.work(op, tensors, [placed[each] for each in op.inputs], arguments.get(op.id)) for op in ops)
+        return sum(work, NO_WORK)
 
     def _measure(
         self,

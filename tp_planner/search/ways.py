@@ -10,7 +10,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tp_planner.dryrun.op_work import NO_WORK, OpMeter, OpWork
@@ -266,9 +266,34 @@ class Walker:
         if dropout:
             placement = next(iter(taken.values()), WHOLE)
             return sum((self._work_of(op, [placement] * len(op.inputs), None) for op in self._ops(step)), NO_WORK)
+        gradients = self._work_of_gradients(step, self._known.placements)
+        if self._trains_matrices(step) and not notes.cut_for:
+            return self._work_followed_together(step, notes) + gradients
         copied = [op for op in self._ops(step) if not self._is_left_out(op)]
-        work = sum((self._work_followed(op, notes) for op in copied), NO_WORK)
-        return work + self._work_of_gradients(step, self._known.placements)
+        return sum((self._work_followed(op, notes) for op in copied), NO_WORK) + gradients
+
+    def _trains_matrices(self, step: Step) -> bool:
+        """Whether a step is a layer whose code leaves gradients in matrices, which are laid out as these."""
+        read = (self.graph.variables[key] for key in step.variables)
+        return step.layer_call is not None and any(each.trainable and len(each.shape) > 1 for each in read)
+
+    def _work_followed_together(self, step: Step, notes: Notes) -> OpWork:
+        """Return the work of a layer's ops one after the other, those that are left out of shards taken as views."""
+        views: dict[int, int] = {}
+        ops = []
+        for op in self._ops(step):
+            if self._is_left_out(op):
+                views[op.outputs[0]] = op.inputs[0]
+            else:
+                ops.append(replace(op, inputs=tuple(views.get(each, each) for each in op.inputs)))
+        placed = {each: self._as_read(each, op.call) for op in ops for each in (*op.inputs, *op.outputs)}
+        arguments = {op.id: notes.followed[op.id].arguments for op in ops if op.id in notes.followed}
+        return self.meter.work_together(ops, self.graph.tensors, placed, step.makes, arguments)
+
+    def _as_read(self, tensor: int, call: int) -> Placement:
+        """Return how an op of ``call`` reads a tensor: a sum over the ranks is of the size of the whole."""
+        placement = self._known.placement(tensor, call)
+        return WHOLE if isinstance(placement, Partial) else placement
 
     def _work_of_gradients(self, step: Step, placed: Mapping[int, Placement]) -> OpWork:
         """Return the work of adding up the gradients of what the step makes."""
