@@ -37,7 +37,7 @@ from keras_hub.src.models.llama import llama_decoder, llama_layernorm
 
 from tp_planner.training.model import applied_to
 
-TIMEOUT_S = 120.0  # for one run
+TIMEOUT_S = 300.0  # for one run, on a machine that does much else
 START_S = 180.0  # for the processes to import everything and to find each other
 GRACE_S = 5.0  # for the other ranks, once one has failed
 STOP_S = 10.0  # for a process to end by itself
