@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,14 +203,9 @@ class _Sharing:
         for number in range(self._rounds):
             leaving, arriving = self._exchanged(number)
             sent, received = self._room(leaving_by, leaving), self._room(arriving_by, arriving)
-            try:
-                if problem is None:
-                    self._pack(number, sent)
-            except Exception as error:
-                problem = error
+            problem = problem or _problem_of(self._pack, number, sent)
             self._exchange(sent, received, leaving, arriving)
-            if problem is None:
-                self._unpack(number, received, into)
+            problem = problem or _problem_of(self._unpack, number, received, into)
         if problem is not None:
             raise problem
 
@@ -270,6 +265,14 @@ class _Sharing:
                 place = into[indices_of(piece.of_part)][indices_in(piece.of_whole, block)]
                 place.copy_(received[at : at + _count(block)].view(shape))
                 at += _count(block)
+
+
+def _problem_of(function: Callable[..., None], *args: Any) -> Exception | None:
+    try:
+        function(*args)
+    except Exception as error:
+        return error
+    return None
 
 
 def _bytes_a_round(tensor: StoredTensor, parts: Parts) -> int:

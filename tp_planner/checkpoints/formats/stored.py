@@ -159,12 +159,12 @@ class Buffer:
     """Memory for what is read, which the next read overwrites."""
 
     def __init__(self) -> None:
-        self._bytes = np.empty(0, np.uint8)
+        self._bytes = np.empty(1, np.uint8)  # of an array of none, torch views no other dtype, not of its slices
 
     def of(self, length: int) -> np.ndarray:
         """Return room for so many bytes."""
         if self._bytes.size < length:
-            self._bytes = np.empty(0, np.uint8)  # before there is more
+            self._bytes = np.empty(1, np.uint8)  # before there is more
             self._bytes = np.empty(length, np.uint8)
         return self._bytes[:length]
 
