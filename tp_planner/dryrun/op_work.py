@@ -122,6 +122,11 @@ class OpMeter:
                     torch.autograd.grad(result, found, torch.empty_like(result))
         return meter.work
 
+    def is_contiguous(self, info: TensorInfo, placement: Placement) -> bool:
+        """Whether a rank has a tensor that is placed so in the order of its dims."""
+        with self._fake, quiet_torch():
+            return self._shard(info, placement).is_contiguous()
+
     def is_view(self, info: TensorInfo, placement: Placement, shape: Shape) -> bool:
         """Whether a tensor that is placed so has a view of this shape, which is that of a rank."""
         with self._fake, quiet_torch():

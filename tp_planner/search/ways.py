@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from tp_planner.dryrun.op_work import NO_WORK, OpMeter, OpWork
 from tp_planner.dryrun.sharding_rules import DTensorRules
 from tp_planner.ir.graph import FunctionCall, ModelGraph, Op, TensorInfo
@@ -269,8 +271,9 @@ class Walker:
         gradients = self._work_of_gradients(step, self._known.placements)
         if self._trains_matrices(step) and not notes.cut_for:
             return self._work_followed_together(step, notes) + gradients
-        copied = [op for op in self._ops(step) if not self._is_left_out(op)]
-        return sum((self._work_followed(op, notes) for op in copied), NO_WORK) + gradients
+        placed = self._read(step)
+        needed = [op for op in self._ops(step) if not self._is_left_out(op, placed)]
+        return sum((self._work_followed(op, notes) for op in needed), NO_WORK) + gradients
 
     def _trains_matrices(self, step: Step) -> bool:
         """Whether a step is a layer whose code leaves gradients in matrices, which are laid out as these."""
@@ -278,22 +281,29 @@ class Walker:
         return step.layer_call is not None and any(each.trainable and len(each.shape) > 1 for each in read)
 
     def _work_followed_together(self, step: Step, notes: Notes) -> OpWork:
-        """Return the work of a layer's ops one after the other, those that are left out of shards taken as views."""
-        views: dict[int, int] = {}
-        ops = []
-        for op in self._ops(step):
-            if self._is_left_out(op):
-                views[op.outputs[0]] = op.inputs[0]
-            else:
-                ops.append(replace(op, inputs=tuple(views.get(each, each) for each in op.inputs)))
-        placed = {each: self._as_read(each, op.call) for op in ops for each in (*op.inputs, *op.outputs)}
+        """Return the work of a layer's ops one after the other."""
+        ops, placed = self._ops(step), self._read(step)
         arguments = {op.id: notes.followed[op.id].arguments for op in ops if op.id in notes.followed}
-        return self.meter.work_together(ops, self.graph.tensors, placed, step.makes, arguments)
+        needed = self._without_copies(ops, placed)
+        return self.meter.work_together(needed, self.graph.tensors, placed, step.makes, arguments)
 
-    def _as_read(self, tensor: int, call: int) -> Placement:
-        """Return how an op of ``call`` reads a tensor: a sum over the ranks is of the size of the whole."""
-        placement = self._known.placement(tensor, call)
-        return WHOLE if isinstance(placement, Partial) else placement
+    def _without_copies(self, ops: Sequence[Op], placed: Mapping[int, Placement]) -> list[Op]:
+        """Return the ops but for copies that shards do not need; what reads these reads what they were made of."""
+        made_of: dict[int, int] = {}
+        needed = []
+        for op in ops:
+            inputs = tuple(made_of.get(each, each) for each in op.inputs)
+            if self._is_left_out(op, placed):
+                made_of[op.outputs[0]] = inputs[0]
+            else:
+                needed.append(op if inputs == op.inputs else replace(op, inputs=inputs))
+        return needed
+
+    def _read(self, step: Step) -> dict[int, Placement]:
+        """Return how ops have what they take and make: a sum over the ranks is of the size of the whole."""
+        called = {tensor: op.call for op in self._ops(step) for tensor in (*op.inputs, *op.outputs)}
+        placed = ((tensor, self._known.placement(tensor, call)) for tensor, call in called.items())
+        return {tensor: WHOLE if isinstance(placement, Partial) else placement for tensor, placement in placed}
 
     def _work_of_gradients(self, step: Step, placed: Mapping[int, Placement]) -> OpWork:
         """Return the work of adding up the gradients of what the step makes."""
@@ -306,16 +316,18 @@ class Walker:
     def _ops(self, step: Step) -> Sequence[Op]:
         return self.graph.ops[slice(*step.ops)]
 
-    def _is_left_out(self, op: Op) -> bool:
-        """Whether an op is the copy of a reshape that needs none on shards, as where one head is all that is left."""
-        if op.name != _COPY or op.id + 1 == len(self.graph.ops) or self.graph.ops[op.id + 1].name != _RESHAPED:
+    def _is_left_out(self, op: Op, placed: Mapping[int, Placement]) -> bool:
+        """Whether an op is a copy for an order in memory that shards have: with one head left, say."""
+        if op.name != _COPY or op.arguments[1].get("memory_format") != torch.contiguous_format:
             return False
-        taken, made = op.inputs[0], self.graph.ops[op.id + 1].outputs[0]
-        placement = self._known.placement(taken, op.call)
-        if placement == WHOLE or self.graph.ops[op.id + 1].inputs != op.outputs:
+        taken = op.inputs[0]
+        if (placement := placed.get(taken, WHOLE)) == WHOLE:
             return False
-        tensors = self.graph.tensors
-        local = local_shape(tensors[made].shape, self._known.placements.get(made, WHOLE), self.parts)
+        tensors, following = self.graph.tensors, self.graph.ops[op.id + 1 : op.id + 2]
+        reshaped = [each.outputs[0] for each in following if each.name == _RESHAPED and each.inputs == op.outputs]
+        if not reshaped:
+            return self.meter.is_contiguous(tensors[taken], placement)
+        local = local_shape(tensors[reshaped[0]].shape, placed.get(reshaped[0], WHOLE), self.parts)
         return self.meter.is_view(tensors[taken], placement, local)
 
     def _work_followed(self, op: Op, notes: Notes) -> OpWork:
@@ -360,7 +372,8 @@ class Walker:
                     arguments[op.id] = followed.arguments
                 for each, made in zip(op.outputs, outputs, strict=True):
                     placed[each] = WHOLE if isinstance(made, Partial) else made
-        work = self.meter.work_together(self._ops(step), self.graph.tensors, placed, step.makes, arguments)
+        needed = self._without_copies(self._ops(step), placed)
+        work = self.meter.work_together(needed, self.graph.tensors, placed, step.makes, arguments)
         if choice is not None and choice.style == "vocabulary":
             work += self._work_of_own_rows(step, choice)
         return work + self._work_of_gradients(step, {each: placed.get(each, WHOLE) for each in step.makes})
