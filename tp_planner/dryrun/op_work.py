@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ class OpMeter:
         tensors: Mapping[int, TensorInfo],
         placements: Sequence[Placement],
         arguments: Sequence[Any] | None = None,
+        into_view: bool = False,
     ) -> OpWork:
         """Return what ``op`` computes of inputs placed so.
 
@@ -69,13 +71,14 @@ class OpMeter:
             tensors: those of the graph.
             placements: one for each of the op's inputs.
             arguments: its arguments that are no tensors, as they are on shards; those that were traced by default.
+            into_view: whether it writes into a view: the gradient of what that views is copied around the op.
         """
         if op.name in _VIEWS:
             return NO_WORK
         trained = tuple(tensors[tensor].has_gradient for tensor in op.inputs)
-        key = self._rules.question(op, tensors), tuple(placements), trained
+        key = self._rules.question(op, tensors), tuple(placements), trained, into_view
         if key not in self._known:
-            self._known[key] = self._measure(op, tensors, placements, trained, arguments)
+            self._known[key] = self._measure(op, tensors, placements, trained, arguments, into_view)
         return self._known[key]
 
     def work_together(
@@ -190,6 +193,7 @@ class OpMeter:
         placements: Sequence[Placement],
         trained: Sequence[bool],
         arguments: Sequence[Any] | None,
+        into_view: bool,
     ) -> OpWork:
         meter = _Meter()
         with self._fake, quiet_torch(), torch.enable_grad():
@@ -199,7 +203,9 @@ class OpMeter:
             ]
             try:
                 # What is written into must not be a leaf of autograd.
-                taken = [tensor.clone() for tensor in given] if _is_in_place(op.name) else given
+                taken = [tensor.clone() for tensor in given] if is_in_place(op.name) else given
+                if into_view:
+                    taken[0] = taken[0].view_as(taken[0])
                 args, kwargs = _with_tensors(op.arguments, taken, arguments)
                 with meter:
                     result = resolve_op(op.name)(*args, **kwargs)
@@ -228,8 +234,36 @@ def _lay_out(gradient: torch.Tensor, value: torch.Tensor, placement: Placement) 
         gradient.new_empty_strided(value.shape, value.stride()).copy_(gradient)
 
 
-def _is_in_place(name: str) -> bool:
+def is_in_place(name: str) -> bool:
+    """Whether the op of this name writes into its first tensor."""
     return name.split(".")[1].endswith("_")
+
+
+def is_copy_in_order(op: Op) -> bool:
+    """Whether an op copies a tensor to have it in the order of its dims, as reshapes and ``contiguous`` do."""
+    return op.name == "aten.clone.default" and op.arguments[1].get("memory_format") == torch.contiguous_format
+
+
+@cache
+def has_view(shape: Shape, order: tuple[int, ...], wanted: Shape) -> bool:
+    """Whether a tensor of this shape, in memory in this order of its dims, has a view of the wanted shape."""
+    strides = [0] * len(shape)
+    step = 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= shape[dim]
+    try:
+        torch.empty_strided(shape, strides, device="meta").view(wanted)
+    except RuntimeError:
+        return False
+    return True
+
+
+@cache
+def is_view(name: str) -> bool:
+    """Whether what the op of this name makes is a view of what it takes, for autograd too."""
+    returned = resolve_op(name)._schema.returns
+    return bool(returned) and returned[0].alias_info is not None and not returned[0].alias_info.is_write
 
 
 def _with_tensors(arguments: Any, tensors: Sequence[torch.Tensor], others: Sequence[Any] | None) -> tuple[Any, Any]:

@@ -14,10 +14,11 @@ from tp_planner.ir.graph import ModelGraph, VariableInfo
 from tp_planner.ir.placement import WHOLE, Placement
 from tp_planner.ir.plan import Boundary
 from tp_planner.passes.shard_into_loss import gathers_last_dim, only_output
+from tp_planner.search.gradients import Gradients
 from tp_planner.search.prices import Prices
 from tp_planner.search.program import IntegerProgram, Solution
 from tp_planner.search.steps import Again, Step, steps_of
-from tp_planner.search.ways import Crossing, Gradients, Slot, Walker, Way
+from tp_planner.search.ways import Crossing, Slot, Walker, Way
 
 Stored = Mapping[str, Placement]  # by variable key
 
@@ -50,7 +51,7 @@ class Formulation:
     def __post_init__(self) -> None:
         self._standing = {each.key: group.key for group in self.groups for each in group.variables}
         self._tensors = {each.variable: each for each in self.graph.tensors.values() if each.variable is not None}
-        self._gradients = Gradients(self.graph)
+        self._gradients = Gradients(self.graph, self.prices.base.axis_size)
         self._head = only_output(self.graph) if self.loss_in_shards else ""
         for group in self.groups:
             columns = {}
@@ -64,8 +65,7 @@ class Formulation:
     def _of_gradients(self, key: str, option: Placement) -> float:
         """Return the time of adding up a variable's gradients, where several ops read it."""
         tensor = self._tensors.get(key)
-        parts = self.prices.base.axis_size
-        return 0.0 if tensor is None else self.prices.of_work(self._gradients.added(tensor, option, parts))
+        return 0.0 if tensor is None else self.prices.of_work(self._gradients.added(tensor, option))
 
     # --- building --------------------------------------------------------------------------------------
 

@@ -7,17 +7,14 @@ remember their answers. So the search knows of no layer and no op; what it sees 
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from tp_planner.dryrun.op_work import NO_WORK, OpMeter, OpWork
+from tp_planner.dryrun.op_work import NO_WORK, OpMeter, OpWork, is_copy_in_order, is_in_place, is_view
 from tp_planner.dryrun.sharding_rules import DTensorRules
-from tp_planner.ir.graph import FunctionCall, ModelGraph, Op, TensorInfo
+from tp_planner.ir.graph import REPEAT, FunctionCall, ModelGraph, Op
 from tp_planner.ir.placement import WHOLE, Partial, Placement, local_shape
 from tp_planner.ir.plan import Boundary, Transition
 from tp_planner.passes.choose_styles import StyleChoice, choose_styles, input_placement, output_dim, weight_uses
@@ -28,10 +25,11 @@ from tp_planner.passes.walk.facts import Closings, LayerMode, Origins, VariableR
 from tp_planner.passes.walk.known import Known
 from tp_planner.passes.walk.layers import follow_contraction, follow_dropout
 from tp_planner.passes.walk.notes import Notes
+from tp_planner.search.gradients import Gradients
 from tp_planner.search.steps import Step, Times, contraction_of
 
 MOST_COMBINATIONS = 20_000  # of what one step takes; beyond, what it takes is sharded alike or whole
-_COPY, _RESHAPED = "aten.clone.default", "aten._unsafe_view.default"  # what reshapes are where they are no views
+_RESHAPED = "aten._unsafe_view.default"  # what reshapes are of a copy, where they are no views
 _SOMEWHERE: Origins = frozenset({("layer", ("", ""))})
 
 
@@ -94,7 +92,7 @@ class Walker:
         options: Mapping[str, Sequence[Placement]],
     ) -> None:
         self.graph, self.rules, self.meter, self.parts, self.options = graph, rules, meter, parts, options
-        self._times, self._sources, self._gradients = Times(graph), Sources(graph), Gradients(graph)
+        self._times, self._sources, self._gradients = Times(graph), Sources(graph), Gradients(graph, parts)
         # What is asked about; the walk is given these same objects each time.
         self._stored: dict[str, Placement] = dict.fromkeys(graph.variables, WHOLE)
         self._styles: dict[LayerMode, StyleChoice] = {}
@@ -102,6 +100,7 @@ class Walker:
         self._gathered: dict[VariableRead, str] = {}
         closings = Closings(layers=self._closed, reads=self._gathered)
         self._known = Known(graph, self._stored, self._styles, closings, rules, parts)
+        self._views = {tensor for op in graph.ops if op.name != REPEAT and is_view(op.name) for tensor in op.outputs}
         self._calls = Counter(call.layer for call in graph.calls.values() if call.id not in graph.repeats)
         self._functions = {function.ops[0]: function for function in graph.functions or ()}
 
@@ -273,7 +272,10 @@ class Walker:
             return self._work_followed_together(step, notes) + gradients
         placed = self._read(step)
         needed = [op for op in self._ops(step) if not self._is_left_out(op, placed)]
-        return sum((self._work_followed(op, notes) for op in needed), NO_WORK) + gradients
+        reshaped = (
+            self._gradients.reshaped(op, placed[op.inputs[0]], placed[op.outputs[0]]) for op in needed if op.inputs
+        )
+        return sum((self._work_followed(op, notes) for op in needed), NO_WORK) + sum(reshaped, gradients)
 
     def _trains_matrices(self, step: Step) -> bool:
         """Whether a step is a layer whose code leaves gradients in matrices, which are laid out as these."""
@@ -308,9 +310,7 @@ class Walker:
     def _work_of_gradients(self, step: Step, placed: Mapping[int, Placement]) -> OpWork:
         """Return the work of adding up the gradients of what the step makes."""
         made = (tensor for op in self._ops(step) for tensor in op.outputs)
-        added = (
-            self._gradients.added(self.graph.tensors[tensor], placed.get(tensor, WHOLE), self.parts) for tensor in made
-        )
+        added = (self._gradients.added(self.graph.tensors[tensor], placed.get(tensor, WHOLE)) for tensor in made)
         return sum(added, NO_WORK)
 
     def _ops(self, step: Step) -> Sequence[Op]:
@@ -318,7 +318,7 @@ class Walker:
 
     def _is_left_out(self, op: Op, placed: Mapping[int, Placement]) -> bool:
         """Whether an op is a copy for an order in memory that shards have: with one head left, say."""
-        if op.name != _COPY or op.arguments[1].get("memory_format") != torch.contiguous_format:
+        if not is_copy_in_order(op):
             return False
         taken = op.inputs[0]
         if (placement := placed.get(taken, WHOLE)) == WHOLE:
@@ -337,7 +337,11 @@ class Walker:
 
     def _work_of(self, op: Op, placed: Sequence[Placement], followed: Followed | None) -> OpWork:
         whole = [WHOLE if isinstance(placement, Partial) else placement for placement in placed]
-        return self.meter.work(op, self.graph.tensors, whole, None if followed is None else followed.arguments)
+        arguments = None if followed is None else followed.arguments
+        return self.meter.work(op, self.graph.tensors, whole, arguments, self._writes_into_view(op))
+
+    def _writes_into_view(self, op: Op) -> bool:
+        return is_in_place(op.name) and op.inputs[0] in self._views
 
     def _is_whole_contraction(self, step: Step, taken: Mapping[int, Placement]) -> bool:
         """Whether a step is a contraction that takes nothing but whole tensors."""
@@ -385,27 +389,6 @@ class Walker:
         made = call.outputs[0] if call.core_output is None else call.core_output
         rows = self.graph.variables[choice.contraction.main_weight].shape[0]
         return self.meter.of_own_rows(self.graph.tensors[call.inputs[0][1]], self.graph.tensors[made], rows)
-
-
-class Gradients:
-    """How the gradients of a tensor are added up that several ops read."""
-
-    def __init__(self, graph: ModelGraph) -> None:
-        tensors = graph.tensors
-        self._readers = Counter(
-            tensor
-            for op in graph.ops
-            if any(tensors[made].has_gradient for made in op.outputs)
-            for tensor in dict.fromkeys(op.inputs)
-        )
-
-    def added(self, tensor: TensorInfo, placement: Placement, parts: int) -> OpWork:
-        """Return the work of adding up the gradients of a tensor, placed so."""
-        times = self._readers[tensor.id] - 1
-        if times < 1 or not tensor.has_gradient:
-            return NO_WORK
-        size = math.prod(local_shape(tensor.shape, placement, parts)) * tensor.itemsize
-        return OpWork((), 3 * size * times, times)
 
 
 def _combinations(domains: Sequence[Sequence[Placement]]) -> Iterator[tuple[Placement, ...]]:
