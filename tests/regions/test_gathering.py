@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 import torch
@@ -68,6 +69,23 @@ def test_blocks_gather_once_forward_and_once_backward(name: str, rules: str, for
     ran = {(c.layer, c.place): c.bytes for c in plan.collectives if c.kind == "all_gather" and c.phase == "forward"}
     assert {key: ran[key] for key in sent} == sent
     assert tp_planner.Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.slow
+def test_blocks_of_a_large_model_gather_once() -> None:
+    """A Llama of 8 billion parameters on 8 x 8 devices, by KerasHub's map: 101 collectives over the batch axis."""
+    sizes = {"num_query_heads": 32, "num_key_value_heads": 8, "hidden_dim": 4096, "intermediate_dim": 14336}
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    with keras.device("meta"):
+        model = keras_hub.models.LlamaBackbone(vocabulary_size=128256, num_layers=32, **sizes)
+    inputs = {name: keras.InputSpec(shape=(1, 4096), dtype="int32") for name in ("token_ids", "padding_mask")}
+    plan = make_plan(model, layout("llama", "KerasHub's", (8, 8)), inputs, keras.optimizers.AdamW())
+    assert over_batch(plan) == {
+        ("forward", "all_gather"): 33,  # the embedding, and a block each
+        ("backward", "all_gather"): 32,
+        ("backward", "reduce_scatter"): 33,
+        ("backward", "all_reduce"): 3,  # samples, and two buckets of what is whole
+    }
 
 
 def bytes_of(gathering: Gathering, plan: Plan) -> int:

@@ -238,6 +238,7 @@ def test_layers_that_share_a_generator(pools: Pools) -> None:
         pytest.param("model axis, zero 1", SHARED, marks=pytest.mark.slow),
         pytest.param("both axes, zero 1", ELEMENTWISE, marks=pytest.mark.slow),
         pytest.param("model axis, zero 1", ELEMENTWISE, marks=pytest.mark.slow),
+        pytest.param("model axis, zero 3", [*ELEMENTWISE, "lamb"], marks=pytest.mark.slow),
     ],
 )
 def test_optimizers(pools: Pools, rules: str, optimizers: list[str]) -> None:

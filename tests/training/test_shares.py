@@ -49,11 +49,11 @@ def fed(shape: Shape) -> tuple[Any, Any]:
     return (x, y), (share(x, replica, shape[0]), share(y, replica, shape[0]))
 
 
-def train_what_needs_care(shape: Shape) -> dict[str, float]:
+def train_what_needs_care(shape: Shape, rules: str) -> dict[str, float]:
     """Return how far weights are from one process: shared before training, after it, and restored in between."""
     whole, own = fed(shape)
     models = [constrained() for _ in range(3)]
-    first, second = (layout("mlp", ZERO, shape) for _ in range(2))
+    first, second = (layout("mlp", rules, shape) for _ in range(2))
     tp_planner.parallelize(models[1], first)
     for model in models:
         optimizer = keras.optimizers.AdamW(0.01, weight_decay=0.1, epsilon=1e-3, use_ema=True)
@@ -166,13 +166,20 @@ def train_parts_of_a_model() -> dict[str, float]:
 # In the parent
 
 
-@pytest.mark.parametrize("shape", [(2, 2), pytest.param((4, 1), marks=pytest.mark.slow)])
-def test_what_needs_care(pools: Pools, shape: Shape) -> None:
+@pytest.mark.parametrize(
+    ("shape", "rules"),
+    [
+        ((2, 2), ZERO),
+        pytest.param((4, 1), ZERO, marks=pytest.mark.slow),
+        pytest.param((2, 2), "model axis, zero 3", marks=pytest.mark.slow),
+    ],
+)
+def test_what_needs_care(pools: Pools, shape: Shape, rules: str) -> None:
     """Constraints, penalties, frozen layers, adapters, averages, exclusions; before training, after, and restored.
 
     Adapters are of float32, whatever the model is.
     """
-    for errors in pools(4).run(train_what_needs_care, shape):
+    for errors in pools(4).run(train_what_needs_care, shape, rules):
         assert {key: error for key, error in errors.items() if not error <= 1e-6} == {}
 
 
