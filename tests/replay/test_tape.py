@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -209,3 +210,20 @@ def test_a_program_keeps_no_more_alive_than_the_code() -> None:
     with torch.no_grad(), Counting():
         program(inputs(1))
     assert max(alive) == 2
+
+
+def test_what_other_threads_do_is_on_no_tape() -> None:
+    """As threads do that load data while a model runs."""
+
+    def load() -> None:
+        torch.manual_seed(1)
+        keras.random.uniform((2,), seed=3)
+
+    x = torch.ones(2, 3)
+    with Tape([x]) as tape:
+        y = x * 2
+        thread = threading.Thread(target=load)
+        thread.start()
+        thread.join()
+    assert tape.program(y) is not None
+    assert len(tape.steps) == 1

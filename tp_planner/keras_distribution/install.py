@@ -22,6 +22,7 @@ from tp_planner.ir.errors import PlanError
 from tp_planner.keras_distribution import backend, births, data, models
 from tp_planner.patches import Patch, added, replaced, wrapped
 from tp_planner.training import callbacks, exporting, writing
+from tp_planner.training.compiling import note_how_models_are_compiled
 
 logger = logging.getLogger("tp_planner")
 
@@ -57,6 +58,7 @@ def enable_keras_distribution() -> None:
         for patch in _patches():
             stack.enter_context(patch)
         _installed.append(stack.pop_all())
+    note_how_models_are_compiled()
 
 
 def disable_keras_distribution() -> None:

@@ -1,5 +1,7 @@
 """Replay: calls of a model from their tape instead of its layers' code; ``jit_compile=True`` asks for it.
 
+Keras's default lets it be done, which ``automatic.py`` is about.
+
 Of each sort of call (shapes, dtypes, training or not) the first two are taped: layers make what they keep in the first.
 The others run the second tape's program, if code did the same in both, and left nothing behind that it did not before;
 else a third is taped. A program makes the same torch functions, boundaries and collectives.
@@ -22,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from tp_planner.frontend.calling import leaves_no_trace
 from tp_planner.regions.calls import run_at_once, running
 from tp_planner.regions.left_out import watching
+from tp_planner.replay.automatic import Automatic
 from tp_planner.replay.program import Program, Step, Writing, compiled
 from tp_planner.replay.same_steps import difference
 from tp_planner.replay.tape import Tape
@@ -44,6 +47,7 @@ def replaying(
     gathers_again: bool = False,
     in_parts: bool = False,
     write: Writing = compiled,
+    automatic: bool = False,
 ) -> Callable[..., Any]:
     """Return what replaces a method of a model, one of ``REPLAYED``.
 
@@ -54,12 +58,19 @@ def replaying(
         gathers_again: whether what the plan gathers is not to be kept for the backward pass.
         in_parts: whether that holds for weights, too; the plan says what of them is kept by what the code keeps.
         write: makes programs of steps.
+        automatic: whether nobody has asked for it.
     """
     plain, asked = getattr(model, method), model.jit_compile  # which Keras changes while it calls models
     what = f"model {model.name!r}" if method == "call" else f"{method} of model {model.name!r}"
     programs: dict[Hashable, Program] = {}
     taped: dict[Hashable, list[Sequence[Step]]] = {}  # of the calls before
     refused: set[Hashable] = set()
+
+    def forget() -> None:
+        for each in (programs, taped, refused):
+            each.clear()
+
+    unasked = Automatic(model, what, layers, forget) if automatic else None
 
     @functools.wraps(plain)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -68,6 +79,8 @@ def replaying(
         tensors = list({id(leaf): leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}.values())
         key = None if _is_special() else _sort_of_call(leaves, tensors, structure)
         if key is None or key in refused or (key not in taped and len(taped) == MOST_PROGRAMS):
+            return plain(*args, **kwargs)
+        if unasked is not None and not unasked.lets(key):
             return plain(*args, **kwargs)
         program = programs.get(key)
         if program is not None:
@@ -88,10 +101,13 @@ def replaying(
             other = difference(calls[-1], tape.steps)
             if other and len(calls) == MOST_CALLS - 1:
                 tape.fail(f"code is not the same in each call: {other}")
-            program = None if other else tape.program(output, write, rewrites=not in_parts)
+            # Nobody has asked for other rounding, nor do all ranks know alike when this one's calls are replayed: the
+            # same functions in the same order have autograd communicate in the same order.
+            program = None if other else tape.program(output, write, rewrites=not (in_parts or automatic))
             if tape.problem:
                 refused.add(key)
-                logger.warning("[ModelParallel] jit_compile=%r does nothing for %s: %s", asked, what, tape.problem)
+                tell = logger.warning if unasked is None else logger.info
+                tell("[ModelParallel] jit_compile=%r does nothing for %s: %s", asked or "auto", what, tape.problem)
             elif program is not None:
                 programs[key] = program
         calls.append(tape.steps)
@@ -105,7 +121,8 @@ def replaying(
 def _is_special() -> bool:
     """Whether a call is made for something else than its values here and now: for shapes, a tape, a recomputation."""
     in_backward = torch._C._current_graph_task_id() != -1
-    return leaves_no_trace() or in_backward or running.run is not run_at_once
+    transformed = torch._C._functorch.maybe_current_level() is not None  # by torch.func
+    return leaves_no_trace() or in_backward or transformed or running.run is not run_at_once
 
 
 def _is_numbers(leaf: Any) -> bool:
@@ -136,6 +153,9 @@ def _sort_of_call(leaves: Sequence[Any], tensors: Sequence[torch.Tensor], struct
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         torch._C._is_any_autocast_enabled(),
+        torch.get_default_dtype(),
+        keras.config.floatx(),
+        keras.config.is_flash_attention_enabled(),
     )
     return structure, tuple(parts), None if scope is None else scope.dtype, modes, _call_context()
 

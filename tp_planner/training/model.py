@@ -26,6 +26,7 @@ from tp_planner.training.accumulation import why_in_each
 from tp_planner.training.averaging import Averaging
 from tp_planner.training.buckets import Bucket, SharedBucket
 from tp_planner.training.changing import refuse_changes
+from tp_planner.training.compiling import is_left_open, note_how_models_are_compiled
 from tp_planner.training.constants import constants_without_waiting
 from tp_planner.training.draws import OwnDraws, follow_seeds
 from tp_planner.training.entries import PHASES, entering
@@ -84,6 +85,7 @@ def take_over(model: keras.Model, applied: Applied) -> None:
     if has_to_be_fed_alike(applied):
         _compare_what_it_is_fed(model, applied)
     adopt_at_first_use()
+    note_how_models_are_compiled()
     follow_parameters()
     help_with_parameters_of(applied.axes)
 
@@ -273,27 +275,32 @@ def _compiling(model: keras.Model, applied: Applied) -> Callable[..., Any]:
 def _replay_if_asked(model: keras.Model, applied: Applied) -> None:
     """Let calls be replayed if the model is compiled with jit_compile=True, or by a compiler that it names.
 
+    So they are by Keras's default where nothing else can be told from it.
+
     Raises PlanError for one that it is not replayed by.
     """
     for name in (*REPLAYED, *_ASKS_FOR_TORCH_COMPILE):
         if hasattr(model.__dict__.get(name), "belongs_to_jit_compile"):  # and is none that a user has put there
             del model.__dict__[name]
-    if not (model.compiled and model.jit_compile):
+    automatic = is_left_open(model)
+    if not (model.compiled and (model.jit_compile or automatic)):
         return
-    write = written_by(model.jit_compile, model)
+    asked = True if automatic else model.jit_compile
+    write = written_by(asked, model)
     for name in _ASKS_FOR_TORCH_COMPILE:
         _override_for_jit_compile(model, name, lambda: False, applied)
     in_parts = any(isinstance(each.batch_placement, Shard) for each in applied.plan.variables)
-    if in_parts and model.jit_compile is not True:
+    if in_parts and asked is not True:
         logger.warning(
             "[ModelParallel] jit_compile=%r does nothing for model %r: variables are in parts; make it True",
-            model.jit_compile,
+            asked,
             model.name,
         )
         return
     layers, again = named_layers(model), applied.plan.gathers_again
     for name in (each for each in REPLAYED if hasattr(model, each)):
-        _override_for_jit_compile(model, name, replaying(model, name, layers, again, in_parts, write), applied)
+        replayed = replaying(model, name, layers, again, in_parts, write, automatic)
+        _override_for_jit_compile(model, name, replayed, applied)
 
 
 def _override_for_jit_compile(model: keras.Model, name: str, function: Callable[..., Any], applied: Applied) -> None:

@@ -1,0 +1,208 @@
+"""Automatic: by Keras's default, calls of models whose code is Keras's are replayed, and do what eager code does."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import keras
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import tp_planner
+from tests.families import FAMILIES
+from tests.keras_distribution.test_model_parallel import model_parallel
+from tests.layers.test_generation import prompts
+from tests.models import randomize
+from tests.workers import Pools, layout_map
+from tp_planner.frontend.layer_tree import named_layers
+from tp_planner.replay import automatic
+from tp_planner.replay.automatic import foreign_code
+
+layers = keras.layers
+RULES = {"up/kernel": (None, "model"), "up/bias": ("model",), "down/kernel": ("model", None)}
+
+
+def library_model(*others: keras.Layer) -> keras.Model:
+    inputs = keras.Input((16,), name="inputs")
+    x = layers.Dense(32, "relu", name="up")(inputs)
+    x = layers.Dense(16, name="down")(x)
+    x = layers.BatchNormalization(name="norm")(x)
+    x = layers.Dropout(0.1, seed=3, name="drop")(x)
+    for each in others:
+        x = each(x)
+    return randomize(keras.Model(inputs, layers.Dense(8, name="head")(x), name="model"))
+
+
+# On the ranks
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """Inside, calls of the layer "head" on values are counted: those that a program does not make."""
+    plain, count = layers.Dense.call, [0]
+
+    @functools.wraps(plain)
+    def call(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        count[0] += self.name == "head" and type(x) is torch.Tensor and not x.is_meta
+        return plain(self, x, *args, **kwargs)
+
+    with mock.patch.object(layers.Dense, "call", call):
+        yield count
+
+
+def used(model: keras.Model, **options: Any) -> tuple[list[int], dict[str, np.ndarray]]:
+    """Compile a parallel model and use it in all ways, changed now and then; return how often code ran, and results."""
+    rng, counts, results = np.random.default_rng(5), [], {}
+    x, y = rng.standard_normal((8, 16)).astype("float32"), rng.standard_normal((8, 8)).astype("float32")
+    model.compile(keras.optimizers.SGD(0.01), "mse", **options)
+
+    def train(steps: int) -> list[float]:
+        return [float(model.train_on_batch(x, y)) for _ in range(steps)]
+
+    with counted() as count:
+
+        def note(name: str, result: Any) -> None:
+            counts.append(count[0])
+            count[0], results[name] = 0, np.asarray(result)
+
+        note("losses", train(6))
+        model.get_layer("norm").trainable = False
+        note("losses with a layer that infers", train(6))
+        model.get_layer("drop").rate = 0.5
+        note("losses where more is dropped", train(6))
+        hook = model.get_layer("head").register_forward_hook(lambda layer, args, output: 2 * output)
+        note("losses with a hook", train(3))
+        hook.remove()
+        note("losses without the hook", train(2))
+        note("another size", [float(model.train_on_batch(x[:4], y[:4])) for _ in range(5)])
+        note("predictions", model.predict(np.tile(x, (5, 1)), batch_size=8, verbose=0))
+        note("evaluation", model.evaluate(np.tile(x, (2, 1)), np.tile(y, (2, 1)), batch_size=8, verbose=0))
+        model.run_eagerly = True
+        note("eager losses", train(2))
+        model.run_eagerly = False
+    return counts, results | {each.path: keras.ops.convert_to_numpy(each) for each in model.variables}
+
+
+def eagerly_and_by_default(way: str) -> tuple[list[int], list[int], dict[str, float]]:
+    """Return how often code ran, eagerly and by default, and which results differ by how much."""
+    with mock.patch.object(automatic, "PATIENCE", 1):
+        eager, default = (_used_as(way, options) for options in ({"jit_compile": False}, {}))
+    errors = {key: float(np.abs(default[1][key] - value).max()) for key, value in eager[1].items()}
+    return eager[0], default[0], {key: error for key, error in errors.items() if error != 0}
+
+
+def _used_as(way: str, options: dict[str, Any]) -> tuple[list[int], dict[str, np.ndarray]]:
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(1)
+    if way == "parallelize":
+        model = library_model()
+        tp_planner.parallelize(model, layout_map(RULES))
+        return used(model, **options)
+    with model_parallel(RULES):
+        return used(library_model(), **options)
+
+
+def generated_by_default() -> tuple[bool, int]:
+    """Return whether replayed tokens are those of eager code, and how many programs were written."""
+    model = FAMILIES["gpt2"].build()
+    tp_planner.parallelize(model, FAMILIES["gpt2"].layout(dist.get_world_size()), inputs=prompts())
+    tokens = []
+    with mock.patch.object(automatic, "PATIENCE", 1), mock.patch.object(automatic, "_State") as state:
+        state.return_value.has_other_hooks.return_value = state.return_value.is_another.return_value = False
+        for options in ({"jit_compile": False}, {}):
+            model.compile(sampler="greedy", **options)
+            for _ in range(4):
+                tokens.append(model.generate(prompts(), stop_token_ids=None)["token_ids"])
+    return all(np.array_equal(each, tokens[0]) for each in tokens), state.call_count
+
+
+# In the parent
+
+
+@pytest.mark.parametrize("way", [pytest.param("parallelize", marks=pytest.mark.slow), "distribution"])
+def test_default_does_what_eager_code_does(pools: Pools, way: str) -> None:
+    """Results are the same to the bit, whatever is changed in between; what was not changed is replayed."""
+    for eager, default, errors in pools(2).run(eagerly_and_by_default, way):
+        assert errors == {}
+        assert eager == [6, 6, 6, 3, 2, 5, 5, 2, 2]
+        assert default == [3, 4, 4, 3, 0, 3, 3, 0, 2]
+
+
+@pytest.mark.slow
+def test_tokens_by_default(pools: Pools) -> None:
+    for same, looked in pools(2).run(generated_by_default):
+        assert same
+        assert looked == 1
+
+
+class Own(layers.Layer):
+    def call(self, x: Any) -> Any:
+        return x
+
+
+class OwnStep(keras.Model):
+    def train_step(self, data: Any) -> Any:
+        return super().train_step(data)
+
+
+def own_activation(x: Any) -> Any:
+    return x
+
+
+def hooked() -> keras.Model:
+    model = library_model()
+    model.get_layer("up").register_forward_pre_hook(lambda *_: None)
+    return model
+
+
+def patched() -> keras.Model:
+    model = library_model()
+    model.get_layer("up").call = lambda x: x
+    return model
+
+
+def stepping() -> keras.Model:
+    model = library_model()
+    return OwnStep(model.inputs, model.outputs, name="model")
+
+
+MODELS: dict[str, tuple[Callable[[], keras.Model], str]] = {
+    "library": (library_model, ""),
+    "a step": (stepping, ""),
+    "layer": (lambda: library_model(Own(name="own")), "layer 'own' has code of Own"),
+    "activation": (
+        lambda: library_model(layers.Dense(16, own_activation, name="own")),
+        "layer 'own' has 'activation', which is not Keras's",
+    ),
+    "lambda": (
+        lambda: library_model(layers.Lambda(lambda x: x, name="own")),
+        "layer 'own' has 'function', which is not Keras's",
+    ),
+    "torch": (
+        lambda: library_model(layers.TorchModuleWrapper(torch.nn.Identity(), output_shape=(None, 16), name="own")),
+        "layer 'own' runs a torch module",
+    ),
+    "hook": (hooked, "layer 'up' has a hook"),
+    "patch": (patched, "layer 'up' has 'call', which is not Keras's"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_code_of_a_users(name: str) -> None:
+    """Whatever of a model a user wrote is noticed, but what runs around its calls."""
+    build, reason = MODELS[name]
+    assert foreign_code(named_layers(build())) == reason
+
+
+def test_hooks_for_all_modules() -> None:
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert foreign_code(named_layers(library_model())) == "torch calls hooks for all modules"
+    finally:
+        handle.remove()

@@ -1,0 +1,196 @@
+"""Automatic: which models are replayed though nobody has asked for it, and when.
+
+Keras's default, ``jit_compile="auto"``, leaves the way to run a model to the backend, if only it does what eager code
+does. A program in place of code of Keras's own does, as long as nothing is in the layers that is a user's: a class, a
+function, a hook. What layers hold is looked at again before each call, for a program has it written into it. Such a
+program makes the very functions that the code made, so that results are the same to the bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import sys
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any
+
+import keras
+import torch
+
+from tp_planner.frontend.kept_tensors import holders
+from tp_planner.frontend.layer_tree import BOOKKEEPING
+from tp_planner.storage.log import logger
+
+PATIENCE = 100  # calls of one sort before it is taped, which takes as long as two to four of them
+MOST_SORTS = 1000  # that are counted
+MOST_CHANGES = 3  # after which a model runs as ever
+LIBRARIES = frozenset({"keras", "keras_hub", "torch", "tp_planner", "numpy"}) | sys.stdlib_module_names
+# What a user's own model may have of its own beside Keras's: none of it runs inside of a call.
+_STEPS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics", "metrics")
+_PHASES = ("compile", "fit", "evaluate", "predict", "get_config", "from_config", "__init__")
+AROUND_CALLS = frozenset({*vars(type("Empty", (), {})), *_STEPS, *_PHASES})
+_OF_CALLS = ("_trainable", "_dtype_policy", "autocast")  # bookkeeping of Keras's that changes what a call does
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_MISSING = object()
+
+
+def foreign_code(layers: Mapping[str, keras.Layer]) -> str:
+    """Return what in a model is not the code of Keras or KerasHub, or of ours; "" if nothing is.
+
+    Args:
+        layers: the model and all layers below it, by name.
+    """
+    if any(map(len, _global_hooks())):
+        return "torch calls hooks for all modules"
+    for name, layer in layers.items():
+        if isinstance(layer, keras.layers.TorchModuleWrapper):
+            return f"layer {name!r} runs a torch module"
+        for kind in type(layer).__mro__:
+            own = set() if _is_of_a_library(kind) else set(vars(kind))
+            if own and not (isinstance(layer, keras.Model) and own <= AROUND_CALLS):
+                return f"layer {name!r} has code of {kind.__qualname__}"
+        if any(_is_foreign(hook) for hooks in _hooks_of(layer) for hook in hooks.values()):
+            return f"layer {name!r} has a hook"
+        for key, value in _entries(layer):
+            if _is_foreign(value):
+                return f"layer {name!r} has {key!r}, which is not Keras's"
+    return ""
+
+
+def _is_foreign(value: Any) -> bool:
+    if isinstance(value, keras.Layer):
+        return False  # it is looked at by itself
+    if isinstance(value, tuple):
+        return any(map(_is_foreign, value))
+    if isinstance(value, functools.partial):
+        return _is_foreign(value.func) or _is_foreign(value.args) or _is_foreign(tuple(value.keywords.values()))
+    return callable(value) and not _is_of_a_library(value)
+
+
+def _is_of_a_library(value: Any) -> bool:
+    """Whether a class, a function or an object that is called is defined in a library."""
+    module = getattr(value, "__module__", None) or type(value).__module__
+    return str(module).partition(".")[0] in LIBRARIES
+
+
+def _entries(layer: keras.Layer) -> Iterator[tuple[Any, Any]]:
+    """Yield what a layer holds that its calls may read, by attribute, key or position in a container."""
+    for holder in holders(layer):
+        items = holder.items() if isinstance(holder, dict) else enumerate(holder)
+        yield from ((key, value) for key, value in items if key not in BOOKKEEPING)
+
+
+def _hooks_of(layer: keras.Layer) -> Iterator[dict[int, Any]]:
+    yield from (getattr(layer, name) for name in _HOOKS)
+
+
+def _global_hooks() -> Iterator[dict[int, Any]]:
+    yield from (getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS)
+
+
+class Automatic:
+    """Says before each call of one method whether it may be taped or replayed.
+
+    Args:
+        model: a parallel model.
+        what: what is called, in words.
+        layers: the model and all layers below it, by name.
+        forget: lets go of all programs; called when layers are no longer what they were.
+    """
+
+    def __init__(
+        self, model: keras.Model, what: str, layers: Mapping[str, keras.Layer], forget: Callable[[], None]
+    ) -> None:
+        self._model, self._what, self._layers, self._forget = model, what, layers, forget
+        self._counts: Counter[Hashable] = Counter()  # of calls, by sort
+        self._changes = 0
+        self._state: _State | None = None  # from the first tape on
+        self._is_off = False
+
+    def lets(self, key: Hashable) -> bool:
+        """Whether a call of this sort may be, which is one more."""
+        if self._is_off or self._model.run_eagerly:
+            return False
+        if self._state is not None and self._state.has_other_hooks():
+            return False
+        if self._state is not None and self._state.is_another():
+            self._begin_anew()
+            return False
+        if key in self._counts or len(self._counts) < MOST_SORTS:
+            self._counts[key] += 1
+        if self._counts[key] <= PATIENCE:
+            return False
+        if self._state is None:
+            self._look_at_layers()
+        return not self._is_off
+
+    def _begin_anew(self) -> None:
+        self._forget()
+        self._counts.clear()
+        self._state, self._changes = None, self._changes + 1
+        if self._changes == MOST_CHANGES:
+            self._switch_off("what its layers hold changes between calls")
+
+    def _look_at_layers(self) -> None:
+        reason = foreign_code(self._layers)
+        if reason:
+            self._switch_off(reason)
+        else:
+            self._state = _State(self._layers)
+
+    def _switch_off(self, reason: str) -> None:
+        self._is_off = True
+        logger.info(
+            "[ModelParallel] %s runs as it is written: %s; model.compile(..., jit_compile=True) has it replayed",
+            self._what,
+            reason,
+        )
+
+
+class _State:
+    """What layers hold, and which hooks they have, as it is now."""
+
+    def __init__(self, layers: Mapping[str, keras.Layer]) -> None:
+        self._hooks = [*_global_hooks(), *(hooks for layer in layers.values() for hooks in _hooks_of(layer))]
+        self._numbers = list(map(len, self._hooks))
+        self._kinds = [type(layer) for layer in layers.values()]
+        self._calls = [kind.call for kind in self._kinds]
+        self._held = [held for layer in layers.values() for held in _held_by(layer)]
+
+    def has_other_hooks(self) -> bool:
+        return list(map(len, self._hooks)) != self._numbers
+
+    def is_another(self) -> bool:
+        """Whether a layer has something in another's place, or its class another call."""
+        if any(kind.call is not call for kind, call in zip(self._kinds, self._calls, strict=True)):
+            return True
+        return any(held.is_another() for held in self._held)
+
+
+class _Held:
+    """What a dict or a list holds under these keys; all keys, for a list or where ``keys`` is None."""
+
+    def __init__(self, holder: dict[Any, Any] | list[Any], keys: list[Any] | None = None) -> None:
+        self._holder, self._keys = holder, keys
+        self._values = self._now()
+
+    def _now(self) -> list[Any]:
+        if isinstance(self._holder, list):
+            return self._holder.copy()
+        if self._keys is None:
+            return list(self._holder.values())
+        return [self._holder.get(key, _MISSING) for key in self._keys]
+
+    def is_another(self) -> bool:
+        now = self._now()
+        return len(now) != len(self._values) or any(map(operator.is_not, now, self._values))
+
+
+def _held_by(layer: keras.Layer) -> Iterator[_Held]:
+    own = vars(layer)
+    if isinstance(layer, keras.Model):  # what its trainer holds changes all the time
+        yield _Held(own, list(_OF_CALLS))
+        return
+    yield _Held(own, [*_OF_CALLS, "call", *(key for key in own if key not in BOOKKEEPING)])
+    yield from (_Held(holder) for holder in holders(layer) if holder is not own)
