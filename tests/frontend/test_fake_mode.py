@@ -129,6 +129,24 @@ def test_what_ops_make_has_storages_of_its_own() -> None:
     assert len({each.untyped_storage()._cdata for each in (base, *made)}) == 4
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_fake_tensors_are_those_that_torch_makes(device: str) -> None:
+    """Attributes, dispatch keys and storage are those of FakeTensor's constructor; another is one beside it."""
+    meta = torch.empty_strided((2, 3), (1, 2), dtype=torch.bfloat16, device="meta").requires_grad_()
+    mode = FakeCpuMode()
+    expected = FakeTensor(mode, meta, torch.device(device))
+    for _ in range(2):
+        found = mode.fake(meta, torch.device(device))
+        assert vars(found) == vars(expected)
+        assert described(found) == described(expected)
+        assert torch._C._dispatch_keys(found) == torch._C._dispatch_keys(expected)
+        assert found.untyped_storage()._cdata == meta.untyped_storage()._cdata
+    with mode, Names() as names:
+        another = mode.another(found)
+    assert (described(another)[:-1], another.requires_grad, names.names) == (described(found)[:-1], False, [])
+    assert another.untyped_storage()._cdata != found.untyped_storage()._cdata
+
+
 def test_view_has_a_gradient() -> None:
     with FakeCpuMode():
         base = torch.empty(2, 3, requires_grad=True)

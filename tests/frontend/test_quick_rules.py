@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 
@@ -28,6 +29,22 @@ def test_pattern_that_takes_for_ever_is_refused(pattern: str, monkeypatch: pytes
         "repeat nothing that repeats itself: write a+ for (a+)+, and .* once"
     )
     assert (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)) == (before, (0.0, 0.0))
+
+
+def test_only_patterns_that_match_nothing_are_searched_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search is for what is near; for a pattern that begins with .* it takes longer than all else."""
+    searched: list[str] = []
+    real = re.compile
+
+    def compiled(pattern: str) -> re.Pattern[str]:
+        searched.append(pattern)
+        return real(pattern)
+
+    monkeypatch.setattr(re, "compile", compiled)
+    layers, variables = survey(CASES["gpt"].build(blocks=1))
+    rules = [LayoutRule(".*a rule/kernel", ()), LayoutRule(".*kernel", ())]
+    require_quick_rules(rules, layers, variables)
+    assert searched == [".*a rule/kernel"]
 
 
 def test_alarms_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.distributed.tensor import DTensor
+from torch.utils._mode_utils import no_dispatch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tp_planner.frontend.dispatch import tensors_in, with_tensors_replaced
@@ -47,6 +48,35 @@ class FakeCpuMode(FakeTensorMode):
     def __init__(self, *, allow_non_fake_inputs: bool = False) -> None:
         super().__init__(allow_non_fake_inputs=allow_non_fake_inputs)
         self._computed: Any = WeakTensorKeyDictionary()  # those that may be written to, for nobody else has them
+        self._attributes: dict[torch.device, dict[str, Any]] = {}  # of a new fake tensor, but for its mode, by device
+
+    def fake(self, meta: torch.Tensor, device: torch.device) -> FakeTensor:
+        """Return what ``FakeTensor(self, meta, device)`` does, without its constructor from the second one on.
+
+        That is for all of torch's ways to make one, and sets some fifteen attributes that are those of the first.
+        """
+        known = self._attributes.get(device)
+        if known is None:
+            first = FakeTensor(self, meta, device)
+            self._attributes[device] = {name: value for name, value in vars(first).items() if name != "fake_mode"}
+            return first
+        made: FakeTensor = torch.Tensor._make_subclass(
+            FakeTensor, meta, meta.requires_grad, dispatch_device=True, device_for_backend_keys=device
+        )
+        if self._allow_unsafe_data_ptr_access:
+            torch._C._set_warn_deprecated_on_mutable_data_ptr(made)
+        else:
+            torch._C._set_throw_on_mutable_data_ptr(made)
+        attributes = vars(made)
+        attributes.update(known)
+        attributes["fake_mode"] = self
+        return made
+
+    def another(self, tensor: FakeTensor) -> FakeTensor:
+        """Return an empty fake tensor of the same kind; as ``torch.empty_strided`` would, without asking any mode."""
+        with no_dispatch(), torch._C.DisableTorchFunction():
+            meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        return self.fake(meta, tensor.fake_device)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE_OF and type(args[0]) is FakeTensor:
@@ -103,13 +133,21 @@ class FakeCpuMode(FakeTensorMode):
         if known is not None:
             shape, stride, dtype, device = known
             empty = torch.empty_strided(shape, stride, dtype=dtype, device="meta")  # no mode is left that sees it
-            return FakeTensor(self, empty, device)
-        made: Any = self.dispatch(func, types, args, kwargs)
+            return self.fake(empty, device)
+        made: Any = self._asked_once(func, types, args, kwargs)
         if type(made) is FakeTensor and made.constant is None:
             if len(_ANSWERS) >= MOST_ANSWERS:
                 _ANSWERS.pop(next(iter(_ANSWERS)))
             _ANSWERS[question] = made.shape, made.stride(), made.dtype, made.fake_device
         return made
+
+    def _asked_once(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """Return what an op makes without FakeTensorMode's own memory: nobody asks that for it again."""
+        before, self.cache_enabled = self.cache_enabled, False
+        try:
+            return self.dispatch(func, types, args, kwargs)
+        finally:
+            self.cache_enabled = before
 
     def _is_of_constants(self, func: Any, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether an op makes its result of a few whole numbers alone, and changes none that others may have."""
@@ -143,8 +181,8 @@ class FakeCpuMode(FakeTensorMode):
         except (RuntimeError, ValueError, IndexError):
             return None
         if type(view) is list:
-            return [FakeTensor(self, each, args[0].fake_device) for each in view]
-        return FakeTensor(self, view, args[0].fake_device)
+            return [self.fake(each, args[0].fake_device) for each in view]
+        return self.fake(view, args[0].fake_device)
 
 
 @cache

@@ -69,8 +69,11 @@ class FunctionRecorder(TorchFunctionMode):
         self._counts: Counter[tuple[int, str]] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name, call = kwargs or {}, function_name(func), self.recorder.running_call
-        if name == "__get__" or call is None:  # reads of a tensor's shape, dtype and so on are most of the calls
+        kwargs, name = kwargs or {}, function_name(func)
+        if name == "__get__":  # reads of a tensor's shape, dtype and so on are most of the calls
+            return func(*args, **kwargs)
+        call = self.recorder.running_call
+        if call is None:
             return func(*args, **kwargs)
         self._counts[call, name] += 1
         number, first = self._counts[call, name], len(self.recorder.ops)

@@ -27,9 +27,10 @@ def require_quick_rules(
     for rule in rules:
         try:
             with _at_most(SECONDS):
-                search = re.compile(rule.pattern).search
-                for path in paths:
-                    if not rule.matches(path):
+                matches = [rule.matches(path) for path in paths]  # each of which may be the one that takes for ever
+                if not any(matches):
+                    search = re.compile(rule.pattern).search  # which is done to say what is near
+                    for path in paths:
                         search(path)
         except re.error:
             continue  # which is said with all else that is wrong with the rules

@@ -150,6 +150,7 @@ class FakeVariables:
     def __init__(self, model: keras.Model) -> None:
         self._variables = named_variables(model)
         self._values: dict[str, Any] = {}
+        self._first: dict[Any, Any] = {}  # fake tensors by shape and dtype
 
     def __enter__(self) -> FakeVariables:
         return self
@@ -160,9 +161,16 @@ class FakeVariables:
         for key in new:
             variable = self._variables[key]
             self._values[key] = variable._value
-            fake = torch.empty(tuple(variable.shape), dtype=variable._value.dtype, device="cpu")
-            variable._value = torch.nn.Parameter(fake, requires_grad=fake.is_floating_point())
+            fake = self._fake(tuple(variable.shape), variable._value.dtype)
+            fake._is_param = True  # all that makes a parameter of a tensor nobody else has
+            variable._value = fake.requires_grad_(fake.is_floating_point())
         return new
+
+    def _fake(self, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+        first: Any = self._first.get((shape, dtype))
+        if first is None:
+            first = self._first[shape, dtype] = torch.empty(shape, dtype=dtype, device="cpu")
+        return first.fake_mode.another(first)
 
     def __exit__(self, *error: object) -> None:
         for key, value in self._values.items():

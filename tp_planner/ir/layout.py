@@ -16,6 +16,12 @@ AxisSpec = str | None | tuple[str, ...]
 
 _compiled = lru_cache(maxsize=2**14)(re.compile)  # Python's own cache is too small for a long layout
 
+
+@lru_cache(maxsize=2**16)  # a plan asks half a dozen times, and patterns that begin with .* take as long as a small op
+def _matches(pattern: str, path: str) -> bool:
+    return _compiled(pattern).fullmatch(path) is not None
+
+
 BATCH = "batch"  # what Keras calls an axis over which the batch is split, where nobody gives it a name
 
 
@@ -34,7 +40,7 @@ class LayoutRule:
 
     def matches(self, path: str) -> bool:
         """Whether the rule's pattern is the path, or matches it as a whole, as Keras asks."""
-        return path == self.pattern or _compiled(self.pattern).fullmatch(path) is not None
+        return path == self.pattern or _matches(self.pattern, path)
 
     def __str__(self) -> str:
         return f"{self.pattern!r} -> ({', '.join(str(axis) for axis in self.axes)})"
