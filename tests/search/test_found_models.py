@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 import tp_planner
-from tests.families import FAMILIES
+from tests.families import EVERY, FAMILIES
 from tests.models import CASES, Batch, Case, building, randomize
 from tests.test_families import OF_ITS_OWN, assert_same_function, batches, train_both
 from tests.test_parity import (
@@ -154,7 +154,7 @@ def test_found_layout_trains_as_one_device(workers: WorkerPool, name: str) -> No
 
 def found_for_family(name: str) -> Found:
     inputs = batches(name)[0][0]
-    return search(FAMILIES[name].build(), Mesh((("model", 2),)), fast_links(), inputs, keras.optimizers.AdamW())
+    return search(EVERY[name].build(), Mesh((("model", 2),)), fast_links(), inputs, keras.optimizers.AdamW())
 
 
 def test_the_stream_is_found_in_shards() -> None:
@@ -173,7 +173,7 @@ def test_the_stream_is_found_in_shards() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, "bloom", "falcon", "deberta", "clip"])
 def test_found_layout_of_a_family_trains_as_one_device(pools: Pools, name: str) -> None:
     found = found_for_family(name)
     assert any(variable.is_sharded for variable in found.plan.variables)
