@@ -25,7 +25,7 @@ from tp_planner.replay import automatic
 from tp_planner.replay.automatic import foreign_code
 
 layers = keras.layers
-RULES = {"up/kernel": (None, "model"), "up/bias": ("model",), "down/kernel": ("model", None)}
+RULES = {"(.*/)?up/kernel": (None, "model"), "(.*/)?up/bias": ("model",), "(.*/)?down/kernel": ("model", None)}
 
 
 def library_model(*others: keras.Layer) -> keras.Model:
@@ -108,6 +108,23 @@ def _used_as(way: str, options: dict[str, Any]) -> tuple[list[int], dict[str, np
         return used(library_model(), **options)
 
 
+def grown() -> list[np.ndarray]:
+    """Return what a Sequential makes before and after it has got another layer, eagerly and by default."""
+    x, made = np.random.default_rng(5).standard_normal((8, 16)).astype("float32"), []
+    for options in ({"jit_compile": False}, {}):
+        keras.utils.set_random_seed(1)
+        stack = [layers.Dense(32, "relu", name="up"), layers.Dense(16, name="down")]
+        model = keras.Sequential([keras.Input((16,)), *stack])
+        tp_planner.parallelize(model, layout_map(RULES))
+        model.compile("sgd", "mse", **options)
+        with mock.patch.object(automatic, "PATIENCE", 1):
+            for _ in range(4):
+                before = model.predict_on_batch(x)
+            model.add(layers.Activation("tanh"))
+            made += [before, model.predict_on_batch(x)]
+    return made
+
+
 def generated_by_default() -> tuple[bool, int]:
     """Return whether replayed tokens are those of eager code, and how many programs were written."""
     model = FAMILIES["gpt2"].build()
@@ -134,6 +151,12 @@ def test_default_does_what_eager_code_does(pools: Pools, way: str) -> None:
         assert default == [3, 4, 4, 3, 0, 3, 3, 0, 2]
 
 
+def test_a_layer_that_is_added_is_called(pools: Pools) -> None:
+    for before, after, *by_default in pools(2).run(grown):
+        assert np.abs(after - before).max() > 0.01
+        np.testing.assert_equal(by_default, [before, after])
+
+
 @pytest.mark.slow
 def test_tokens_by_default(pools: Pools) -> None:
     for same, looked in pools(2).run(generated_by_default):
@@ -153,6 +176,14 @@ class OwnStep(keras.Model):
 
 def own_activation(x: Any) -> Any:
     return x
+
+
+class OwnGraph(keras.Model):
+    def call(self, x: Any) -> Any:
+        return x
+
+
+OwnGraph.__module__ = keras.Model.__module__  # as a library's
 
 
 def hooked() -> keras.Model:
@@ -175,6 +206,7 @@ def stepping() -> keras.Model:
 MODELS: dict[str, tuple[Callable[[], keras.Model], str]] = {
     "library": (library_model, ""),
     "a step": (stepping, ""),
+    "graph": (lambda: library_model(OwnGraph(name="own")), "model 'own' is called by code of its own"),
     "layer": (lambda: library_model(Own(name="own")), "layer 'own' has code of Own"),
     "activation": (
         lambda: library_model(layers.Dense(16, own_activation, name="own")),

@@ -17,6 +17,7 @@ from typing import Any
 
 import keras
 import torch
+from keras.src.models import Functional
 
 from tp_planner.frontend.kept_tensors import holders
 from tp_planner.frontend.layer_tree import BOOKKEEPING
@@ -46,6 +47,8 @@ def foreign_code(layers: Mapping[str, keras.Layer]) -> str:
     for name, layer in layers.items():
         if isinstance(layer, keras.layers.TorchModuleWrapper):
             return f"layer {name!r} runs a torch module"
+        if isinstance(layer, keras.Model) and type(layer).call not in (Functional.call, keras.Sequential.call):
+            return f"model {name!r} is called by code of its own"
         for kind in type(layer).__mro__:
             own = set() if _is_of_a_library(kind) else set(vars(kind))
             if own and not (isinstance(layer, keras.Model) and own <= AROUND_CALLS):
@@ -189,6 +192,8 @@ class _Held:
 
 def _held_by(layer: keras.Layer) -> Iterator[_Held]:
     own = vars(layer)
+    inner = [key for key, module in own["_modules"].items() if not isinstance(module, torch.nn.ParameterDict)]
+    yield _Held(own["_modules"], inner)  # layers that are attributes, and the graph of a Sequential
     if isinstance(layer, keras.Model):  # what its trainer holds changes all the time
         yield _Held(own, list(_OF_CALLS))
         return
