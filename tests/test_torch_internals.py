@@ -27,6 +27,7 @@ INTERNALS: dict[str, str] = {
     "torch._C._distributed_c10d.PrefixStore": "torch.distributed.PrefixStore",
     "torch._C._distributed_c10d.Store": "torch.distributed.Store",
     "torch._C._functorch.is_functorch_wrapped_tensor": "torch._functorch's own test of wrapped tensors",
+    "torch._C._functorch.maybe_current_level": "torch.func's own test of whether one of its transforms runs",
     "torch._C._is_any_autocast_enabled": "torch.is_autocast_enabled for the types of devices that torch has",
     "torch._C._set_throw_on_mutable_data_ptr": "FakeTensor's own constructor",
     "torch._C._set_warn_deprecated_on_mutable_data_ptr": "FakeTensor's own constructor",

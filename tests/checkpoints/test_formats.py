@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import h5py
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint import metadata
 
 from tests.checkpoints.files import WRITERS, save_dcp, save_safetensors_in_two, tensors_of, write_all
 from tests.models import CASES
@@ -246,3 +248,29 @@ def test_undamaged_files_are_read(written: dict[str, bytes], tmp_path: Path) -> 
     model = CASES["mlp"].build("float32")
     for path in write_all(model, tmp_path).values():
         assert read_all(Path(path)) >= len(tensors_of(model))
+
+
+class Attribute:
+    """What is pickled as an attribute of something else, by its name."""
+
+    def __init__(self, of: Any, name: str) -> None:
+        self.of, self.name = of, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.of, self.name)
+
+
+def test_indices_that_early_pythons_wrote(tmp_path: Path) -> None:
+    """Before Python 3.11.4 members of enumerations were pickled by getattr; it gives nothing else."""
+
+    def by_name(self: Any, protocol: int) -> tuple[Any, ...]:
+        return getattr, (type(self), self.name)
+
+    with mock.patch.object(metadata._MEM_FORMAT_ENCODING, "__reduce_ex__", by_name):
+        save_dcp({"w": torch.ones(2)}, tmp_path / "written")
+    assert b"getattr" in (tmp_path / "written" / ".metadata").read_bytes()
+    with open_weights(tmp_path / "written") as weights:
+        assert list(weights.tensors) == ["w"]
+    (tmp_path / "written" / ".metadata").write_bytes(pickle.dumps(Attribute(torch.Size, "count")))
+    with pytest.raises(PlanError, match=r"it asks for builtins\.getattr, which is no part of such an index"):
+        open_weights(tmp_path / "written")

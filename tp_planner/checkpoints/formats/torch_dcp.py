@@ -6,6 +6,7 @@ builds such an index, so that no file can have code run.
 
 from __future__ import annotations
 
+import enum
 import functools
 import io
 import pickle
@@ -61,7 +62,16 @@ class _IndexUnpickler(pickle.Unpickler):
             module = "pathlib"
         if name in _INDEX_CLASSES.get(module, ()):
             return super().find_class(module, name)
+        if (module, name) == ("builtins", "getattr"):  # before Python 3.11.4 members of enumerations are written so
+            return _member
         raise PlanError(f"it asks for {module}.{name}, which is no part of such an index")
+
+
+def _member(kind: Any, name: str) -> Any:
+    """Return a member of an enumeration by its name, as the index has memory formats; nothing else."""
+    if isinstance(kind, enum.EnumMeta) and name in kind.__members__:
+        return kind[name]
+    raise PlanError("it asks for builtins.getattr, which is no part of such an index")
 
 
 def open_dcp(folder: Path) -> Weights:
