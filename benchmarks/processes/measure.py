@@ -76,7 +76,7 @@ class CollectiveCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
             return NotImplemented  # what DTensor then runs on the local tensors is counted
-        name = func.__name__.split(".")[0].replace("_", "")
+        name = func.__name__.split(".")[0].removesuffix("_out").replace("_", "")
         if func.namespace in ("c10d", "_c10d_functional") and name not in NOT_COLLECTIVE:
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))

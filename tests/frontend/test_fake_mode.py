@@ -112,6 +112,12 @@ def test_collectives_are_remembered_by_the_size_of_their_group() -> None:
     assert len({each.untyped_storage()._cdata for each in (part, *made)}) == 5
 
 
+def test_a_gather_into_a_tensor_makes_no_other() -> None:
+    with FakeCpuMode():
+        part, out = torch.empty(2, 3), torch.empty(4, 3)
+        assert torch.ops._c10d_functional.all_gather_into_tensor_out(part, 2, "a group", out=out) is out
+
+
 def test_so_much_is_remembered_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     answers: dict[Any, Any] = {}
     monkeypatch.setattr(fake_mode, "_ANSWERS", answers)

@@ -22,6 +22,7 @@ MAY_MIX = {
     "copy_", "_to_copy", "index", "index_put_", "index_put", "_index_put_impl_", "set_", "_local_scalar_dense",
     "_pin_memory",
 }  # fmt: skip
+_GATHER = torch.ops._c10d_functional.all_gather_into_tensor_out.default
 
 
 class Kernels(TorchDispatchMode):
@@ -49,13 +50,19 @@ class Kernels(TorchDispatchMode):
         asked = type_of(kwargs.get("device")) == "cuda"  # torch's own code is told the true device, and names that
         if asked:
             kwargs["device"] = CPU
-        made = func(*args, **kwargs)
+        made = _gathered(*args, **kwargs) if func is _GATHER else func(*args, **kwargs)
         where = True if asked else _where(name, given, marks)
         if where is not None:
             for tensor in tensors_in(made):
                 if where or said(tensor) is None:
                     say(tensor, where)
         return made
+
+
+def _gathered(part: torch.Tensor, size: int, group: str, out: torch.Tensor) -> torch.Tensor:
+    """Gather by the op that asks Python's groups; the one that takes its output passes them by."""
+    functional = torch.ops._c10d_functional
+    return out.copy_(functional.wait_tensor(functional.all_gather_into_tensor(part, size, group)))
 
 
 def _where(name: str, given: list[torch.Tensor], marks: set[bool | None]) -> bool | None:

@@ -22,6 +22,7 @@ _UPDATES = {
 }
 CONSTANT_SIZE = 64  # how many whole numbers are few
 _UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+_GATHER = torch.ops._c10d_functional.all_gather_into_tensor_out.default  # by torch's rule it makes another tensor
 _CPU = torch.device("cpu")
 _VALUES = frozenset(
     (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
@@ -94,6 +95,8 @@ class FakeCpuMode(FakeTensorMode):
             return NotImplemented  # DTensor runs the op on local tensors, and that is asked here again
         if func in _UPDATES:
             return None
+        if func is _GATHER:
+            return (kwargs or {})["out"]
         if any(map(_is_real, args)):
             if self.allow_non_fake_inputs and self._is_of_constants(func, tuple(tensors_in((args, kwargs)))):
                 return self._compute(func, args, kwargs or {})

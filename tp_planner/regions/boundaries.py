@@ -16,10 +16,9 @@ from tp_planner.ir.placement import Partial, Replicate, SequenceShard, Shard, ch
 from tp_planner.ir.plan import Boundary, Transition
 from tp_planner.job.axes import Axis
 from tp_planner.regions.calls import Site, running, standing_at
+from tp_planner.regions.collectives import arrived, begin_all_gather, begin_all_reduce, begin_reduce_scatter
 from tp_planner.regions.left_out import LeftOut, can_be_made_again
 from tp_planner.regions.parts_side_by_side import in_stored_order, in_whole_order
-
-_OPS = torch.ops._c10d_functional
 
 
 def change(
@@ -111,36 +110,13 @@ def _padded(tensor: torch.Tensor, dim: int, length: int) -> torch.Tensor:
     return torch.nn.functional.pad(tensor, [0, 0] * (tensor.ndim - 1 - dim) + [0, missing])
 
 
-# torch's functional collectives have wrappers, and kernels for autograd, in Python. They take 63 of the 68 us of an
-# all-reduce of 16 KiB; here the ops are called themselves, below autograd, for no gradient flows through them.
-
-
 def all_reduce(summand: torch.Tensor, axis: Axis, operation: str = "sum") -> torch.Tensor:
     """Return the sum, or the largest (``"max"``), of what all ranks of the axis have; no gradient flows through it."""
-    return _arrived(_begin_all_reduce(summand, axis, operation))
-
-
-def _begin_all_reduce(summand: torch.Tensor, axis: Axis, operation: str = "sum") -> torch.Tensor:
-    with torch._C._AutoDispatchBelowAutograd():
-        result: torch.Tensor = _OPS.all_reduce(summand, operation, axis.group)
-    return result
-
-
-def _arrived(arriving: torch.Tensor) -> torch.Tensor:
-    """Return what a collective has begun to make, once it is there; on a GPU its stream waits, and not the host."""
-    with torch._C._AutoDispatchBelowAutograd():
-        result: torch.Tensor = _OPS.wait_tensor(arriving)
-    return result
+    return arrived(begin_all_reduce(summand, axis, operation))
 
 
 def _all_gather(shard: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
-    return _side_by_side(_arrived(_begin_all_gather(shard, axis)), dim, axis)
-
-
-def _begin_all_gather(shard: torch.Tensor, axis: Axis) -> torch.Tensor:
-    with torch._C._AutoDispatchBelowAutograd():
-        stacked: torch.Tensor = _OPS.all_gather_into_tensor(shard, axis.size, axis.group)
-    return stacked
+    return _side_by_side(arrived(begin_all_gather(shard, axis)), dim, axis)
 
 
 def _side_by_side(stacked: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
@@ -148,17 +124,11 @@ def _side_by_side(stacked: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
 
 
 def _reduce_scatter(summand: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
-    return _arrived(_begin_reduce_scatter(_stacked(summand, dim, axis), axis))
+    return arrived(begin_reduce_scatter(_stacked(summand, dim, axis), axis))
 
 
 def _stacked(summand: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
     return summand if dim == 0 else torch.cat(summand.chunk(axis.size, dim))
-
-
-def _begin_reduce_scatter(stacked: torch.Tensor, axis: Axis) -> torch.Tensor:
-    with torch._C._AutoDispatchBelowAutograd():
-        chunk: torch.Tensor = _OPS.reduce_scatter_tensor(stacked, "sum", axis.size, axis.group)
-    return chunk
 
 
 class _Shards:
@@ -173,7 +143,7 @@ class _Shards:
         if self._begun is None:
             with torch.no_grad(), standing_at(replace(self._site, early=True)):
                 sent = self.part.contiguous()
-                self._begun = sent, _begin_all_gather(sent, self._axis)
+                self._begun = sent, begin_all_gather(sent, self._axis)
 
     def whole(self) -> torch.Tensor:
         with torch.no_grad():
@@ -191,9 +161,9 @@ class _Shards:
 
     def _arrive(self) -> torch.Tensor:
         assert self._begun is not None
-        arrived = _arrived(self._begun[1])
+        whole = arrived(self._begun[1])
         self._begun = None
-        return arrived
+        return whole
 
 
 class _OnItsWay:
@@ -216,19 +186,19 @@ class _OnItsWay:
         """Begin to change a summand as ``change`` does, and return what will hold the result."""
         with standing_at(site):
             if not isinstance(transition.target, Shard):
-                return _begin_all_reduce(gradient.contiguous(), axis)
+                return begin_all_reduce(gradient.contiguous(), axis)
             shards, dim = transition.target, transition.target.dim
             self._sent = _stacked(in_stored_order(gradient, shards, axis.size).contiguous(), dim, axis)
-            return _begin_reduce_scatter(self._sent, axis)
+            return begin_reduce_scatter(self._sent, axis)
 
     def arrive(self, arriving: torch.Tensor) -> torch.Tensor:
         """Return the result once it is there."""
-        arrived, self._sent = _arrived(arriving), None
+        result, self._sent = arrived(arriving), None
         if self.again is not None:
             left_out, shards = self.again
             left_out.let_go()
             shards.forget()
-        return arrived
+        return result
 
 
 class _Arriving(torch.autograd.Function):

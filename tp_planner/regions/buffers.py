@@ -15,9 +15,8 @@ import torch
 
 from tp_planner.ir.placement import Shape, Shard, chunk_sizes
 from tp_planner.job.axes import Axis
+from tp_planner.regions.collectives import arrived, begin_all_gather, begin_reduce_scatter
 from tp_planner.regions.parts_side_by_side import in_stored_order, in_whole_order
-
-_OPS = torch.ops._c10d_functional
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +62,13 @@ class Gathered:
         self._row = ends[-1] + missing
         sent = padded[0] if len(padded) == 1 else torch.cat([padded[number] for number in order])
         self._sent: torch.Tensor | None = sent  # which has to stay as long as it travels
-        with torch._C._AutoDispatchBelowAutograd():
-            self._buffer = _OPS.all_gather_into_tensor(sent, axis.size, axis.group)
+        self._buffer = begin_all_gather(sent, axis)
         self._arrived = False
 
     def wait(self) -> None:
         """Wait for the parts of the others; on a GPU its stream does, and not the host."""
         if not self._arrived:
-            with torch._C._AutoDispatchBelowAutograd():
-                self._buffer = _OPS.wait_tensor(self._buffer)
+            self._buffer = arrived(self._buffer)
             self._arrived, self._sent = True, None
 
     def write(self, number: int, whole: torch.Tensor) -> None:
@@ -126,20 +123,17 @@ class Reduced:
                 sent.zero_()
             else:
                 sent.mul_(weight)
-            with torch._C._AutoDispatchBelowAutograd():
-                arriving = _OPS.reduce_scatter_tensor(sent.view(-1), "sum", axis.size, axis.group)
-            self._travelling.append((same, sent, arriving))
+            self._travelling.append((same, sent, begin_reduce_scatter(sent.view(-1), axis)))
 
     def parts(self) -> list[torch.Tensor]:
         """Return the parts, once; on a GPU its stream waits for them, and not the host."""
         parts: dict[int, torch.Tensor] = {}
         while self._travelling:
             same, sent, arriving = self._travelling.pop(0)
-            with torch._C._AutoDispatchBelowAutograd():
-                arrived = _OPS.wait_tensor(arriving)
+            summed = arrived(arriving)
             del sent
             sizes = [math.prod(self._cuts[number].chunk(self._axis.size)) for number in same]
-            for number, own in zip(same, arrived.split(sizes), strict=True):
+            for number, own in zip(same, summed.split(sizes), strict=True):
                 parts[number] = self._without_padding(number, own)
         return [parts[number] for number in sorted(parts)]
 
