@@ -27,11 +27,11 @@ def batch() -> Any:
     return CASE.batch(np.random.default_rng(3), 4)
 
 
-def points(action: Action, count: int) -> list[int]:
-    """Return the numbers of some calls that an action makes."""
+def points(action: Action, count: int, draw: int = 0) -> list[int]:
+    """Return the numbers of some calls that an action makes, others in each draw."""
     with Calls() as calls:
         action()
-    return sorted(random.Random(0).sample(range(1, calls.number + 1), min(count, calls.number)))
+    return sorted(random.Random(draw).sample(range(1, calls.number + 1), min(count, calls.number)))
 
 
 def interrupted(action: Action, at: int) -> str:
@@ -88,7 +88,7 @@ def close(one: list[Any], other: list[Any]) -> bool:
     return all(np.allclose(*pair, rtol=1e-10, atol=1e-12) for pair in zip(one, other, strict=True))
 
 
-def interrupt_parallelize(count: int) -> list[str]:
+def interrupt_parallelize(count: int, draw: int) -> list[str]:
     """Interrupt ``parallelize`` at some points; return what is wrong with the model, and the one after it."""
     wrong = []
     with building("float64"):
@@ -98,7 +98,7 @@ def interrupt_parallelize(count: int) -> list[str]:
         def parallelize(model: keras.Model) -> None:
             tp_planner.parallelize(model, layouts, inputs=x)
 
-        for at in points(lambda: parallelize(CASE.build("float64")), count):
+        for at in points(lambda: parallelize(CASE.build("float64")), count, draw):
             model = CASE.build("float64")
             before = state(model)
             where = interrupted(lambda model=model: parallelize(model), at)
@@ -110,7 +110,7 @@ def interrupt_parallelize(count: int) -> list[str]:
     return wrong
 
 
-def interrupt_replay(count: int) -> list[str]:
+def interrupt_replay(count: int, draw: int) -> list[str]:
     """Interrupt calls that are taped, and replayed, at some points; return what is wrong afterwards."""
     wrong = []
     with building("float64"):
@@ -125,7 +125,7 @@ def interrupt_replay(count: int) -> list[str]:
             for _ in range(3):
                 model.train_on_batch(x, y)
 
-        for at in points(steps, count):
+        for at in points(steps, count, draw):
             before = state()
             where = interrupted(steps, at)
             wrong += [f"{where}: {each}" for each in differences(before, state())]
@@ -135,7 +135,7 @@ def interrupt_replay(count: int) -> list[str]:
     return wrong
 
 
-def interrupt_generate(count: int) -> list[str]:
+def interrupt_generate(count: int, draw: int) -> list[str]:
     """Interrupt the generation of tokens at some points; return what is wrong afterwards."""
     wrong = []
     keras.utils.set_random_seed(1)
@@ -148,7 +148,7 @@ def interrupt_generate(count: int) -> list[str]:
 
     expected = generate()
     tp_planner.parallelize(model, layout_map(FAMILIES["gpt2"].case.rules), inputs=prompts())
-    for at in points(generate, count):
+    for at in points(generate, count, draw):
         before = state(model)
         where = interrupted(generate, at)
         wrong += [f"{where}: {each}" for each in differences(before, state(model))]
@@ -157,14 +157,14 @@ def interrupt_generate(count: int) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("interrupt", "count"),
+    ("interrupt", "draws"),
     [
-        (interrupt_parallelize, 1),
-        *(
-            pytest.param(each, 40, marks=pytest.mark.slow)
-            for each in (interrupt_parallelize, interrupt_replay, interrupt_generate)
-        ),
+        (interrupt_parallelize, [1]),
+        pytest.param(interrupt_parallelize, [10] * 4, marks=pytest.mark.slow),
+        pytest.param(interrupt_replay, [40], marks=pytest.mark.slow),
+        pytest.param(interrupt_generate, [40], marks=pytest.mark.slow),
     ],
 )
-def test_interrupted_ranks(pools: Pools, interrupt: Callable[[int], list[str]], count: int) -> None:
-    assert pools(2).run(interrupt, count) == [[], []]
+def test_interrupted_ranks(pools: Pools, interrupt: Callable[[int, int], list[str]], draws: list[int]) -> None:
+    for draw, count in enumerate(draws):  # one after the other: ranks are given so much time for each
+        assert pools(2).run(interrupt, count, draw) == [[], []]

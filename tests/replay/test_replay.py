@@ -225,6 +225,18 @@ def both_in_parts(name: str, rules: str, shape: tuple[int, int]) -> tuple[dict[s
     return plain, jit
 
 
+def on_rank_0_alone(rules: str, shape: tuple[int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train a GPT without jit_compile=True, and with it on rank 0 alone, while the others run their layers' code."""
+    case, replica, rng = MODELS["gpt"], dist.get_rank() // shape[1], np.random.default_rng(5)
+    batches = [tuple(share(each, replica, shape[0]) for each in case.batch(rng, 8)) for _ in range(STEPS)]
+    layout = replicas_layout("gpt", rules, shape)
+    plain, mixed = (
+        trained(case.build("float64"), case.make_loss(), batches, layout, jit, "batch")
+        for jit in (False, dist.get_rank() == 0)
+    )
+    return plain, mixed
+
+
 def both_with(middle: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train an MLP whose middle layer does what a program does not do."""
     case = CASES["mlp"]
@@ -435,6 +447,18 @@ def test_weights_in_parts_are_replayed(
     results = pools(4).run(both_in_parts, name, rules, shape)
     check(results, replayed=STEPS - 1)
     assert [jit["warnings"] for _, jit in results] == [[]] * 4
+
+
+@pytest.mark.parametrize(
+    ("rules", "shape"), [("model axis", (1, 2)), pytest.param("both axes, 1 ahead", (2, 2), marks=pytest.mark.slow)]
+)
+def test_a_rank_that_replays_meets_ranks_that_run_code(
+    pools: Callable[[int], WorkerPool], rules: str, shape: tuple[int, int]
+) -> None:
+    """What a program sends it sends in the order in which the layers' code does."""
+    first, *others = pools(shape[0] * shape[1]).run(on_rank_0_alone, rules, shape)
+    check([first], replayed=STEPS - 1)
+    check(others, replayed=0)
 
 
 @pytest.mark.parametrize("middle", MIDDLES)
