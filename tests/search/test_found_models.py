@@ -195,6 +195,21 @@ def test_no_random_layout_is_cheaper(name: str) -> None:
     assert found.cost <= min(costs) * (1 + 1e-9)
 
 
+def test_weights_in_parts_are_in_the_program() -> None:
+    """Where shards are joined side by side, the next layer's weight is in their parts: that is found, and bounded."""
+    case = MODELS["unet"]
+    found = found_for(case)
+    assert "S(2:8+8)" in {str(variable.placement) for variable in found.best.proven.plan.variables}
+    columns, rows = (None, None, None, "model"), (None, None, "model", None)
+    rules = [LayoutRule("down/kernel", columns), LayoutRule("(inner|across)/kernel", rows)]
+    rules += [LayoutRule("(down|up|across)/bias", ("model",)), LayoutRule("masks/kernel", columns)]
+    inputs, _ = make_batches(case)[0]
+    other = make_plan(case.build("float64"), Layout(found.layout.mesh, tuple(rules)), inputs, keras.optimizers.AdamW())
+    cost = seconds_of(other, fast_links())
+    assert found.cost <= cost
+    assert found.bound <= cost
+
+
 def _random_layout(model: keras.Model, mesh: Mesh, rng: random.Random) -> Layout:
     rules = []
     for variable in survey(model)[1].values():

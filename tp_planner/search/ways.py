@@ -15,7 +15,7 @@ from typing import Any
 from tp_planner.dryrun.op_work import NO_WORK, OpMeter, OpWork, is_copy_in_order, is_in_place, is_view
 from tp_planner.dryrun.sharding_rules import DTensorRules
 from tp_planner.ir.graph import REPEAT, FunctionCall, ModelGraph, Op
-from tp_planner.ir.placement import WHOLE, Partial, Placement, local_shape
+from tp_planner.ir.placement import WHOLE, Partial, Placement, local_shape, without_parts
 from tp_planner.ir.plan import Boundary, Transition
 from tp_planner.passes.choose_styles import StyleChoice, choose_styles, input_placement, output_dim, weight_uses
 from tp_planner.passes.follow_ops import Followed
@@ -25,6 +25,7 @@ from tp_planner.passes.walk.facts import Closings, LayerMode, Origins, VariableR
 from tp_planner.passes.walk.known import Known
 from tp_planner.passes.walk.layers import follow_contraction, follow_dropout
 from tp_planner.passes.walk.notes import Notes
+from tp_planner.passes.walk.packing import stored_in_parts
 from tp_planner.search.gradients import Gradients
 from tp_planner.search.steps import Step, Times, contraction_of
 
@@ -170,6 +171,29 @@ class Walker:
     def _way(
         self, step: Step, taken: Mapping[int, Placement], closed: bool, gathered: frozenset[VariableRead]
     ) -> Way | Origins:
+        """Return the way that the walk takes, weights in the parts that it asks for; if it meets conflicts, these."""
+        plain = {key: self._stored[key] for key in step.variables}
+        try:
+            while not isinstance(way := self._way_as_stored(step, taken, closed, gathered), Way):
+                if not self._store_in_parts(step, way):
+                    break
+            return way
+        finally:
+            self._stored.update(plain)
+
+    def _store_in_parts(self, step: Step, conflicts: Origins) -> bool:
+        """Store weights of a step in the parts that conflicts are about, as planning does; False if none can be."""
+        closings = self._known.closings
+        for origin in sorted(each for each in conflicts if each[0] == "packed"):
+            closings = closings.closing(origin, "")
+        found = stored_in_parts(self._stored, self._styles, closings, self.graph)
+        new = {key: found[key] for key in step.variables if found[key] != self._stored[key]}
+        self._stored.update(new)
+        return bool(new)
+
+    def _way_as_stored(
+        self, step: Step, taken: Mapping[int, Placement], closed: bool, gathered: frozenset[VariableRead]
+    ) -> Way | Origins:
         """Return the way that the walk takes; if it meets conflicts, where their shards come from."""
         known, call = self._known, self.graph.calls[step.call]
         known.placements.clear()
@@ -217,7 +241,7 @@ class Walker:
     ) -> tuple[tuple[Slot, Placement], ...]:
         whole = {key for _, key in gathered}
         tensors = [(Slot("tensor", tensor), placement) for tensor, placement in taken.items()]
-        stored = [(Slot("stored", key), self._stored[key]) for key in step.variables]
+        stored = [(Slot("stored", key), without_parts(self._stored[key])) for key in step.variables]
         used = [
             (Slot("used", self._known.read_of(step.call, key)), WHOLE if key in whole else self._stored[key])
             for key in step.variables
