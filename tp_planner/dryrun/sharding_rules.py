@@ -28,6 +28,7 @@ from tp_planner.ir.graph import Op, TensorInfo, TensorRef
 from tp_planner.ir.placement import PackedShard, Partial, Placement, Replicate, Shard, StridedShard, local_shape
 from tp_planner.passes.follow_ops import Followed, Refused
 from tp_planner.passes.packed_ops import CONCATENATION, follow_concatenation, follow_packed, parts_wanted
+from tp_planner.passes.view_ops import follow_view
 from tp_planner.patches import Patch
 
 CPU_ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu.default"
@@ -84,6 +85,8 @@ class DTensorRules:
             answer: Followed | Refused = own(op, tensors, inputs, self._mesh.size())
             return answer
         asked = self._ask(op, tensors, inputs)
+        if isinstance(asked, Refused) and (view := follow_view(op, tensors, inputs, self._mesh.size())) is not None:
+            return view
         if isinstance(asked, Refused) and (parts := parts_wanted(op, tensors, inputs[op.inputs[0]])):
             return replace(asked, parts=parts, op=op, tensor=op.inputs[0])
         return asked
@@ -319,14 +322,38 @@ def _follow_addition(
 def _follow_squeeze(
     op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement], parts: int
 ) -> Followed | Refused:
-    """A dim of length 1 goes, those behind it move up; DTensor answers for this op by running another one."""
+    """Dims of length 1 go, those behind them move up; DTensor answers for this op by running another one."""
     placement, shape = inputs[op.inputs[0]], tensors[op.inputs[0]].shape
-    dim = op.arguments[0][1] % len(shape)
-    if isinstance(placement, Shard) and placement.dim == dim:
-        return Refused("may take away a dim that is longer than a shard of it")
-    if isinstance(placement, Shard) and shape[dim] == 1 and placement.dim > dim:
-        placement = replace(placement, dim=placement.dim - 1)
+    given = op.arguments[0][1]
+    dims = {dim % len(shape) for dim in ([given] if isinstance(given, int) else given)}
+    if isinstance(placement, Shard):
+        if placement.dim in dims:
+            return Refused("may take away a dim that is longer than a shard of it")
+        gone = sum(shape[dim] == 1 for dim in dims if dim < placement.dim)
+        placement = replace(placement, dim=placement.dim - gone)
     return Followed((placement,), _constants(op))
+
+
+def _follow_stack(
+    op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement], parts: int
+) -> Followed | Refused:
+    """A new dim comes, those behind it move down; before torch 2.13 DTensor did not move them."""
+    placement, ndim = inputs[op.inputs[0]], len(tensors[op.inputs[0]].shape)
+    args, kwargs = op.arguments
+    new = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % (ndim + 1)
+    if not isinstance(placement, Shard) or any(inputs[tensor] != placement for tensor in op.inputs):
+        return Refused("needs its inputs placed in another way")
+    return Followed((replace(placement, dim=placement.dim + (placement.dim >= new)),), _constants(op))
+
+
+def _follow_pooling(
+    op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement], parts: int
+) -> Followed | Refused:
+    """Windows are of one channel (N, C, H, W), and numbers in it; before torch 2.13 DTensor had no rule."""
+    placement = inputs[op.inputs[0]]
+    if not isinstance(placement, Shard) or placement.dim >= len(tensors[op.inputs[0]].shape) - 2:
+        return Refused("takes windows of sharded dims")
+    return Followed((placement,) * len(op.outputs), _constants(op))
 
 
 def _constants(op: Op) -> tuple[Any, ...]:
@@ -340,6 +367,9 @@ OWN_RULES: Mapping[str, Callable[..., Followed | Refused]] = {
     EFFICIENT_ATTENTION: _follow_attention,
     "aten.convolution.default": _follow_convolution,
     "aten.squeeze.dim": _follow_squeeze,
+    "aten.squeeze.dims": _follow_squeeze,
+    "aten.stack.default": _follow_stack,
+    "aten.max_pool2d_with_indices.default": _follow_pooling,
 }
 # Rules for ops of several tensors of which one is a summand on every rank.
 SUM_RULES: Mapping[str, Callable[..., Followed | Refused]] = {

@@ -25,6 +25,7 @@ from tp_planner.frontend.block_ends import BlockEnds, BlockResult, MadeTensor, l
 from tp_planner.frontend.blocks import Blocks
 from tp_planner.frontend.contractions import call_mode
 from tp_planner.frontend.dispatch import WatchingMode, tensors_in, with_tensors_replaced
+from tp_planner.frontend.failed_checkpoints import ending_what_failed
 from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.ir.graph import REPEAT, Call, Op, Repeat, TensorInfo, TensorRef
 from tp_planner.patches import wrapped
@@ -332,7 +333,8 @@ class Recorder(WatchingMode):
     def _checkpoint(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._recomputable += 1
         try:
-            return plain(*args, **kwargs)
+            with ending_what_failed():
+                return plain(*args, **kwargs)
         finally:
             self._recomputable -= 1
 

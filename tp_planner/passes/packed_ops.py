@@ -24,11 +24,11 @@ from tp_planner.ir.placement import (
     parts_of,
 )
 from tp_planner.passes.follow_ops import Followed, Refused
+from tp_planner.passes.view_ops import VIEWS
 
 Ask = Callable[[Mapping[int, Placement]], Followed | Refused]
 
 CONCATENATION = "aten.cat.default"
-VIEWS = {"aten.view.default", "aten._unsafe_view.default", "aten.reshape.default"}
 ORDER = "combines parts of a dim with what is in another order"
 
 

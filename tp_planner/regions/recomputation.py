@@ -25,6 +25,7 @@ from keras.src.backend.common.global_state import get_global_attribute, set_glob
 from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tp_planner.frontend.failed_checkpoints import ending_what_failed
 from tp_planner.patches import wrap_for_good
 from tp_planner.regions.calls import Frame, running
 
@@ -197,7 +198,8 @@ def follow_recomputation() -> None:
 def _following(plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return plain(_RunsAgain(function) if running.scopes else function, *args, **kwargs)
+        with ending_what_failed():
+            return plain(_RunsAgain(function) if running.scopes else function, *args, **kwargs)
 
     return checkpoint
 
