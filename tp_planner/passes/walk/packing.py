@@ -13,7 +13,8 @@ from tp_planner.ir.graph import REPEAT, ModelGraph, Op
 from tp_planner.ir.placement import Placement, Shard, in_parts, parts_of
 from tp_planner.passes.choose_styles import StyleChoice
 from tp_planner.passes.follow_ops import Refused
-from tp_planner.passes.packed_ops import CONCATENATION, VIEWS, first_viewed_dim, moved_dim, taken_apart
+from tp_planner.passes.packed_ops import CONCATENATION, first_viewed_dim, moved_dim, taken_apart
+from tp_planner.passes.view_ops import VIEWS
 from tp_planner.passes.walk.facts import Closings, LayerMode, Origins
 from tp_planner.passes.walk.known import Known
 from tp_planner.passes.walk.notes import Notes
