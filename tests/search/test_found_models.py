@@ -36,7 +36,7 @@ from tp_planner.ir.mesh import Mesh
 from tp_planner.planner import make_plan
 from tp_planner.report.found import found_sections
 from tp_planner.search.find import search
-from tp_planner.search.found import Found
+from tp_planner.search.found import ERROR, Found
 from tp_planner.search.prices import seconds_of
 
 RANDOM_LAYOUTS = 20
@@ -208,6 +208,13 @@ def test_weights_in_parts_are_in_the_program() -> None:
     cost = seconds_of(other, fast_links())
     assert found.cost <= cost
     assert found.bound <= cost
+
+
+def test_convolutions_are_priced_as_they_are_summed() -> None:
+    """What a convolution makes is in another order than its dims', and copied to be summed: the program knows."""
+    found = found_for(MODELS["unet"])
+    assert any(each.kind == "all_reduce" for each in found.best.proven.plan.collectives)
+    assert abs(found.error) < ERROR
 
 
 def _random_layout(model: keras.Model, mesh: Mesh, rng: random.Random) -> Layout:

@@ -6,7 +6,7 @@ What a layout would have a rank compute can so be added up op by op, before ther
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -88,6 +88,7 @@ class OpMeter:
         placed: Mapping[int, Placement],
         made: Sequence[int],
         arguments: Mapping[int, Sequence[Any]],
+        summed: Set[int] = frozenset(),
     ) -> OpWork:
         """Return what ops compute that run one after the other, with the gradients that autograd leaves in weights.
 
@@ -97,6 +98,8 @@ class OpMeter:
             placed: the placement of every tensor that the ops take, summands for whole ones.
             made: which of the tensors that they make are read elsewhere.
             arguments: as for ``work``, by the ids of ops.
+            summed: tensors that ranks sum up where the ops make them, or of which they sum up the gradient where the
+                ops take them: what is sent is copied to be in the order of its dims.
         """
         numbers: dict[int, int] = {}
         wiring = tuple(
@@ -106,11 +109,11 @@ class OpMeter:
         described = tuple(
             (placed.get(each), tensors[each].has_gradient, tensors[each].variable is None) for each in numbers
         )
-        key = questions, wiring, described, tuple(numbers[each] for each in made if each in numbers)
+        ends = tuple(tuple(sorted(numbers[each] for each in those if each in numbers)) for those in (made, summed))
+        key = questions, wiring, described, ends
         if key not in self._known:
-            self._known[key] = self._measure_together(ops, tensors, placed, made, arguments) or self._measure_each(
-                ops, tensors, placed, arguments
-            )
+            together = self._measure_together(ops, tensors, placed, made, arguments, summed)
+            self._known[key] = together or self._measure_each(ops, tensors, placed, arguments)
         return self._known[key]
 
     def of_own_rows(self, ids: TensorInfo, looked_up: TensorInfo, rows: int) -> OpWork:
@@ -146,6 +149,7 @@ class OpMeter:
         placed: Mapping[int, Placement],
         made: Sequence[int],
         arguments: Mapping[int, Sequence[Any]],
+        summed: Set[int],
     ) -> OpWork | None:
         meter = _Meter()
         known: dict[int, torch.Tensor] = {}
@@ -161,7 +165,8 @@ class OpMeter:
                     )
                     with meter:
                         result = resolve_op(op.name)(*args, **kwargs)
-                    known.update(zip(op.outputs, tensors_in(result), strict=True))
+                        for each, value in zip(op.outputs, tensors_in(result), strict=True):
+                            known[each] = value.contiguous() if each in summed else value
                 ends = [known[each] for each in made if known[each].requires_grad]
                 wanted = {each: known[each] for each in outside if known[each].requires_grad}
                 if ends:
@@ -169,6 +174,8 @@ class OpMeter:
                     with meter:
                         found = torch.autograd.grad(ends, list(wanted.values()), gradients, allow_unused=True)
                         for each, gradient in zip(wanted, found, strict=True):
+                            if each in summed and gradient is not None:
+                                gradient.contiguous()
                             if tensors[each].variable is not None and gradient is not None:
                                 _lay_out(gradient, known[each], placed[each])
             except (RuntimeError, ValueError, TypeError, NotImplementedError):

@@ -36,6 +36,10 @@ class Gradients:
             return NO_WORK
         return OpWork((), 3 * self._bytes(tensor, placement) * times, times)
 
+    def is_of_one_op(self, tensor: int) -> bool:
+        """Whether a tensor's gradient is what one op leaves."""
+        return len(self._readers.get(tensor, ())) == 1
+
     def reshaped(self, op: Op, taken: Placement, made: Placement) -> OpWork:
         """Return the work of giving the gradient of what an op makes the shape of what it takes, placed so."""
         if op.name not in _RESHAPES or not self._tensors[op.outputs[0]].has_gradient:

@@ -7,6 +7,7 @@ remember their answers. So the search knows of no layer and no op; what it sees 
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -299,7 +300,8 @@ class Walker:
         reshaped = (
             self._gradients.reshaped(op, placed[op.inputs[0]], placed[op.outputs[0]]) for op in needed if op.inputs
         )
-        return sum((self._work_followed(op, notes) for op in needed), NO_WORK) + sum(reshaped, gradients)
+        work = sum((self._work_followed(op, notes) for op in needed), self._work_of_sums(notes))
+        return work + sum(reshaped, gradients)
 
     def _trains_matrices(self, step: Step) -> bool:
         """Whether a step is a layer whose code leaves gradients in matrices, which are laid out as these."""
@@ -311,7 +313,36 @@ class Walker:
         ops, placed = self._ops(step), self._read(step)
         arguments = {op.id: notes.followed[op.id].arguments for op in ops if op.id in notes.followed}
         needed = self._without_copies(ops, placed)
-        return self.meter.work_together(needed, self.graph.tensors, placed, step.makes, arguments)
+        summed = {*self._summed(notes), *self._summed_on_the_way_back(notes)}
+        return self.meter.work_together(needed, self.graph.tensors, placed, step.makes, arguments, summed)
+
+    def _summed(self, notes: Notes) -> Iterator[int]:
+        """Yield what functions make that is summed over the ranks."""
+        for plans in notes._functions.values():
+            for first, plan in plans.items():
+                if plan.output is not None and _is_summed(plan.output.forward):
+                    yield from self._functions[first].outputs
+
+    def _summed_on_the_way_back(self, notes: Notes) -> Iterator[int]:
+        """Yield what is taken of which the gradient is summed over the ranks, and is of one op alone."""
+        taken = [
+            (dict(self.graph.calls[placed.call].inputs)[placed.position], placed.boundary)
+            for placed in notes.boundaries
+            if placed.place == "input"
+        ]
+        for plans in notes._functions.values():
+            for first, plan in plans.items():
+                arguments = dict(self._functions[first].inputs)
+                taken += [(arguments[position], boundary) for position, boundary in plan.inputs]
+        for tensor, boundary in taken:
+            if boundary.has_gradient and _is_summed(boundary.backward) and self._gradients.is_of_one_op(tensor):
+                yield tensor
+
+    def _work_of_sums(self, notes: Notes) -> OpWork:
+        """Return the work of copying what functions make to be summed, where it is not in the order of its dims."""
+        made = (self.graph.tensors[tensor] for tensor in self._summed(notes))
+        copied = (each for each in made if not self.meter.is_contiguous(each, WHOLE))
+        return sum((OpWork((), 2 * math.prod(each.shape) * each.itemsize, 1) for each in copied), NO_WORK)
 
     def _without_copies(self, ops: Sequence[Op], placed: Mapping[int, Placement]) -> list[Op]:
         """Return the ops but for copies that shards do not need; what reads these reads what they were made of."""
@@ -413,6 +444,10 @@ class Walker:
         made = call.outputs[0] if call.core_output is None else call.core_output
         rows = self.graph.variables[choice.contraction.main_weight].shape[0]
         return self.meter.of_own_rows(self.graph.tensors[call.inputs[0][1]], self.graph.tensors[made], rows)
+
+
+def _is_summed(change: Transition) -> bool:
+    return change.collective == "all_reduce"
 
 
 def _combinations(domains: Sequence[Sequence[Placement]]) -> Iterator[tuple[Placement, ...]]:
