@@ -78,6 +78,21 @@ def test_right_model_is_not_blamed(name: str, mesh: dict[str, int]) -> None:
         np.testing.assert_array_equal(array, expected)
 
 
+def test_no_backward_pass_runs_before_the_last_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch built for CUDA starts threads for the first, and processes forked after that can run none."""
+    ran: list[bool] = []
+    plain = torch.autograd.backward
+
+    def backward(*args: Any, **kwargs: Any) -> None:
+        ran.append(True)
+        plain(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "backward", backward)
+    inputs, targets = CASES["mlp"].batch(np.random.default_rng(0), 8)
+    assert verify(CASES["mlp"].build(), layout_of("mlp", {"model": 2}), inputs, targets, loss_of("mlp")).is_same
+    assert ran == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(17))
 @pytest.mark.parametrize("name", CASES)

@@ -18,6 +18,7 @@ from tp_planner.ir.errors import ParallelRuntimeError, PlanError
 
 Result = TypeVar("Result")
 
+_NO_AUTOGRAD = "Autograd-and-Fork"  # what torch says where threads of devices have been started before the fork
 PATIENCE = timedelta(seconds=600)  # for a rank that waits for another; one that has ended is not waited for
 
 
@@ -27,7 +28,7 @@ def run_forked(count: int, function: Callable[[int, Store], Result]) -> list[Res
     What it returns is pickled, what it is given need not be.
 
     Raises:
-        PlanError: if this process cannot be forked.
+        PlanError: if this process cannot be forked, or what the function has raised as one.
         ParallelRuntimeError: what was raised in the first process that failed, with its traceback.
             The others are ended.
     """
@@ -39,19 +40,31 @@ def run_forked(count: int, function: Callable[[int, Store], Result]) -> list[Res
         try:
             start_processes(_run, (function, count, folder), count, start_method="fork")
         except ProcessRaisedException as error:
+            if _NO_AUTOGRAD in str(error):
+                raise PlanError(
+                    "this process has run a backward pass, as every plan's simulated step is one; with a torch that is "
+                    "built for CUDA it cannot be forked after that: verify before, or by `tp-planner verify`"
+                ) from None
             raise ParallelRuntimeError(f"a process of the verification failed: {error}") from None
         except ProcessExitedException as error:
             raise ParallelRuntimeError(
                 f"process {error.error_index} of the verification ended ({error}); was there enough memory?"
             ) from None
-        return [_read(Path(folder) / str(number)) for number in range(count)]
+        results = [_read(Path(folder) / str(number)) for number in range(count)]
+    for each in results:
+        if isinstance(each, PlanError):
+            raise each
+    return results
 
 
 def _run(number: int, function: Callable[[int, Store], Any], count: int, folder: str) -> None:
     torch.set_num_threads(1)  # OpenMP does not survive a fork
     store = FileStore(f"{folder}/store", count)
     store.set_timeout(PATIENCE)
-    result = function(number, store)
+    try:
+        result = function(number, store)
+    except PlanError as error:
+        result = error
     with (Path(folder) / str(number)).open("wb") as file:
         pickle.dump(result, file, protocol=5)
 

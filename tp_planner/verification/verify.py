@@ -116,7 +116,9 @@ def _planned(
         require_fit(model, given)
         return given
     layout = given if isinstance(given, Layout) else read_layout_map(given).across(None)
-    return make_plan(model, layout, inputs, optimizer, loss)
+    # Apart, for its simulated step runs a backward pass, after which a torch built for CUDA is not to be forked.
+    (plan,) = run_forked(1, lambda number, store: make_plan(model, layout, inputs, optimizer, loss))
+    return plan
 
 
 def _data(
