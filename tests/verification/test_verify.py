@@ -89,7 +89,8 @@ def test_no_backward_pass_runs_before_the_last_fork(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch.autograd, "backward", backward)
     inputs, targets = CASES["mlp"].batch(np.random.default_rng(0), 8)
-    assert verify(CASES["mlp"].build(), layout_of("mlp", {"model": 2}), inputs, targets, loss_of("mlp")).is_same
+    layout = layout_of("mlp", {"batch": 1, "model": 2})
+    assert verify(CASES["mlp"].build(), layout, inputs, targets, loss_of("mlp")).is_same
     assert ran == []
 
 
