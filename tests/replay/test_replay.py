@@ -147,7 +147,7 @@ MIDDLES: dict[str, tuple[Callable[..., layers.Layer], str]] = {
 }
 
 # Of what runs again, for torch itself ran code without gradients around it.
-BEFORE_TORCH_2_13 = "code switches gradients or dtypes by other means than torch functions"
+WITH_TORCH_2_11 = "code switches gradients or dtypes by other means than torch functions"
 
 
 # On the ranks
@@ -469,7 +469,7 @@ def test_what_a_program_would_not_do_runs_as_ever(pools: Callable[[int], WorkerP
     results = pools(2).run(both_with, middle)
     check(results, replayed=0)
     for _, jit in results:
-        said = jit["warnings"][0].replace(BEFORE_TORCH_2_13, MIDDLES["recomputation"][1])
+        said = jit["warnings"][0].replace(WITH_TORCH_2_11, MIDDLES["recomputation"][1])
         assert said == f"[ModelParallel] jit_compile=True does nothing for model 'model': {MIDDLES[middle][1]}"
 
 

@@ -337,7 +337,7 @@ def _follow_squeeze(
 def _follow_stack(
     op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement], parts: int
 ) -> Followed | Refused:
-    """A new dim comes, those behind it move down; before torch 2.13 DTensor did not move them."""
+    """A new dim comes, those behind it move down; with torch 2.11 DTensor does not move them."""
     placement, ndim = inputs[op.inputs[0]], len(tensors[op.inputs[0]].shape)
     args, kwargs = op.arguments
     new = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % (ndim + 1)
@@ -349,7 +349,7 @@ def _follow_stack(
 def _follow_pooling(
     op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement], parts: int
 ) -> Followed | Refused:
-    """Windows are of one channel (N, C, H, W), and numbers in it; before torch 2.13 DTensor had no rule."""
+    """Windows are of one channel (N, C, H, W), and numbers in it; with torch 2.11 DTensor has no rule."""
     placement = inputs[op.inputs[0]]
     if not isinstance(placement, Shard) or placement.dim >= len(tensors[op.inputs[0]].shape) - 2:
         return Refused("takes windows of sharded dims")

@@ -1,4 +1,4 @@
-"""Failed checkpoints: before 2.13, torch keeps the hooks of a ``checkpoint`` that failed, as long as one has the error.
+"""Failed checkpoints: torch 2.11 keeps the hooks of a ``checkpoint`` that failed, as long as one has the error.
 
 All that is saved for a backward pass in the meantime, of any model, is then saved for the failed function's.
 """

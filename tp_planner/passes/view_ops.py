@@ -1,6 +1,6 @@
 """View ops: which elements of a viewed tensor a rank has, worked out from sizes alone.
 
-DTensor folds a sharded dim into those before it, and takes it out again, since torch 2.13; before, it refused.
+DTensor folds a sharded dim into those before it, and takes it out again, with torch 2.13; with 2.11, it refuses.
 """
 
 from __future__ import annotations
