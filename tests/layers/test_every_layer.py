@@ -86,21 +86,29 @@ def test_sharded_layer(pools: Pools, layer: str, width: int) -> None:
         assert refused == {name for name in names if CASES[name].refusal}
 
 
-CASTING = ("BatchNormalization", "float64")  # casts what it assigns, in some dtypes: see Keras's own code
+# Casts what it assigns; reads what is gathered in another dtype than it is stored in.
+USUAL_IN = {("BatchNormalization", "float64"), ("Conv2D", "mixed_bfloat16")}
+NOT_COMPUTED = {("STFTSpectrogram", dtype) for dtype in ("bfloat16", "mixed_bfloat16")}  # torch knows no such spectrum
+# Where values are cast as they are read, Keras assigns these layers' to the copy, which has no effect.
+ASSIGN_IN_VAIN = set(itertools.product(("Layer", "SpectralNormalization"), ("mixed_float16", "mixed_bfloat16")))
 
 
 @pytest.mark.parametrize(
     ("layer", "dtype"),
     [
-        pytest.param(*each, marks=() if each == CASTING else pytest.mark.slow)
+        pytest.param(*each, marks=() if each in USUAL_IN else pytest.mark.slow)
         for each in itertools.product(LAYERS, OF_USERS)
+        if each not in NOT_COMPUTED
     ],
 )
 def test_sharded_layer_in_the_dtypes_of_users(pools: Pools, layer: str, dtype: str) -> None:
     """The same in every dtype, up to the rounding of each."""
     names = [name for name, case in CASES.items() if case.layer == layer]
     for outcomes in pools(2).run(compare_sample, names, WIDTHS[0], dtype):
-        assert [str(outcome) for outcome in outcomes if not outcome.passed] == []
+        if (layer, dtype) in ASSIGN_IN_VAIN:
+            assert all(outcome.verdict == "refused" and "aten.copy_" in outcome.detail for outcome in outcomes)
+        else:
+            assert [str(outcome) for outcome in outcomes if not outcome.passed] == []
 
 
 DIFFERENCES = {

@@ -96,17 +96,20 @@ def _compare_run(
     steps = _steps(recorder.ops, functions.functions if functions else ())
     between = [op for op in steps if _is_compared(op, recorder.tensors)]
     ran = [op for op in between if (recorder.calls[op.call].layer, recorder.calls[op.call].mode) not in skipped]
-    for position, op in enumerate(assumed):
+    cast, position = _cast_at_boundaries(graph, walk), 0
+    for op in assumed:
         difference = (
             _failure(failure) if position >= len(ran) else _difference(op, ran[position], graph, recorder, walk, parts)
         )
-        if difference:
+        if not difference:
+            position += 1
+        elif op.id not in cast:
             layer, fails = graph.calls[op.call].layer, position >= len(ran) and failure is not None
             starts = [*_stuck(graph, recorder), op.call] if fails else [op.call]
             culprits = _writing_sizes(graph, walk, starts) or _culprits(graph, walk, op)
             return [Conflict(layer, culprits, f"{op.name} in {layer!r} {difference}", in_code=True)]
-    if failure is None and len(ran) > len(assumed):
-        more = ran[len(assumed)]
+    if failure is None and len(ran) > position:
+        more = ran[position]
         layer = recorder.calls[more.call].layer
         call = next(call.id for call in graph.calls.values() if call.layer == layer)
         reason = f"{more.name} in {layer!r} runs on local shards only"
@@ -164,6 +167,17 @@ def _steps(ops: Sequence[Op], functions: Sequence[FunctionCall]) -> list[Op]:
     return [*steps, *ops[done:]]
 
 
+def _cast_at_boundaries(graph: ModelGraph, walk: Walk) -> set[int]:
+    """Return the ops that cast a variable where it is gathered: shards are cast before they are sent."""
+    gathered = {
+        (placed.call, placed.variable)
+        for placed in walk.boundaries
+        if placed.place == "variable" and not placed.boundary.is_identity
+    }
+    casts = (op for op in graph.ops if op.name == "aten._to_copy.default")
+    return {op.id for op in casts if (op.call, graph.tensors[op.inputs[0]].variable) in gathered}
+
+
 def _is_compared(op: Op, tensors: Mapping[int, TensorInfo]) -> bool:
     """Whether an op computes: neither a change of layout, nor the assignment of a variable, which takes any shard.
 
@@ -209,6 +223,8 @@ def _difference(op: Op, ran: Op, graph: ModelGraph, recorder: Recorder, walk: Wa
         return f"becomes {ran.name} on local shards"
     for whole, local in zip((*op.inputs, *op.outputs), (*ran.inputs, *ran.outputs), strict=True):
         found = recorder.tensors[local].shape
+        if graph.tensors[whole].dtype != recorder.tensors[local].dtype:
+            return f"works on {recorder.tensors[local].dtype} on local shards, not {graph.tensors[whole].dtype}"
         expected = _expected_shape(graph, walk, whole, op.call, parts, walk.cut_for.get((op.id, whole)))
         if found != expected:
             return f"works on shape {found} on local shards, not {expected}"
