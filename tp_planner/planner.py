@@ -13,7 +13,7 @@ from tp_planner.dryrun.collector import without_collector
 from tp_planner.dryrun.prove import prove
 from tp_planner.dryrun.sharding_rules import DTensorRules
 from tp_planner.dryrun.simulate import simulate
-from tp_planner.frontend.blocks import Blocks, find_blocks, find_equal_layers
+from tp_planner.frontend.blocks import Blocks, find_blocks, find_equal_layers, signatures_of
 from tp_planner.frontend.cuda_kernels import kernels_of
 from tp_planner.frontend.fingerprint import fingerprint
 from tp_planner.frontend.inputs import CallArguments, known_inputs
@@ -21,6 +21,7 @@ from tp_planner.frontend.kept_tensors import no_fakes_left
 from tp_planner.frontend.layer_tree import named_layers, named_variables, naming_once
 from tp_planner.frontend.quick_rules import require_quick_rules
 from tp_planner.frontend.quiet import quiet_torch
+from tp_planner.frontend.stretches import stretches_as_layers
 from tp_planner.frontend.survey import survey
 from tp_planner.frontend.trace import require_built
 from tp_planner.frontend.traces import Traces
@@ -84,12 +85,12 @@ def make_plan(
         arguments, guessed = known_inputs(model, inputs)
         traces = traces or Traces(model, arguments, surveyed)
         job = _Job(model, layout, arguments, guessed, optimizer, loss, layers, variables, resolution, traces)
-        found = job.plan(find_blocks(model, job.planned_alike)) or job.unrolled_plan()
+        found = job.shortest_plan()
         if not layout.sequence_parallel or found.shards_stream:
             return found
         # Where no layer shards the stream, what was tried for it should leave no trace.
         plain = replace(job, layout=replace(layout, sequence_parallel=False))
-        found = plain.plan(find_blocks(model, job.planned_alike)) or plain.unrolled_plan()
+        found = plain.shortest_plan()
         return replace(found, sequence_parallel=True, notes=(*found.notes, _NO_STREAM))
 
 
@@ -129,6 +130,31 @@ class _Job:
     @property
     def _trained(self) -> set[str]:
         return {key for key, variable in self.variables.items() if variable.trainable}
+
+    def shortest_plan(self) -> Plan:
+        """Return the plan, made from as few layers as will do."""
+        return self._plan_of_stretches() or self._plan_of_blocks() or self._unrolled_plan()
+
+    def _plan_of_stretches(self) -> Plan | None:
+        """Return the plan, made from one of equal blocks and stretches; None if there are none, or this cannot be.
+
+        Where the residual stream begins to be sharded depends on what is a layer.
+        """
+        if self.layout.sequence_parallel or self.resolution.outputs:
+            return None
+        alike = signatures_of(self.model, self.planned_alike)
+        with stretches_as_layers(self.model, named_layers(self.model), alike) as layers:
+            if not layers:
+                return None
+            with naming_once(self.model, layers):
+                traces = self.traces.within(tuple(layers))
+                job = replace(self, layers=traces.surveyed[0], traces=traces)
+                found = job._plan_of_blocks()
+        names_stretch = found is not None and any(job.layers[each.layer].is_stretch for each in found.layers)
+        return None if names_stretch else found
+
+    def _plan_of_blocks(self) -> Plan | None:
+        return self.plan(find_blocks(self.model, self.planned_alike))
 
     def plan(self, blocks: Blocks) -> Plan | None:
         """Return the plan, made from one of each of the ``blocks``; None if they cannot be planned one by one."""
@@ -190,7 +216,7 @@ class _Job:
         found = simulate(self.model, self.inputs, plan, graph, axes, self.optimizer, self.loss)
         return replace(plan, collectives=found.collectives, step=found.step, notes=plan.notes + found.notes)
 
-    def unrolled_plan(self) -> Plan:
+    def _unrolled_plan(self) -> Plan:
         """Return the plan, made from all layers one by one."""
         plan = self.plan(Blocks.none())
         assert plan is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -85,18 +86,21 @@ def assert_equal_plans(
     optimizer: keras.optimizers.Optimizer | None = None,
     memory: bool = True,
     holders: bool = True,
+    work: float = 0.03,
     **options: Any,
 ) -> None:
+    """Assert that the plan made of one block for all is that made of each; the work may differ by so much."""
     optimizer = optimizer or keras.optimizers.AdamW(weight_decay=0.01)
     once = make_plan(model, layout, optimizer=optimizer, **options)
-    with mock.patch.object(planner, "find_blocks", return_value=Blocks.none()):
+    without_stretches = mock.patch.object(planner, "stretches_as_layers", return_value=nullcontext({}))
+    with without_stretches, mock.patch.object(planner, "find_blocks", return_value=Blocks.none()):
         each = make_plan(model, layout, optimizer=optimizer, **options)
     assert without_work(once, memory, holders).to_json() == without_work(each, memory, holders).to_json()
     for one, other in zip(once.step.work, each.step.work, strict=True):
         assert (one.phase, one.matmul_flops) == (other.phase, other.matmul_flops)
         # Gradients of a tensor that several blocks share are added in another order, partly inside of them.
-        assert one.ops == pytest.approx(other.ops, rel=0.03)
-        assert one.memory_bytes == pytest.approx(other.memory_bytes, rel=0.03)
+        assert one.ops == pytest.approx(other.ops, rel=work)
+        assert one.memory_bytes == pytest.approx(other.memory_bytes, rel=work)
 
 
 def without_work(plan: Plan, memory: bool = True, holders: bool = True) -> Plan:

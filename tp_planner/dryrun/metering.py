@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from tp_planner.frontend.dispatch import tensors_in
 from tp_planner.frontend.layer_tree import named_layers
+from tp_planner.frontend.stretches import Stretch
 from tp_planner.ir.step import Collective, Phase, StorageKind
 from tp_planner.ir.step_log import Began, Early, Freed, Kernel, Origin, StepLog
 from tp_planner.job.axes import Axes
@@ -63,6 +64,8 @@ class StepMeter(CollectiveRecorder):
         """Inside, a storage is known by the layer whose call makes it, or makes it on the way back."""
         with contextlib.ExitStack() as stack:
             for name, layer in named_layers(model).items():
+                if isinstance(layer, Stretch):
+                    continue  # the layer around it does what is done between its layers
                 enter = functools.partial(self._enter_layer, name)
                 stack.callback(layer.register_forward_pre_hook(enter, prepend=True).remove)
                 stack.callback(layer.register_forward_hook(self._leave_layer, always_call=True).remove)

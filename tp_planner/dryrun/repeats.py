@@ -160,6 +160,7 @@ class _StandIn(torch.autograd.Function):
         ctx.mark_non_differentiable(
             *(output for position, output in enumerate(outputs) if position not in ran.with_gradient)
         )
+        ctx.set_materialize_grads(False)  # nor does a block make gradients of what nobody took
         ctx.meter, ctx.call, ctx.inputs = meter, call, [(each.shape, each.dtype) for each in inputs]
         return tuple(outputs)
 

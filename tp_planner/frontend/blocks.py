@@ -16,6 +16,7 @@ import torch
 
 from tp_planner.frontend.layer_tree import BOOKKEEPING, named_layers, named_variables, own_variables
 from tp_planner.frontend.penalties import penalty_kind
+from tp_planner.frontend.stretches import Wiring
 
 _PLAIN = (int, float, str, bool, bytes, complex, type(None))
 # Attributes of these kinds do not change what a call computes, or are compared in another way.
@@ -27,6 +28,7 @@ _INERT = (
     keras.constraints.Constraint,
     keras.random.SeedGenerator,
     torch.nn.Module,
+    Wiring,
 )
 _COMMON = BOOKKEEPING - {"_dtype_policy", "_trainable", "autocast"}  # these three matter
 
@@ -94,6 +96,17 @@ def find_blocks(model: keras.Model, distinguish: Callable[[str], Hashable] = lam
         equal,
         {block: tuple(key for name in inner for key in own[name]) for block, inner in equal.items()},
     )
+
+
+def signatures_of(model: keras.Model, distinguish: Callable[[str], Hashable]) -> Callable[[str], Hashable]:
+    """Return what gives, by a layer's name, a value that is equal for equal layers; ``distinguish`` as above."""
+    layers, known = named_layers(model), dict[int, Hashable]()
+    names = {id(layer): name for name, layer in layers.items()}
+
+    def signature(name: str) -> Hashable:
+        return layer_signature(layers[name], known), tuple(map(distinguish, _below(layers[name], names)))
+
+    return signature
 
 
 def find_equal_layers(

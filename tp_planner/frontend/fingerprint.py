@@ -8,6 +8,7 @@ import json
 import keras
 
 from tp_planner.frontend.layer_tree import named_layers, named_variables
+from tp_planner.frontend.stretches import Stretch
 
 
 def fingerprint(model: keras.Model) -> str:
@@ -19,5 +20,7 @@ def fingerprint(model: keras.Model) -> str:
         [key, list(variable.shape), keras.backend.standardize_dtype(variable._dtype)]
         for key, variable in named_variables(model).items()
     ]
-    layers = [[name, type(layer).__name__] for name, layer in named_layers(model).items()]
+    layers = [
+        [name, type(layer).__name__] for name, layer in named_layers(model).items() if not isinstance(layer, Stretch)
+    ]
     return hashlib.sha256(json.dumps([variables, layers]).encode()).hexdigest()

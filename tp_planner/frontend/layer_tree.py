@@ -26,15 +26,19 @@ _known = _Known()
 
 
 @contextlib.contextmanager
-def naming_once(model: keras.Model) -> Iterator[None]:
-    """Inside, the names of the model's layers and variables are those at its start; they are not looked up again."""
-    layers, variables = named_layers(model), named_variables(model)
-    before = _known.model
-    _known.model, _known.layers, _known.variables = model, layers, variables
+def naming_once(model: keras.Model, layers: dict[str, keras.Layer] | None = None) -> Iterator[None]:
+    """Inside, the names of the model's layers and variables are those at its start; they are not looked up again.
+
+    ``layers`` are its layers by name, if they have other names than ``named_layers`` finds.
+    """
+    known = layers or named_layers(model), named_variables(model)
+    before = vars(_known).copy()
+    _known.model, (_known.layers, _known.variables) = model, known
     try:
         yield
     finally:
-        _known.model = before
+        vars(_known).clear()
+        vars(_known).update(before)
 
 
 def named_layers(model: keras.Model) -> dict[str, keras.Layer]:

@@ -9,6 +9,7 @@ import keras
 from tp_planner.frontend.contractions import contractions_of, is_dropout
 from tp_planner.frontend.layer_tree import named_layers, named_variables, own_variables
 from tp_planner.frontend.penalties import penalty_kind
+from tp_planner.frontend.stretches import Stretch
 from tp_planner.frontend.torch_modules import keeps_parameters_elsewhere
 from tp_planner.ir.graph import LayerInfo, VariableInfo
 
@@ -29,6 +30,7 @@ def survey(model: keras.Model) -> Surveyed:
             variables=tuple(own),
             contractions=contractions_of(layer, keys),
             is_dropout=is_dropout(layer),
+            is_stretch=isinstance(layer, Stretch),
         )
         for key, variable in zip(own, own_variables(layer), strict=True):
             if key not in variables:

@@ -23,6 +23,13 @@ class Traces:
         self._model, self._inputs = model, inputs
         self._made: dict[Hashable, ModelGraph] = {}
         self.surveyed = surveyed or survey(model)
+        self._within: dict[Hashable, Traces] = {}
+
+    def within(self, layers: Hashable) -> Traces:
+        """Return the traces of the model while its layers are those of these names."""
+        if layers not in self._within:
+            self._within[layers] = Traces(self._model, self._inputs)
+        return self._within[layers]
 
     def of(self, blocks: Blocks, training: bool) -> ModelGraph:
         """Return the trace of a call of which only one of each of the ``blocks`` is run."""

@@ -55,7 +55,7 @@ class LayerInfo:
     """A layer: its unique name in the model, its class, its variables in order of creation, what it contracts.
 
     ``contractions`` has one entry for each mode of a layer whose computation is a contraction; it is empty
-    for every other layer.
+    for every other layer. A stretch is no layer of the model, but stands for several while it is planned.
     """
 
     name: str
@@ -64,6 +64,7 @@ class LayerInfo:
     variables: tuple[str, ...]
     contractions: tuple[tuple[str, Contraction], ...]
     is_dropout: bool
+    is_stretch: bool = False
 
 
 @dataclass(frozen=True, slots=True)

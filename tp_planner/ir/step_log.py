@@ -197,6 +197,7 @@ class _Unfolding:
         self.out = StepLog(kinds=dict(log.kinds), origins=dict(log.origins), storages=log.storages, block=log.block)
         self.freed = {event.storage for event in log.events if isinstance(event, Freed)}
         self.freed_forward = _freed_before_backward(log.events)
+        self.freed_with = _freed_with_repeats(log.events)
         self.spans = _spans(log.events)
         self.gone: set[int] = set()  # storages of the log that went earlier than it says
         self.arrived: dict[int, dict[int, int]] = {}  # by call of a block that ran: output -> storage of its gradient
@@ -208,6 +209,7 @@ class _Unfolding:
         outputs = {storage for (_, phase), made in self.made.items() if phase == "forward" for storage in made.values()}
         self.returned = outputs.union(*(self._gradients_of_inputs(*key) for key in self.spans))
         self.own: dict[tuple[int, ...], dict[int, int]] = {}  # by chain: what the twin hands on -> what the block does
+        self.handed_on: dict[tuple[int, ...], dict[int, int]] = {}  # the same, until the backward pass
         self.early: set[tuple[int, tuple[int, ...]]] = set()  # storages that came to be earlier than the log says
         self.copies: dict[tuple[int, ...], dict[int, int]] = {}  # by chain of repeating calls: storage -> its copy
 
@@ -252,6 +254,10 @@ class _Unfolding:
         self._take_gradients(event, twin.call, inner)
         handed_on = self.made.get((twin.call, event.phase), {})
         self.own[inner] = {handed_on[position]: own for position, own in event.made if position in handed_on}
+        if event.phase == "forward":
+            self.handed_on[inner] = self.own[inner].copy()
+        else:
+            self._let_go_as_twin(inner)
         self._write(*span, inner, own_names)
         self._let_go(inner, self.freed if event.phase == "backward" else self.freed_forward)
 
@@ -263,6 +269,13 @@ class _Unfolding:
             # Inside a repeated block they are that block's own copies, and go as it says.
             if output in arriving and len(chain) == 1:
                 copies[storage] = arriving[output]
+
+    def _let_go_as_twin(self, chain: tuple[int, ...]) -> None:
+        """Let what the block handed on, and only its own backward pass still needs, go where its twin's does."""
+        copies, freed = self.copies.setdefault(chain, {}), self.freed_with.get(chain[-1], ())
+        for storage, own in self.handed_on.pop(chain, {}).items():
+            if own in freed and len(chain) == 1:
+                copies[storage] = own
 
     def _storage_again(self, event: Allocated | Freed, chain: tuple[int, ...], origin: Origin | None) -> None:
         copies = self.copies.setdefault(chain, {})
@@ -296,6 +309,20 @@ class _Unfolding:
             copy = copies.pop(storage)
             if copy >= self.log.storages:
                 self.out.events.append(Freed(copy))
+
+
+def _freed_with_repeats(events: Iterable[Event]) -> dict[int, set[int]]:
+    """Return what goes as soon as a block that does not run has gone backward, by its call."""
+    freed: dict[int, set[int]] = {}
+    call: int | None = None
+    for event in events:
+        if isinstance(event, Again) and event.phase == "backward":
+            call = event.call
+        elif isinstance(event, Freed) and call is not None:
+            freed.setdefault(call, set()).add(event.storage)
+        elif not isinstance(event, Allocated | Edge):
+            call = None
+    return freed
 
 
 def _freed_before_backward(events: Iterable[Event]) -> set[int]:

@@ -64,7 +64,10 @@ def gather_together(
         equal: a number for each layer that has an equal one in the model, the same for equal ones.
     """
     in_parts = {each.key: each for each in variables if isinstance(each.batch_placement, Shard)}
-    readings = _readings(graph, in_parts, ranks)
+    readings = [
+        replace(each, around=tuple(layer for layer in each.around if not graph.layers[layer].is_stretch))
+        for each in _readings(graph, in_parts, ranks)
+    ]
     times = Counter(reading.use for reading in readings)
     kinds = {
         name: equal.get(name, name) if layer.class_name in _CONTAINERS else layer.class_name

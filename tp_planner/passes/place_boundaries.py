@@ -321,7 +321,7 @@ def _common_scope(graph: ModelGraph, calls: set[int], parents: set[int | None]) 
     starts = [call if call in parents else graph.calls[call].parent for call in sorted(calls)]
     chains = [[outer.id for outer in graph.enclosing(start)] for start in starts]
     common = set(chains[0]).intersection(*chains[1:])
-    return graph.calls[max(common)].layer
+    return next(call.layer for call in graph.enclosing(max(common)) if not graph.layers[call.layer].is_stretch)
 
 
 def _style_and_reason(
