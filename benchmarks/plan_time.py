@@ -293,7 +293,8 @@ def table(rows: Rows) -> Iterator[str]:
         search, gap = "", ""
         if size.search_target_s is not None:
             search = f"{_median(measured, 'search', 'total_s'):.2f}"
-            gap = f"{max(_each(measured, 'search', 'gap')):.2%}"
+            gaps = _each(measured, "search", "gap")
+            gap = "unknown" if None in gaps else f"{max(gaps):.2%}"
         yield (
             f"  {size.name:>14}{size.layers:8}{measured[0]['parameters'] / 1e9:11.1f} B{median:10.2f}{quartiles:>16}"
             f"{_median(measured, 'first', 'cpu_s'):8.2f}{_median(measured, 'first', 'simulation_s'):12.2f}"

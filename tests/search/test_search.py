@@ -22,9 +22,10 @@ from tp_planner.ir.layout import Layout, LayoutRule, Zero
 from tp_planner.ir.mesh import Mesh, parse_mesh
 from tp_planner.passes.check_rules import matching_rules
 from tp_planner.planner import make_plan
+from tp_planner.report.found import found_sections
 from tp_planner.search.door import find_layout, read_memory
 from tp_planner.search.find import search
-from tp_planner.search.found import ERROR, Found
+from tp_planner.search.found import ERROR, Found, known_bound
 from tp_planner.search.prices import seconds_of
 from tp_planner.search.rules import write_rules
 
@@ -54,7 +55,48 @@ def two_towers() -> keras.Model:
     return keras.Model([user, item], keras.ops.sum(left * right, axis=-1), name="two_towers")
 
 
-SMALL: dict[str, Callable[[], keras.Model]] = {each.__name__: each for each in (two_dense, convolutions, two_towers)}
+class Gated(keras.layers.Layer):
+    """Gates and values of one kernel, which its code takes apart: planning stores it in two parts."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.up = keras.layers.Dense(8192, use_bias=False, name="up")
+        self.down = keras.layers.Dense(1024, use_bias=False, name="down")
+
+    def call(self, x: Any) -> Any:
+        gate, value = keras.ops.split(self.up(x), 2, axis=-1)
+        return self.down(keras.ops.silu(gate) * value)
+
+
+def gated() -> keras.Model:
+    x = keras.Input((1024,), name="x")
+    return keras.Model(x, Gated(name="gated")(x), name="gated")
+
+
+class Packed(keras.layers.Layer):
+    """Attention whose queries, keys and values are of one kernel."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.qkv = keras.layers.Dense(3072, name="qkv")
+        self.out = keras.layers.Dense(1024, use_bias=False, name="out")
+
+    def call(self, x: Any) -> Any:
+        batch, length = keras.ops.shape(x)[:2]
+        parts = keras.ops.reshape(self.qkv(x), (batch, length, 3, 16, 64))
+        query, key, value = keras.ops.unstack(parts, axis=2)
+        scores = keras.ops.softmax(keras.ops.einsum("bqhd,bkhd->bhqk", query, key))
+        return self.out(keras.ops.reshape(keras.ops.einsum("bhqk,bkhd->bqhd", scores, value), (batch, length, 1024)))
+
+
+def packed() -> keras.Model:
+    x = keras.Input((64, 1024), name="x")
+    return keras.Model(x, Packed(name="attention")(x), name="packed")
+
+
+SMALL: dict[str, Callable[[], keras.Model]] = {
+    each.__name__: each for each in (two_dense, convolutions, two_towers, gated, packed)
+}
 
 
 def all_layouts(model: keras.Model, mesh: Mesh) -> Iterator[Layout]:
@@ -92,6 +134,30 @@ def test_no_layout_is_cheaper(name: str) -> None:
     assert found.best.proven.cost == pytest.approx(min(costs), rel=1e-9)
     assert abs(found.error) < ERROR
     assert found.gap < 1e-6
+
+
+def test_what_code_takes_apart_later_is_found_in_parts() -> None:
+    """The program knows of the parts in which planning stores a weight for what another step does."""
+    model = built(gated)
+    found = search(model, parse_mesh("model=4"), H100, batch_of(model, 64), keras.optimizers.Adam())
+    assert {str(each.placement) for each in found.plan.variables} == {"S(1:4096+4096)", "S(0)"}
+    assert abs(found.error) < ERROR
+    assert found.gap < 1e-6
+
+
+def test_no_bound_is_known_that_a_plan_is_below() -> None:
+    """Where the program asks more for a layout than its plan takes, no gap is said."""
+    model = built(two_dense)
+    found = search(model, parse_mesh("model=4"), H100, batch_of(model, 64), keras.optimizers.Adam())
+    best, cost = found.best, found.best.cost
+    fitting = [replace(best, program_cost=1.01 * cost), replace(best, program_cost=cost, on_top_of=best, cost=cost / 2)]
+    assert known_bound(1.01 * cost, fitting) == cost
+    assert known_bound(cost, [*fitting, replace(best, program_cost=1.03 * cost)]) is None
+    assert known_bound(1.03 * cost, fitting) is None
+    unknown = replace(found, bound=None)
+    assert unknown.gap is None
+    (section,) = found_sections(unknown.figures)
+    assert section.sentences[1].startswith("optimality gap not known: ")
 
 
 def block(names: str, number: int, top: str = "") -> list[str]:

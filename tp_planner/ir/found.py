@@ -28,7 +28,7 @@ class FoundFigures:
     """The cheapest layout of a search, and what it is compared with. Times are the high ends of estimates.
 
     ``proven`` is the best without what the program does not know, of which ``bound`` and ``gap`` speak: no layout that
-    the program knows takes less. ``whole`` has nothing sharded.
+    the program knows takes less; None where that is not known. ``whole`` has nothing sharded.
     """
 
     model: str
@@ -36,8 +36,8 @@ class FoundFigures:
     hardware: str
     best: CandidateFigures
     proven: CandidateFigures
-    bound: float
-    gap: float
+    bound: float | None
+    gap: float | None
     whole: CandidateFigures
     runners_up: tuple[CandidateFigures, ...]
     notes: tuple[str, ...]

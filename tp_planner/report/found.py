@@ -40,8 +40,11 @@ def _sentences(found: FoundFigures) -> Iterator[str]:
         yield f"{takes}; what follows is of the layout without"
     else:
         yield takes
-    yield f"no layout that shards whole dims, equal blocks alike, takes less than {_milliseconds(found.bound)}"
-    yield f"optimality gap {found.gap:.2%}, as the solver proves of the program that was searched"
+    if found.bound is None or found.gap is None:
+        yield "optimality gap not known: a plan takes less than the program said, so it may ask too much of others, too"
+    else:
+        yield f"no layout that shards whole dims, equal blocks alike, takes less than {_milliseconds(found.bound)}"
+        yield f"optimality gap {found.gap:.2%}, as the solver proves of the program that was searched"
     yield f"of the plan's step the program said {found.proven.program_seconds / found.proven.seconds - 1:+.2%}"
     yield from found.notes
 

@@ -41,7 +41,8 @@ from tp_planner.planner import make_plan
 from tp_planner.progress import stage
 from tp_planner.readable_plan import Plan
 from tp_planner.search.formulate import Formulation, Group, Stored
-from tp_planner.search.found import Candidate, Found
+from tp_planner.search.found import Candidate, Found, known_bound
+from tp_planner.search.packing import parts_of_matrices
 from tp_planner.search.prices import Prices, seconds_of
 from tp_planner.search.program import Solution
 from tp_planner.search.refusals import needless_ends, refused_regions
@@ -133,7 +134,8 @@ def _formulate(model: keras.Model, traces: Traces, loss: TrainingLoss | None, pr
             reads_shards = loss is not None and loss.reads_shards
             formulation = Formulation(graph, groups, prices, loss_in_shards if reads_shards else None)
             rules = DTensorRules(axes.model.mesh)
-            formulation.add_steps(Walker(graph, rules, OpMeter(rules, parts), parts, options))
+            packed = parts_of_matrices(graph, options, rules, parts)
+            formulation.add_steps(Walker(graph, rules, OpMeter(rules, parts), parts, options, packed))
     formulation.constant += seconds_of(prices.base, prices.hardware)
     return formulation
 
@@ -282,7 +284,8 @@ class _Search:
             raise PlanError(_too_large(self.base, candidates, self.memory))
         others = sorted((each for each in candidates if each is not best), key=lambda each: each.cost)
         name, hardware = self.base.plan.model, self.planner.hardware.name
-        return Found(name, hardware, best, min(bound, best.proven.cost), self.base, tuple(others))
+        known = known_bound(bound, [each for each in candidates if self._fits(each.plan)])
+        return Found(name, hardware, best, known, self.base, tuple(others))
 
     def _planned(self, layout: Layout, program_cost: float) -> Candidate:
         if layout == self.base.layout:

@@ -54,12 +54,24 @@ def is_as_planned(candidate: Candidate) -> bool:
     return abs(candidate.cost / candidate.program_cost - 1) <= ERROR
 
 
+def known_bound(bound: float, candidates: Sequence[Candidate]) -> float | None:
+    """Return what no layout costs less than, if no plan shows that the program asks too much of some.
+
+    ``candidates`` are those that may be found: where memory is short, those that fit.
+    """
+    planned = [each for each in candidates if each.on_top_of is None]
+    if any(each.cost < (1 - ERROR) * max(bound, each.program_cost) for each in planned):
+        return None
+    return min((bound, *(each.cost for each in planned)))
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """The cheapest layout of a search.
 
     ``cost`` is what its plan's training step is estimated to take, in seconds (the high end of ``estimate_time``);
-    ``bound`` is what no layout in the search space takes less than, as the solver proves of the program. Of what stands
+    ``bound`` is what no layout in the search space takes less than, as the solver proves of the program; None where it
+    is not known, for a plan costs less than the program said. Of what stands
     on top of a layout, such as the stream in shards, the proof does not speak: error, gap and bound are then
     of the layout without it, which is ``best.proven``. ``whole`` has nothing sharded. ``runners_up`` are the other
     layouts that were planned, the cheapest first.
@@ -68,7 +80,7 @@ class Found:
     model: str
     hardware: str
     best: Candidate
-    bound: float
+    bound: float | None
     whole: Candidate
     runners_up: tuple[Candidate, ...]
 
@@ -90,11 +102,13 @@ class Found:
         return self.best.proven.cost / self.best.proven.program_cost - 1
 
     @property
-    def gap(self) -> float:
-        """By which fraction a better layout could be cheaper; 0 where there is none.
+    def gap(self) -> float | None:
+        """By which fraction a better layout could be cheaper; 0 where there is none, None where that is not known.
 
         Where program and plan agree it is said in the program's costs, else of the plan's.
         """
+        if self.bound is None:
+            return None
         proven = self.best.proven
         reached = proven.program_cost if is_as_planned(proven) else proven.cost
         return max(0.0, 1 - self.bound / min(reached, proven.cost))

@@ -16,7 +16,7 @@ from typing import Any
 from tp_planner.dryrun.op_work import NO_WORK, OpMeter, OpWork, is_copy_in_order, is_in_place, is_view
 from tp_planner.dryrun.sharding_rules import DTensorRules
 from tp_planner.ir.graph import REPEAT, FunctionCall, ModelGraph, Op
-from tp_planner.ir.placement import WHOLE, Partial, Placement, local_shape, without_parts
+from tp_planner.ir.placement import WHOLE, Partial, Placement, in_parts, local_shape, without_parts
 from tp_planner.ir.plan import Boundary, Transition
 from tp_planner.passes.choose_styles import StyleChoice, choose_styles, input_placement, output_dim, weight_uses
 from tp_planner.passes.follow_ops import Followed
@@ -26,7 +26,7 @@ from tp_planner.passes.walk.facts import Closings, LayerMode, Origins, VariableR
 from tp_planner.passes.walk.known import Known
 from tp_planner.passes.walk.layers import follow_contraction, follow_dropout
 from tp_planner.passes.walk.notes import Notes
-from tp_planner.passes.walk.packing import stored_in_parts
+from tp_planner.passes.walk.packing import stored_in_parts, weights_in_parts
 from tp_planner.search.gradients import Gradients
 from tp_planner.search.steps import Step, Times, contraction_of
 
@@ -83,6 +83,7 @@ class Walker:
         meter: measures ops.
         parts: size of the model axis.
         options: how each variable can be stored.
+        packed: the parts in which a variable that is stored so is stored, too, for what comes after.
     """
 
     def __init__(
@@ -92,8 +93,10 @@ class Walker:
         meter: OpMeter,
         parts: int,
         options: Mapping[str, Sequence[Placement]],
+        packed: Mapping[tuple[str, Placement], tuple[int, ...]],
     ) -> None:
         self.graph, self.rules, self.meter, self.parts, self.options = graph, rules, meter, parts, options
+        self.packed = packed
         self._times, self._sources, self._gradients = Times(graph), Sources(graph), Gradients(graph, parts)
         # What is asked about; the walk is given these same objects each time.
         self._stored: dict[str, Placement] = dict.fromkeys(graph.variables, WHOLE)
@@ -117,15 +120,32 @@ class Walker:
     def _ways(self, step: Step, taken: Mapping[int, Placement], stored: Sequence[Placement]) -> Iterator[Way]:
         self._stored.update(zip(step.variables, stored, strict=True))
         try:
-            if (choice := self._choice(step)) is not None:
-                for closed in (False, True) if self._leaves_shards(step, choice) else (False,):
-                    way = self._way(step, taken, closed, frozenset())
-                    if isinstance(way, Way):
-                        yield way
-            else:
-                yield from self._ways_by_op(step, taken)
+            choice = self._choice(step)
+            yield from self._ways_as_stored(step, taken, choice)
+            if packed := self._in_parts(step, choice):
+                self._stored.update(packed)
+                yield from self._ways_as_stored(step, taken, choice)
         finally:
             self._stored.update(dict.fromkeys(step.variables, WHOLE))
+
+    def _ways_as_stored(self, step: Step, taken: Mapping[int, Placement], choice: StyleChoice | None) -> Iterator[Way]:
+        if choice is None:
+            yield from self._ways_by_op(step, taken)
+            return
+        for closed in (False, True) if self._leaves_shards(step, choice) else (False,):
+            way = self._way(step, taken, closed, frozenset())
+            if isinstance(way, Way):
+                yield way
+
+    def _in_parts(self, step: Step, choice: StyleChoice | None) -> dict[str, Placement]:
+        """Return what a step can have stored in parts, for what comes after it."""
+        if choice is not None:
+            assert choice.contraction is not None
+            main = choice.contraction.main_weight
+            parts = self.packed.get((main, self._stored[main]), ())
+            return weights_in_parts(choice, self._stored, parts) if parts else {}
+        stored = ((key, self._stored[key]) for key in step.variables)
+        return {key: in_parts(shard, self.packed[key, shard]) for key, shard in stored if (key, shard) in self.packed}
 
     def _choice(self, step: Step) -> StyleChoice | None:
         """Return the style of a step that is one contraction of shards."""

@@ -44,13 +44,14 @@ def stored_in_parts(
         found[variable] = in_parts(found[variable], parts)
         for (name, _), choice in styles.items():
             if name == layer and choice.is_contraction:
-                found.update(_weights_in_parts(choice, found, parts))
+                found.update(weights_in_parts(choice, found, parts))
     for repeat in graph.repeats.values():
         found.update({own: in_parts(found[own], parts_of(found[twin])) for twin, own in repeat.variables})
     return found
 
 
-def _weights_in_parts(choice: StyleChoice, stored: Mapping[str, Placement], parts: Parts) -> dict[str, Placement]:
+def weights_in_parts(choice: StyleChoice, stored: Mapping[str, Placement], parts: Parts) -> dict[str, Placement]:
+    """Return the weights of a contraction that have its sharded dim, in parts."""
     assert choice.contraction is not None and choice.label is not None
     return {
         key: in_parts(stored[key], parts)
