@@ -217,6 +217,18 @@ def test_convolutions_are_priced_as_they_are_summed() -> None:
     assert abs(found.error) < ERROR
 
 
+def test_what_autograd_copies_before_it_is_written_into_is_priced_once() -> None:
+    """Batch normalization writes into its output, which autograd copies: that is a part of the op that writes."""
+    images = keras.Input((32, 32, 8), name="images")
+    hidden = keras.layers.Conv2D(64, 1, use_bias=False, name="first")(images)
+    hidden = keras.layers.BatchNormalization(name="norm")(hidden)
+    model = keras.Model(images, keras.layers.Conv2D(8, 1, use_bias=False, name="second")(hidden), name="normalized")
+    inputs = keras.InputSpec(shape=(16, 32, 32, 8), dtype="float32")
+    found = search(model, Mesh((("model", 4),)), fast_links(), inputs, keras.optimizers.AdamW())
+    assert any(variable.is_sharded for variable in found.best.proven.plan.variables)
+    assert abs(found.error) < ERROR
+
+
 def _random_layout(model: keras.Model, mesh: Mesh, rng: random.Random) -> Layout:
     rules = []
     for variable in survey(model)[1].values():

@@ -31,6 +31,7 @@ from tp_planner.search.gradients import Gradients
 from tp_planner.search.steps import Step, Times, contraction_of
 
 MOST_COMBINATIONS = 20_000  # of what one step takes; beyond, what it takes is sharded alike or whole
+_COPY = "aten.clone.default"
 _RESHAPED = "aten._unsafe_view.default"  # what reshapes are of a copy, where they are no views
 _SOMEWHERE: Origins = frozenset({("layer", ("", ""))})
 
@@ -106,6 +107,7 @@ class Walker:
         closings = Closings(layers=self._closed, reads=self._gathered)
         self._known = Known(graph, self._stored, self._styles, closings, rules, parts)
         self._views = {tensor for op in graph.ops if op.name != REPEAT and is_view(op.name) for tensor in op.outputs}
+        self._read_by_ops = {tensor for op in graph.ops for tensor in op.inputs}
         self._calls = Counter(call.layer for call in graph.calls.values() if call.id not in graph.repeats)
         self._functions = {function.ops[0]: function for function in graph.functions or ()}
 
@@ -392,13 +394,19 @@ class Walker:
         return self.graph.ops[slice(*step.ops)]
 
     def _is_left_out(self, op: Op, placed: Mapping[int, Placement]) -> bool:
-        """Whether an op is a copy for an order in memory that shards have: with one head left, say."""
+        """Whether an op is a copy for an order in memory that shards have: with one head left, say.
+
+        Or one that autograd makes of what the next op writes into: it is made, and measured, with that op.
+        """
+        following = self.graph.ops[op.id + 1 : op.id + 2]
+        if op.name == _COPY and op.outputs[0] not in self._read_by_ops:
+            return any(is_in_place(each.name) and each.inputs[:1] == op.inputs for each in following)
         if not is_copy_in_order(op):
             return False
         taken = op.inputs[0]
         if (placement := placed.get(taken, WHOLE)) == WHOLE:
             return False
-        tensors, following = self.graph.tensors, self.graph.ops[op.id + 1 : op.id + 2]
+        tensors = self.graph.tensors
         reshaped = [each.outputs[0] for each in following if each.name == _RESHAPED and each.inputs == op.outputs]
         if not reshaped:
             return self.meter.is_contiguous(tensors[taken], placement)
