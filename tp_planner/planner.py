@@ -13,7 +13,7 @@ from tp_planner.dryrun.collector import without_collector
 from tp_planner.dryrun.prove import prove
 from tp_planner.dryrun.sharding_rules import DTensorRules
 from tp_planner.dryrun.simulate import simulate
-from tp_planner.frontend.blocks import Blocks, find_blocks, find_equal_layers, signatures_of
+from tp_planner.frontend.blocks import Blocks, Signatures, find_alike, find_blocks
 from tp_planner.frontend.cuda_kernels import kernels_of
 from tp_planner.frontend.fingerprint import fingerprint
 from tp_planner.frontend.inputs import CallArguments, known_inputs
@@ -123,9 +123,13 @@ class _Job:
         return own, layer in self.resolution.outputs
 
     @functools.cached_property
-    def equal_layers(self) -> Mapping[str, Sequence[Sequence[str]]]:
-        """For each layer those that are planned alike, with all layers below each."""
-        return find_equal_layers(self.model, self.planned_alike)
+    def _signatures(self) -> Signatures:
+        return Signatures(self.model, self.planned_alike)
+
+    @functools.cached_property
+    def _alike(self) -> Mapping[str, Sequence[Sequence[str]]]:
+        """For each layer those that the rules shard alike and whose code is the same, with all layers below each."""
+        return find_alike(self.model, self.planned_alike)
 
     @property
     def _trained(self) -> set[str]:
@@ -142,8 +146,7 @@ class _Job:
         """
         if self.layout.sequence_parallel or self.resolution.outputs:
             return None
-        alike = signatures_of(self.model, self.planned_alike)
-        with stretches_as_layers(self.model, named_layers(self.model), alike) as layers:
+        with stretches_as_layers(self.model, named_layers(self.model), self._signatures.of) as layers:
             if not layers:
                 return None
             with naming_once(self.model, layers):
@@ -154,7 +157,7 @@ class _Job:
         return None if names_stretch else found
 
     def _plan_of_blocks(self) -> Plan | None:
-        return self.plan(find_blocks(self.model, self.planned_alike))
+        return self.plan(find_blocks(self.model, self._signatures))
 
     def plan(self, blocks: Blocks) -> Plan | None:
         """Return the plan, made from one of each of the ``blocks``; None if they cannot be planned one by one."""
@@ -193,7 +196,7 @@ class _Job:
                     if not conflicts:
                         plan = self._across_replicas(self._into_loss(plan, graphs), graphs[0])
                         return self._simulated(plan, graphs[0], axes)
-                    conflicts = spread_conflicts(conflicts, self.equal_layers, graphs, walks)
+                    conflicts = spread_conflicts(conflicts, self._alike, graphs, walks)
                 if graphs[0].functions is not None:
                     if must_walk_all_blocks(conflicts, graphs, walks):
                         return None
@@ -243,7 +246,7 @@ class _Job:
         sums = bucket_summands(variables, plan.layers)
         late = {key for keys in sums for key in keys}
         layers = sum_where_used(plan.layers, variables)
-        equal = find_blocks(self.model, self.planned_alike).signatures
+        equal = find_blocks(self.model, self._signatures).signatures
         gatherings = gather_together(graph, variables, plan.axis_size, equal)
         buckets = bucket_gradients(variables, late)
         return replace(

@@ -75,8 +75,40 @@ class Blocks:
         )
 
 
-def find_blocks(model: keras.Model, distinguish: Callable[[str], Hashable] = lambda name: None) -> Blocks:
-    """Return the blocks of ``model``; ``distinguish`` returns what else has to be equal, by a layer's name."""
+class Signatures:
+    """Numbers that are equal for equal layers of a model, by name.
+
+    Args:
+        model: the model.
+        distinguish: returns what else has to be equal in a layer and all below it, by a layer's name.
+        signature: returns what has to be equal in a layer itself.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        distinguish: Callable[[str], Hashable] = lambda name: None,
+        signature: Callable[[keras.Layer], Hashable] | None = None,
+    ) -> None:
+        self._layers, self._distinguish = named_layers(model), distinguish
+        self._signature = signature or layer_signature
+        self._names = {id(layer): name for name, layer in self._layers.items()}
+        self._numbers: dict[Hashable, int] = {}  # by what is equal
+        self._known: dict[str, int] = {}
+
+    def of(self, name: str) -> int:
+        """Return the number of the layer of this name."""
+        if name not in self._known:
+            layer = self._layers[name]
+            inner = tuple(self.of(self._names[id(child)]) for child in layer._layers)
+            value = self._signature(layer), inner, self._distinguish(name)
+            self._known[name] = self._numbers.setdefault(value, len(self._numbers))
+        return self._known[name]
+
+
+def find_blocks(model: keras.Model, signatures: Signatures | None = None) -> Blocks:
+    """Return the blocks of ``model``, whose layers have these ``signatures``."""
+    signatures = signatures or Signatures(model)
     layers = named_layers(model)
     names = {id(layer): name for name, layer in layers.items()}
     parents: dict[str, set[str]] = {}
@@ -85,54 +117,30 @@ def find_blocks(model: keras.Model, distinguish: Callable[[str], Hashable] = lam
             parents.setdefault(names[id(child)], set()).add(name)
     below = {name: _below(layer, names) for name, layer in list(layers.items())[1:] if layer._layers}
     alone = {name: inner for name, inner in below.items() if _is_alone(inner, parents)}
-    signatures = _signatures(layers, alone, distinguish)
-    counts = Counter(signatures.values())
+    found = {name: signatures.of(name) for name in alone}
+    counts = Counter(found.values())
     numbers = {signature: number for number, signature in enumerate(counts)}
-    equal = {name: alone[name] for name, signature in signatures.items() if counts[signature] > 1}
+    equal = {name: inner for name, inner in alone.items() if counts[found[name]] > 1}
     keys = {id(variable): key for key, variable in named_variables(model).items()}
     own = {name: tuple(keys[id(v)] for v in own_variables(layers[name])) for inner in equal.values() for name in inner}
     return Blocks.of(
-        {name: numbers[signatures[name]] for name in equal},
+        {name: numbers[found[name]] for name in equal},
         equal,
         {block: tuple(key for name in inner for key in own[name]) for block, inner in equal.items()},
     )
 
 
-def signatures_of(model: keras.Model, distinguish: Callable[[str], Hashable]) -> Callable[[str], Hashable]:
-    """Return what gives, by a layer's name, a value that is equal for equal layers; ``distinguish`` as above."""
-    layers, known = named_layers(model), dict[int, Hashable]()
-    names = {id(layer): name for name, layer in layers.items()}
+def find_alike(model: keras.Model, distinguish: Callable[[str], Hashable]) -> Mapping[str, tuple[tuple[str, ...], ...]]:
+    """Return for each layer those of its class with equal variables and inner layers alike, whatever else they keep.
 
-    def signature(name: str) -> Hashable:
-        return layer_signature(layers[name], known), tuple(map(distinguish, _below(layers[name], names)))
-
-    return signature
-
-
-def find_equal_layers(
-    model: keras.Model, distinguish: Callable[[str], Hashable] = lambda name: None
-) -> Mapping[str, tuple[tuple[str, ...], ...]]:
-    """Return for each layer those that are equal to it: each with all layers below it, the layer itself included.
-
-    ``distinguish`` is as for ``find_blocks``.
+    Each is there with all layers below it, the layer itself included. ``distinguish`` is as for ``Signatures``.
     """
-    layers = named_layers(model)
+    layers, signatures = named_layers(model), Signatures(model, distinguish, _without_attributes)
     names = {id(layer): name for name, layer in layers.items()}
-    below = {name: _below(layer, names) for name, layer in layers.items()}
-    equal: dict[Hashable, list[tuple[str, ...]]] = {}
-    signatures = _signatures(layers, below, distinguish)
-    for name, signature in signatures.items():
-        equal.setdefault(signature, []).append(below[name])
-    return {name: tuple(equal[signature]) for name, signature in signatures.items()}
-
-
-def _signatures(
-    layers: Mapping[str, keras.Layer], below: Mapping[str, tuple[str, ...]], distinguish: Callable[[str], Hashable]
-) -> dict[str, Hashable]:
-    known: dict[int, Hashable] = {}
-    return {
-        name: (layer_signature(layers[name], known), tuple(map(distinguish, inner))) for name, inner in below.items()
-    }
+    alike: dict[int, list[tuple[str, ...]]] = {}
+    for name, layer in layers.items():
+        alike.setdefault(signatures.of(name), []).append(_below(layer, names))
+    return {name: tuple(alike[signatures.of(name)]) for name in layers}
 
 
 def _below(layer: keras.Layer, names: Mapping[int, str]) -> tuple[str, ...]:
@@ -156,17 +164,15 @@ def _is_alone(inner: tuple[str, ...], parents: Mapping[str, set[str]]) -> bool:
     return all(parents[name] <= inside for name in inner[1:])
 
 
-def layer_signature(layer: keras.Layer, known: dict[int, Hashable]) -> Hashable:
-    """Return a value that is equal for layers that compute the same; ``known`` remembers it by ``id(layer)``."""
-    if id(layer) not in known:
-        known[id(layer)] = (
-            type(layer),
-            tuple(sorted((name, _attribute(value)) for name, value in layer.__dict__.items() if _matters(name, value))),
-            tuple(_variable_signature(variable) for variable in own_variables(layer)),
-            _recomputation_signature(layer),
-            tuple(layer_signature(child, known) for child in layer._layers),
-        )
-    return known[id(layer)]
+def layer_signature(layer: keras.Layer) -> Hashable:
+    """Return a value that is equal for layers that compute the same, if the layers inside them do."""
+    attributes = ((name, _attribute(value)) for name, value in layer.__dict__.items() if _matters(name, value))
+    return *_without_attributes(layer), tuple(sorted(attributes))
+
+
+def _without_attributes(layer: keras.Layer) -> tuple[Any, ...]:
+    variables = tuple(_variable_signature(variable) for variable in own_variables(layer))
+    return type(layer), variables, _recomputation_signature(layer)
 
 
 def _matters(name: str, value: Any) -> bool:

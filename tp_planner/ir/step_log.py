@@ -228,12 +228,16 @@ class _Unfolding:
 
     def _write(self, start: int, end: int, chain: tuple[int, ...], names: Mapping[str, str]) -> None:
         for event in self.log.events[start:end]:
-            if isinstance(event, Again):
+            if isinstance(event, Kernel):  # as most are
+                self.out.events.append(event)
+            elif isinstance(event, Again):
                 self._again(event, chain, names)
             elif isinstance(event, Allocated) and (event.storage, chain) in self.early:
                 self.early.remove((event.storage, chain))
-            elif chain and isinstance(event, Allocated | Freed):
-                self._storage_again(event, chain, _renamed_origin(self.log.origins.get(event.storage), names))
+            elif chain and isinstance(event, Freed):
+                self._freed_again(event, chain)
+            elif chain and isinstance(event, Allocated):
+                self._allocated_again(event, chain, _renamed_origin(self.log.origins.get(event.storage), names))
             elif chain and isinstance(event, Arrived):
                 copy = self.copies[chain][event.storage]
                 self.out.events.append(Arrived(names.get(event.variable, event.variable), copy))
@@ -277,15 +281,16 @@ class _Unfolding:
             if own in freed and len(chain) == 1:
                 copies[storage] = own
 
-    def _storage_again(self, event: Allocated | Freed, chain: tuple[int, ...], origin: Origin | None) -> None:
+    def _freed_again(self, event: Freed, chain: tuple[int, ...]) -> None:
+        copy = self.copies.setdefault(chain, {}).pop(event.storage, None)
+        if copy is not None and copy not in self.gone:
+            self.out.events.append(Freed(copy))
+            if copy < self.log.storages:
+                self.gone.add(copy)
+
+    def _allocated_again(self, event: Allocated, chain: tuple[int, ...], origin: Origin | None) -> None:
         copies = self.copies.setdefault(chain, {})
-        if isinstance(event, Freed):
-            copy = copies.pop(event.storage, None)
-            if copy is not None and copy not in self.gone:
-                self.out.events.append(Freed(copy))
-                if copy < self.log.storages:
-                    self.gone.add(copy)
-        elif event.storage in self.own[chain]:
+        if event.storage in self.own[chain]:
             own = Allocated(self.own[chain].pop(event.storage), event.bytes, event.times)
             self._allocate_early(own, chain[:-1], origin)
         elif event.storage not in self.returned:
@@ -296,7 +301,7 @@ class _Unfolding:
         """Let what a block hands on come to be when its twin makes it, and not when the block has ended."""
         self.early.add((event.storage, chain))
         if chain:
-            self._storage_again(event, chain, origin)
+            self._allocated_again(event, chain, origin)
         else:
             self.out.events.append(event)
             if origin is not None:

@@ -1,6 +1,6 @@
-"""Spread conflicts: what the proof found in one layer it would find in all layers that are equal and called alike.
+"""Spread conflicts: what the proof found in one layer it would find in all layers of its class that are called alike.
 
-The proof ends where it finds the first difference. Of a model with many equal layers each would take a proof of its
+The proof ends where it finds the first difference. Of a model with many such layers each would take a proof of its
 own, if what is found in one of them were not said of the others.
 """
 
@@ -18,17 +18,17 @@ _QUOTED = re.compile(r"'([^']*)'")
 
 def spread_conflicts(
     conflicts: Sequence[Conflict],
-    equal_layers: Mapping[str, Sequence[Sequence[str]]],
+    alike: Mapping[str, Sequence[Sequence[str]]],
     graphs: Sequence[ModelGraph],
     walks: Sequence[Walk],
 ) -> list[Conflict]:
-    """Return the conflicts, and those that equal layers have.
+    """Return the conflicts, and those that layers alike have.
 
     Only a layer whose code writes sizes is the cause of its own conflict, and can be judged by its class and its call.
 
     Args:
         conflicts: what a proof found.
-        equal_layers: for each layer those equal to it: names of each and of all below it, the layer itself included.
+        alike: for each layer those of the same code and variables: names of each and of all below it, itself included.
         graphs: the traces of the model.
         walks: the placements found on them.
     """
@@ -36,21 +36,21 @@ def spread_conflicts(
     for conflict in conflicts:
         for kind, key in conflict.origins:
             if kind == "sizes" and len(conflict.origins) == 1:
-                found += _in_equal_layers(conflict, (key[0], key[1]), equal_layers[key[0]], graphs, walks)
+                found += _in_layers_alike(conflict, (key[0], key[1]), alike[key[0]], graphs, walks)
     return found
 
 
-def _in_equal_layers(
+def _in_layers_alike(
     conflict: Conflict,
     key: LayerMode,
-    equal: Sequence[Sequence[str]],
+    alike: Sequence[Sequence[str]],
     graphs: Sequence[ModelGraph],
     walks: Sequence[Walk],
 ) -> list[Conflict]:
     (layer, mode), found = key, []
-    own = next(names for names in equal if names[0] == layer)
+    own = next(names for names in alike if names[0] == layer)
     called = _calls(key, graphs, walks)
-    for names in equal:
+    for names in alike:
         other = names[0], mode
         writes_sizes = any(other in walk.writes_sizes for walk in walks)
         if other != key and writes_sizes and _calls(other, graphs, walks) == called:
