@@ -42,14 +42,14 @@ def without_averaging() -> AbstractContextManager[object]:
 
 def without_sums() -> AbstractContextManager[object]:
     """Let a sum over the ranks of the model axis be the own summand on rank 1, in the backward pass alone."""
-    plain = torch.ops._c10d_functional.all_reduce
+    plain = torch.ops._c10d_functional.all_reduce.default
 
     def all_reduce(tensor: torch.Tensor, *args: object) -> torch.Tensor:
         summed = plain(tensor, *args)
         backward = torch._C._current_graph_task_id() != -1 and not isinstance(tensor, FakeTensor)
         return tensor.clone() if backward and dist.get_rank() == 1 else summed
 
-    return mock.patch.object(torch.ops._c10d_functional, "all_reduce", all_reduce)
+    return mock.patch("tp_planner.regions.collectives._ALL_REDUCE", all_reduce)
 
 
 WRONG: dict[str, Callable[[], AbstractContextManager[object]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh
@@ -21,7 +22,7 @@ class Axis:
         assert mesh.ndim == 1 and mesh.mesh_dim_names is not None
         return cls(mesh, mesh.mesh_dim_names[0], mesh.size(), mesh.get_local_rank())
 
-    @property
+    @functools.cached_property
     def group(self) -> str:
         """The name of the axis's process group."""
         name: str = self.mesh.get_group().group_name

@@ -9,14 +9,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from tp_planner.ir.errors import ParallelRuntimeError
 from tp_planner.ir.placement import Partial, Replicate, SequenceShard, Shard, chunk_sizes
 from tp_planner.ir.plan import Boundary, Transition
 from tp_planner.job.axes import Axis
+from tp_planner.regions.backward import without_gradients
 from tp_planner.regions.calls import Site, running, standing_at
-from tp_planner.regions.collectives import arrived, begin_all_gather, begin_all_reduce, begin_reduce_scatter
+from tp_planner.regions.collectives import (
+    all_reduce,
+    arrived,
+    begin_all_gather,
+    begin_all_reduce,
+    begin_reduce_scatter,
+)
 from tp_planner.regions.left_out import LeftOut, can_be_made_again
 from tp_planner.regions.parts_side_by_side import in_stored_order, in_whole_order
 
@@ -40,8 +46,11 @@ def change(
         raise ParallelRuntimeError(
             f"a sequence of length {running.indivisible} at {site.layer!r} does not divide by {axis.size}"
         )
-    with standing_at(site):
+    before, running.site = running.site, site  # standing_at takes longer
+    try:
         return _change(tensor, transition, axis, length)
+    finally:
+        running.site = before
 
 
 def _change(tensor: torch.Tensor, transition: Transition, axis: Axis, length: int | None) -> torch.Tensor:
@@ -108,11 +117,6 @@ def _padded(tensor: torch.Tensor, dim: int, length: int) -> torch.Tensor:
     if not missing:
         return tensor.contiguous()
     return torch.nn.functional.pad(tensor, [0, 0] * (tensor.ndim - 1 - dim) + [0, missing])
-
-
-def all_reduce(summand: torch.Tensor, axis: Axis, operation: str = "sum") -> torch.Tensor:
-    """Return the sum, or the largest (``"max"``), of what all ranks of the axis have; no gradient flows through it."""
-    return arrived(begin_all_reduce(summand, axis, operation))
 
 
 def _all_gather(shard: torch.Tensor, dim: int, axis: Axis) -> torch.Tensor:
@@ -210,7 +214,7 @@ class _Arriving(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    @once_differentiable
+    @without_gradients
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.on_its_way.arrive(gradient), None  # type: ignore[attr-defined]
 
@@ -239,7 +243,7 @@ class _Boundary(torch.autograd.Function):
         return tensor.view_as(tensor) if changed is tensor else changed
 
     @staticmethod
-    @once_differentiable
+    @without_gradients
     def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
     ) -> tuple[torch.Tensor, None, None, None, None]:

@@ -12,12 +12,20 @@ import torch
 from tp_planner.job.axes import Axis
 
 _OPS = torch.ops._c10d_functional
+_ALL_REDUCE, _WAIT = _OPS.all_reduce.default, _OPS.wait_tensor.default
 
 
-def begin_all_reduce(summand: torch.Tensor, axis: Axis, operation: str = "sum") -> torch.Tensor:
-    """Return what will hold the sum, or the largest (``"max"``), of what all ranks of the axis have."""
+def all_reduce(summand: torch.Tensor, axis: Axis, operation: str = "sum") -> torch.Tensor:
+    """Return the sum, or the largest (``"max"``), of what all ranks of the axis have; no gradient flows through it."""
     with torch._C._AutoDispatchBelowAutograd():
-        result: torch.Tensor = _OPS.all_reduce(summand, operation, axis.group)
+        result: torch.Tensor = _WAIT(_ALL_REDUCE(summand, operation, axis.group))
+    return result
+
+
+def begin_all_reduce(summand: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """Return what will hold the sum of what all ranks of the axis have."""
+    with torch._C._AutoDispatchBelowAutograd():
+        result: torch.Tensor = _ALL_REDUCE(summand, "sum", axis.group)
     return result
 
 
@@ -43,5 +51,5 @@ def begin_reduce_scatter(summand: torch.Tensor, axis: Axis) -> torch.Tensor:
 def arrived(arriving: torch.Tensor) -> torch.Tensor:
     """Return what a collective has begun to make, once it is there; on a GPU its stream waits, and not the host."""
     with torch._C._AutoDispatchBelowAutograd():
-        result: torch.Tensor = _OPS.wait_tensor(arriving)
+        result: torch.Tensor = _WAIT(arriving)
     return result

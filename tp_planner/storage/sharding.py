@@ -24,7 +24,8 @@ from tp_planner.ir.placement import (
     local_shape,
 )
 from tp_planner.job.axes import Axes, Axis
-from tp_planner.regions.boundaries import all_reduce, gather
+from tp_planner.regions.boundaries import gather
+from tp_planner.regions.collectives import all_reduce
 from tp_planner.regions.parts_side_by_side import own_parts
 
 Span = tuple[int, int]  # the first index, and the one after the last

@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from tp_planner.ir.placement import chunk_sizes
 from tp_planner.job.axes import Axis
-from tp_planner.regions.boundaries import all_reduce
 from tp_planner.regions.calls import METRICS, Site, running, standing_at
+from tp_planner.regions.collectives import all_reduce
 from tp_planner.regions.logits import Logits
 
 CHUNK_BYTES = 64 * 2**20

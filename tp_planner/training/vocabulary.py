@@ -19,8 +19,9 @@ from keras.src.metrics.reduction_metrics import MeanMetricWrapper
 
 from tp_planner.ir.placement import Shard
 from tp_planner.patches import replaced, wrap_for_good, wrapped
-from tp_planner.regions.boundaries import all_reduce, gather
+from tp_planner.regions.boundaries import gather
 from tp_planner.regions.calls import METRICS, for_metrics, standing_at
+from tp_planner.regions.collectives import all_reduce
 from tp_planner.regions.logits import Logits
 from tp_planner.storage.log import logger
 from tp_planner.training.cross_entropy import cross_entropy, cross_entropy_of_distributions
