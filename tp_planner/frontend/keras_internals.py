@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from keras.src.backend import torch as torch_backend
 from keras.src.backend.common import dtypes
+from keras.src.models import functional
 
 _modules = torch_backend if hasattr(torch_backend, "core") else torch_backend.ops
 core, nn, numpy = _modules.core, _modules.nn, _modules.numpy
@@ -18,3 +19,6 @@ to_torch_dtype = core.to_torch_dtype
 
 # What Keras on torch computes in where it is asked for 64 bits: a dict by dtype.
 narrower_dtypes = dtypes.BIT64_TO_BIT32_DTYPE
+
+# What a Functional model calls in place of an operation: Keras 3.15 passes arguments like ``training`` on by it.
+operation_fn = getattr(functional, "operation_fn", lambda operation, **context: operation)

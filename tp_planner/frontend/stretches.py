@@ -15,8 +15,10 @@ from typing import Any
 
 import keras
 import torch
-from keras.src.models.functional import Functional, operation_fn
+from keras.src.models.functional import Functional
 from keras.src.ops.symbolic_arguments import SymbolicArguments
+
+from tp_planner.frontend.keras_internals import operation_fn
 
 TIMES = 4  # how often in a row a part is repeated at least
 LONGEST = 64  # how many parts between cuts a stretch has at most
