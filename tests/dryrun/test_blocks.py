@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -148,6 +149,7 @@ def built(*args: Any, **kwargs: Any) -> Block:
 DIFFERENT: dict[str, tuple[Callable[[], Block], Callable[[], Block]]] = {
     "a number": (lambda: built(1), lambda: built(2)),
     "numbers in a list": (lambda: built([1, 2]), lambda: built([1, 3])),
+    "what a dataclass says": (lambda: built(Note("a")), lambda: built(Note("b"))),
     "an object": (lambda: built(object()), lambda: built(object())),
     "units": (lambda: built(0, units=4), lambda: built(0, units=5)),
     "activation": (lambda: built(0, activation="relu"), lambda: built(0, activation="gelu")),
@@ -172,9 +174,17 @@ def are_equal(one: Block, other: Block) -> bool:
     return signatures.of(first) == signatures.of(second)
 
 
-def test_equal_layers() -> None:
+@dataclass(frozen=True)
+class Note:
+    """As Keras 3.16 keeps of an EinsumDense's equation."""
+
+    text: str
+
+
+@pytest.mark.parametrize("note", [1, [1, {"a": None}], Note("abc")], ids=["number", "list", "dataclass"])
+def test_equal_layers(note: Any) -> None:
     """Layers that differ in their names only are equal."""
-    assert are_equal(built(1, name="a"), built(1, name="b"))
+    assert are_equal(built(note, name="a"), built(copy.copy(note), name="b"))
 
 
 @pytest.mark.parametrize("difference", DIFFERENT)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import keras
@@ -192,6 +192,9 @@ def _attribute(value: Any) -> str:
         return repr(sorted(items))
     if isinstance(value, list | tuple | set | frozenset):
         return repr([_attribute(each) for each in value if not isinstance(each, _INERT)])
+    if is_dataclass(value) and not isinstance(value, type):
+        values = {field.name: getattr(value, field.name) for field in fields(value)}
+        return f"{type(value).__qualname__} {_attribute(values)}"
     return f"{type(value).__qualname__} {id(value)}"
 
 
