@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import keras
 import pytest
+import torch
 
 import tp_planner
 from tests.dryrun.test_simulation import Measured, measure
@@ -93,3 +94,17 @@ def test_shards_whose_gradients_are_laid_out_in_another_way_are_updated_by_the_k
         layout = Layout(Mesh((("model", 2),)), tuple(LayoutRule(*rule) for rule in rules.items()))
         ops[len(rules)] = make_plan(model, layout, optimizer=keras.optimizers.Adam()).step.work[-1].ops
     assert ops[1] == ops[0]
+
+
+@pytest.mark.parametrize(
+    ("others", "fits"),
+    [
+        ((torch.ones(2, 3), None), True),
+        ((torch.ones(3, 2).T, None), False),
+        ((torch.ones(2, 3, dtype=torch.float64), None), False),
+        ((torch.ones(2, 3, device="meta"), None), False),
+    ],
+)
+def test_kernels_get_tensors_that_are_alike(others: tuple[torch.Tensor | None, ...], fits: bool) -> None:
+    """They go through memory, and do not ask what is there."""
+    assert updates._kind((torch.ones(2, 3), *others)) == ((torch.device("cpu"), torch.float32) if fits else None)

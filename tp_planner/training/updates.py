@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -44,41 +44,39 @@ def update_elementwise(
         by_keras(gradients, variables)  # which makes no temporaries
         return
     fused = _FUSED.get(next((base for base in _FUSED if isinstance(optimizer, base)), None))
-    names = _names_of_slots(optimizer)
-    groups: dict[Any, list[_Part]] = defaultdict(list)
-    for gradient, variable in zip(gradients, variables, strict=True):
-        index = optimizer._get_variable_index(variable)
-        slots = {name: slot for name in names if (slot := getattr(optimizer, name)[index]) is not None}
-        part = _Part(variable, slots, gradient)
-        groups[part.kind if fused and part.fits_a_kernel else None].append(part)
+    indices = [optimizer._get_variable_index(variable) for variable in variables]
+    lists = {name: getattr(optimizer, name) for name in _names_of_slots(optimizer)}
+    slots = {name: [each[index] for index in indices] for name, each in lists.items()}
+    rows = list(zip(*map(_changed_in_place, (variables, *slots.values())), gradients, strict=True))
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for number, row in enumerate(rows):
+        groups[_kind(row) if fused else None].append(number)
     others = groups.pop(None, [])
-    for parts in groups.values():
+    for numbers in groups.values():
         assert fused is not None
+        columns = map(list, zip(*map(rows.__getitem__, numbers), strict=True))
         with torch.no_grad():
-            fused(optimizer, parts, learning_rate)
-    _update_in_slices(optimizer, others, by_keras)
+            fused(optimizer, dict(zip(("values", *slots, "gradients"), columns, strict=True)), learning_rate)
+    parts = [_Part(variables[each], [own[each] for own in slots.values()], rows[each]) for each in others]
+    _update_in_slices(optimizer, parts, by_keras)
+
+
+def _kind(row: Sequence[torch.Tensor | None]) -> tuple[torch.device, torch.dtype] | None:
+    """Return what tensors have in common that one kernel may change: it does not ask, and goes through memory."""
+    assert row[0] is not None
+    device, dtype = row[0].device, row[0].dtype
+    for each in row:
+        if each is not None and (each.dtype is not dtype or each.device != device or not each.is_contiguous()):
+            return None
+    return (device, dtype) if device.type in FUSED_DEVICES else None
 
 
 class _Part:
-    """What one variable's update takes: the variable, its slots by the names of the optimizer's lists, its gradient."""
+    """What one variable's update by Keras's code takes: the variable, its slots, its gradient."""
 
-    def __init__(self, variable: Any, slots: dict[str, Any], gradient: torch.Tensor) -> None:
-        self.variable, self.slots, self.gradient = variable, slots, gradient
-        self.value = _changed_in_place(variable)
-
-    @property
-    def kind(self) -> tuple[torch.device, torch.dtype]:
-        return self.value.device, self.value.dtype
-
-    @property
-    def fits_a_kernel(self) -> bool:
-        """Whether all tensors are alike: kernels do not ask, and go through memory."""
-        tensors = [self.gradient, *map(_changed_in_place, self.slots.values())]
-        alike = all((each.device, each.dtype) == self.kind and each.is_contiguous() for each in tensors)
-        return alike and self.value.is_contiguous() and self.value.device.type in FUSED_DEVICES
-
-    def slot(self, name: str) -> torch.Tensor:
-        return _changed_in_place(self.slots[name])
+    def __init__(self, variable: Any, slots: Sequence[Any], row: Sequence[Any]) -> None:
+        self.variable, self.slots = variable, [each for each in slots if each is not None]
+        self.value, self.gradient = row[0], row[-1]
 
 
 def _names_of_slots(optimizer: Any) -> list[str]:
@@ -93,24 +91,28 @@ def _are_slots(candidates: list[Any], variables: list[Any]) -> bool:
     first = next((pair for pair in zip(candidates, variables, strict=True) if pair[0] is not None), None)
     if first is None or first[0] is first[1]:
         return False
-    return (
-        isinstance(first[0], BackendVariable) and _changed_in_place(first[0]).shape == _changed_in_place(first[1]).shape
-    )
+    if not isinstance(first[0], BackendVariable):
+        return False
+    slot, variable = _changed_in_place(first)
+    return bool(slot.shape == variable.shape)
 
 
-def _changed_in_place(variable: Any) -> torch.Tensor:
-    """Return the tensor that this rank stores; to find a variable's ``value`` takes as long as a small update."""
-    tensor: torch.Tensor = variable._value
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+def _changed_in_place(variables: Sequence[Any]) -> list[Any]:
+    """Return the tensors that this rank stores; to find a variable's ``value`` takes as long as a small update."""
+    values = [None if each is None else each._value for each in variables]
+    return [each._local_tensor if isinstance(each, DTensor) else each for each in values]
 
 
-def _fused_adam(optimizer: Any, parts: Sequence[_Part], learning_rate: Any) -> None:
+Columns = Mapping[str, list[torch.Tensor]]  # "values" of variables, their "gradients", and slots by the lists' names
+
+
+def _fused_adam(optimizer: Any, columns: Columns, learning_rate: Any) -> None:
     """Make Adam's update by Keras's formula, in which epsilon is added to a root that is not corrected for bias.
 
     So the kernel corrects nothing: its step is infinite, and all corrections are in the rate. That stays on the device,
     but where a kernel would read it as float32.
     """
-    value = parts[0].value
+    value = columns["values"][0]
     step = keras.ops.cast(optimizer.iterations + 1, value.dtype)
     rate = keras.ops.cast(learning_rate, value.dtype)
     rate = rate * torch.sqrt(1 - optimizer.beta_2**step) / (1 - optimizer.beta_1**step)
@@ -118,12 +120,12 @@ def _fused_adam(optimizer: Any, parts: Sequence[_Part], learning_rate: Any) -> N
         rate = rate.item() if value.dtype == torch.float64 else rate.float()
     infinite = torch.full((), torch.inf, device=value.device)
     torch._fused_adam_(
-        [each.value for each in parts],
-        [each.gradient for each in parts],
-        [each.slot("_momentums") for each in parts],
-        [each.slot("_velocities") for each in parts],
-        [each.slot("_velocity_hats") for each in parts] if optimizer.amsgrad else [],
-        [infinite] * len(parts),
+        columns["values"],
+        columns["gradients"],
+        columns["_momentums"],
+        columns["_velocities"],
+        columns["_velocity_hats"] if optimizer.amsgrad else [],
+        [infinite] * len(columns["values"]),
         lr=rate,
         beta1=optimizer.beta_1,
         beta2=optimizer.beta_2,
@@ -134,12 +136,12 @@ def _fused_adam(optimizer: Any, parts: Sequence[_Part], learning_rate: Any) -> N
     )
 
 
-def _fused_sgd(optimizer: Any, parts: Sequence[_Part], learning_rate: Any) -> None:
+def _fused_sgd(optimizer: Any, columns: Columns, learning_rate: Any) -> None:
     """Make the update of SGD with momentum; Keras's momentums have the rate in them, and are added as they are."""
     torch._fused_sgd_(
-        [each.value for each in parts],
-        [each.gradient for each in parts],
-        [each.slot("momentums") for each in parts],
+        columns["values"],
+        columns["gradients"],
+        columns["momentums"],
         lr=-1.0,
         momentum=optimizer.momentum,
         dampening=1.0 + _number(learning_rate),
@@ -164,7 +166,7 @@ def _number(rate: Any) -> float:
 _NUMBERS = WeakTensorKeyDictionary()  # rates: the version of the tensor, and what it holds
 
 
-_FUSED: dict[Any, Callable[[Any, Sequence[_Part], Any], None]] = {
+_FUSED: dict[Any, Callable[[Any, Columns, Any], None]] = {
     keras.optimizers.Adam: _fused_adam,
     keras.optimizers.SGD: _fused_sgd,
 }
@@ -198,7 +200,7 @@ def _alone(tensor: torch.Tensor) -> Iterator[None]:
 def _slices(part: _Part) -> Iterator[torch.Tensor]:
     """Yield slices of the gradient; meanwhile the variable and its slots are slices too, as vectors."""
     length = SLICE_BYTES // part.value.element_size()
-    changed = [part.variable, *part.slots.values()]
+    changed = [part.variable, *part.slots]
     tensors = [local_tensor(each) for each in changed]
     if part.value.numel() <= length or not all(each.is_contiguous() for each in tensors):
         yield part.gradient
