@@ -234,12 +234,20 @@ def _most_repeated(sequence: Sequence[int], start: int) -> tuple[int, int]:
 
 
 def _how(entry: Any, nodes: Sequence[Any]) -> str:
-    """Return in words how nodes are wired: tensors by the number of the call that made them, constants as they are."""
+    """Return in words how nodes are wired: tensors by the call that made them, numbers and texts as they are.
+
+    Whatever else they are given makes them equal to themselves only.
+    """
     numbers = {id(entry): "entry"}
     told = []
     for position, node in enumerate(nodes):
         arguments = node.arguments.args, node.arguments.kwargs
-        leaves = [numbers.get(id(leaf)) or repr(leaf) for leaf in keras.tree.flatten(arguments)]
+        leaves = [numbers.get(id(leaf)) or _constant(leaf) for leaf in keras.tree.flatten(arguments)]
         told.append(f"{sorted(node.arguments.kwargs)} {leaves}")
         numbers.update((id(tensor), f"{position}.{output}") for output, tensor in enumerate(node.outputs))
     return " ".join(told)
+
+
+def _constant(value: Any) -> str:
+    is_plain = value is None or isinstance(value, int | float | str | bool)
+    return repr(value) if is_plain else f"{type(value).__name__} {id(value)}"
