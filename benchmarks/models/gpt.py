@@ -123,14 +123,14 @@ class AddPositions(keras.layers.Layer):
         return x + self.embeddings
 
 
-def keras_gpt(size: Size, weights: Weights, nested: bool = False) -> keras.Model:
+def keras_gpt(size: Size, weights: Weights, nested: bool = False, of_libraries: bool = False) -> keras.Model:
     """Return a causal GPT of flat Keras layers, norms before attention and feed-forward, logits per token.
 
-    Where it is ``nested`` each block is a layer of its own.
+    Where it is ``nested`` each block is a layer of its own; where it is ``of_libraries`` no layer is.
     """
     tokens = keras.Input((size.length,), dtype="int32", name="tokens")
     x = keras.layers.Embedding(VOCABULARY, size.width, name="token_embedding")(tokens)
-    x = AddPositions(name="position_embedding")(x)
+    x = _with_positions(x, size) if of_libraries else AddPositions(name="position_embedding")(x)
     for index in range(BLOCKS):
         name = f"block_{index}"
         x = Block(size, name)(x) if nested else _keras_block(x, name, size)
@@ -139,6 +139,13 @@ def keras_gpt(size: Size, weights: Weights, nested: bool = False) -> keras.Model
     for variable in model.trainable_variables:
         variable.assign(weights[variable.path].reshape(variable.shape))
     return model
+
+
+def _with_positions(x: Any, size: Size) -> Any:
+    from keras_hub.layers import PositionEmbedding  # takes seconds
+
+    positions = PositionEmbedding(size.length, name="position_embedding")(x)
+    return keras.layers.Add(name="embeddings_sum")([x, positions])
 
 
 class Block(keras.layers.Layer):

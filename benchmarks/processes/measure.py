@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from models.gpt import BLOCKS, RULES, SIZES, VOCABULARY, Size, Weights, draw_batch, draw_weights, keras_gpt, own_weights
 from peers.handwritten import AdamW, Gpt, make_all_dtensors, parallelize_with_stock_styles
 from showing.report import (
+    AUTOMATIC,
     DTENSORS,
     HANDWRITTEN,
     KERAS_SHARD,
@@ -43,6 +44,7 @@ from torch.distributed.tensor.experimental import implicit_replication
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tp_planner
+from tp_planner.replay import automatic
 
 CHECKED_STEPS = 3  # steps whose losses are compared; they warm up too
 TOLERANCE = 1e-4  # relative, float32
@@ -92,6 +94,7 @@ def versions(size: Size, shard_floor: bool) -> Iterator[Version]:
     yield Version(SINGLE, idle if rank else keras_steps(keras_gpt(size, weights), batch), alone=True)
     yield Version(PLANNED, keras_steps(planned_gpt(size, weights), batch))
     yield Version(REPLAYED, keras_steps(planned_gpt(size, weights), batch, jit_compile=True))
+    yield Version(AUTOMATIC, keras_steps(planned_gpt(size, weights, of_libraries=True), batch, jit_compile="auto"))
     yield Version(ON_STREAM, keras_steps(planned_gpt(size, weights, sequence_parallel=True), batch))
     yield Version(HANDWRITTEN, torch_steps(Gpt(shard, local, "communicating"), batch))
     yield Version(STOCK, torch_steps(parallelize_with_stock_styles(Gpt(size, weights), mesh), batch))
@@ -102,17 +105,20 @@ def versions(size: Size, shard_floor: bool) -> Iterator[Version]:
         yield Version(TORCH_SHARD, torch_steps(Gpt(shard, local, "silent"), batch), same_numbers=False)
 
 
-def planned_gpt(size: Size, weights: Weights, sequence_parallel: bool = False) -> keras.Model:
+def planned_gpt(
+    size: Size, weights: Weights, sequence_parallel: bool = False, of_libraries: bool = False
+) -> keras.Model:
     """Return the Keras GPT, parallelized over all processes."""
     processes = dist.get_world_size()
     devices = [f"cpu:{rank}" for rank in range(processes)]
     layout_map = keras.distribution.LayoutMap(keras.distribution.DeviceMesh((processes,), ("model",), devices))
     for pattern, axes in RULES.items():
         layout_map[pattern] = axes
-    return tp_planner.parallelize(keras_gpt(size, weights), layout_map, sequence_parallel=sequence_parallel)
+    model = keras_gpt(size, weights, of_libraries=of_libraries)
+    return tp_planner.parallelize(model, layout_map, sequence_parallel=sequence_parallel)
 
 
-def keras_steps(model: keras.Model, batch: Batch, jit_compile: bool = False) -> Mapping[str, Step]:
+def keras_steps(model: keras.Model, batch: Batch, jit_compile: Any = False) -> Mapping[str, Step]:
     """Return the works of the Keras GPT, training as in Keras's guide to torch training loops."""
     loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.AdamW(), loss_of, jit_compile=jit_compile)
@@ -251,6 +257,7 @@ def main() -> None:
     size = SIZES[options.size]
 
     torch.set_num_threads(1)
+    automatic.PATIENCE = 0  # else 100 calls of each work run as they are written before any is replayed
     dist.init_process_group("gloo")
     candidates = list(versions(size, options.shard_floor))
     require_equal_numbers(candidates)
