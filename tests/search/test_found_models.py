@@ -173,7 +173,7 @@ def test_the_stream_is_found_in_shards() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*FAMILIES, "bloom", "falcon", "deberta", "clip"])
+@pytest.mark.parametrize("name", [*FAMILIES, "bloom", "falcon", "deberta", "clip", "siglip", "pali_gemma", "flux"])
 def test_found_layout_of_a_family_trains_as_one_device(pools: Pools, name: str) -> None:
     found = found_for_family(name)
     assert any(variable.is_sharded for variable in found.plan.variables)
