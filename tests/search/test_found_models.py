@@ -8,9 +8,11 @@ from functools import cache
 from typing import Any
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 import torch.distributed as dist
+from keras.src.applications.efficientnet import DEFAULT_BLOCKS_ARGS, EfficientNet
 
 import tp_planner
 from tests.families import EVERY, FAMILIES
@@ -76,9 +78,61 @@ def _pairs(rng: np.random.Generator, size: int) -> Batch:
     return [rng.integers(0, end, size).astype("int32") for end in (64, 32)], rng.standard_normal((size, 1))
 
 
+def efficient(dtype: str = "float32", *, seed: int = 0) -> keras.Model:
+    """Return the first block of an EfficientNet between its stem and its top."""
+    with building(dtype):
+        model = EfficientNet(
+            1.0,
+            1.0,
+            32,
+            dropout_rate=0.0,
+            drop_connect_rate=0.0,
+            blocks_args=[dict(DEFAULT_BLOCKS_ARGS[0])],
+            name="efficient",
+            weights=None,
+            weights_name="",
+            input_shape=(32, 32, 3),
+            classes=4,
+            classifier_activation=None,
+        )
+        randomize(model, seed)
+        # Its gradient is zero, and what is left of it rounding: the next normalization takes the mean away.
+        model.get_layer("block1a_project_bn").beta.trainable = False
+        return model
+
+
+def sam(dtype: str = "float32", *, seed: int = 0) -> keras.Model:
+    """Return SAM's encoder of images, with attention in windows and across them, and classes of what it makes."""
+    with building(dtype):
+        encoder = keras_hub.models.ViTDetBackbone(
+            hidden_size=16,
+            num_layers=2,
+            intermediate_dim=32,
+            num_heads=4,
+            global_attention_layer_indices=[1],
+            image_shape=(16, 16, 3),
+            patch_size=4,
+            num_output_channels=8,
+            window_size=2,
+            name="encoder",
+        )
+        classes = keras.layers.Dense(4, name="head")(keras.ops.mean(encoder.output, (1, 2)))
+        return randomize(keras.Model(encoder.input, classes, name="sam"), seed)
+
+
+def _pictures(rng: np.random.Generator, size: int, width: int = 16) -> Batch:
+    return rng.standard_normal((size, width, width, 3)), rng.integers(0, 4, size).astype("int32")
+
+
+def _large_pictures(rng: np.random.Generator, size: int) -> Batch:
+    return _pictures(rng, size, 32)
+
+
 MODELS: dict[str, Case] = {
     "unet": Case("unet", unet, _images, "MeanSquaredError", {}, None),
     "recommender": Case("recommender", recommender, _pairs, "MeanSquaredError", {}, None),
+    "efficient": Case("efficient", efficient, _large_pictures, "SparseCategoricalCrossentropy", {}, None),
+    "sam": Case("sam", sam, _pictures, "SparseCategoricalCrossentropy", {}, None),
     **{name: CASES[name] for name in ("convnet", "handwritten", "tied", "subclassed")},
 }
 
@@ -173,7 +227,9 @@ def test_the_stream_is_found_in_shards() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*FAMILIES, "bloom", "falcon", "deberta", "clip", "siglip", "pali_gemma", "flux"])
+@pytest.mark.parametrize(
+    "name", [*FAMILIES, "bloom", "falcon", "deberta", "clip", "siglip", "pali_gemma", "flux", "stable_diffusion_3"]
+)
 def test_found_layout_of_a_family_trains_as_one_device(pools: Pools, name: str) -> None:
     found = found_for_family(name)
     assert any(variable.is_sharded for variable in found.plan.variables)

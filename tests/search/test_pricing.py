@@ -11,7 +11,6 @@ from tests.search.test_search import H100, batch_of, built
 from tp_planner.ir.mesh import parse_mesh
 from tp_planner.ir.placement import WHOLE
 from tp_planner.search.find import search
-from tp_planner.search.found import ERROR
 
 RANKS, WIDTH, LENGTH = 4, 2048, 256
 
@@ -60,5 +59,5 @@ def test_the_program_says_what_the_plan_costs(make: type[keras.layers.Layer]) ->
     model = built(lambda: model_of(make(name="layer")))
     found = search(model, parse_mesh(f"model={RANKS}"), H100, batch_of(model, 8), keras.optimizers.Adam())
     assert any(each.placement != WHOLE for each in found.best.proven.plan.variables)
-    assert abs(found.error) < ERROR
+    assert abs(found.error) < 0.006
     assert found.gap < 1e-6

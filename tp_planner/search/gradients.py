@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tp_planner.dryrun.op_work import NO_WORK, OpWork, has_view
-from tp_planner.ir.graph import ModelGraph, Op, TensorInfo
+from tp_planner.dryrun.op_work import NO_WORK, OpWork, has_view, is_view
+from tp_planner.ir.graph import REPEAT, ModelGraph, Op, TensorInfo
 from tp_planner.ir.placement import Placement, local_shape
 
 _RESHAPES = ("aten.view.default", "aten._unsafe_view.default")
-_TURNS = ("aten.permute.default", "aten.transpose.int")
+_TURNS = ("aten.permute.default", "aten.transpose.int", "aten.unsqueeze.default")
+_ADDED = -1  # a dim of length 1 that a tensor has not
 
 
 class Gradients:
@@ -24,7 +25,7 @@ class Gradients:
     def __init__(self, graph: ModelGraph, parts: int) -> None:
         self._tensors, self._parts = graph.tensors, parts
         self._readers: dict[int, list[Op]] = {}
-        for op in graph.ops:
+        for op in _read_on(graph):
             if any(self._tensors[made].has_gradient for made in op.outputs):
                 for tensor in dict.fromkeys(op.inputs):
                     self._readers.setdefault(tensor, []).append(op)
@@ -58,18 +59,33 @@ class Gradients:
         while len(readers) == 1 and (turned := _turned(readers[0], order)) is not None:
             order = turned
             readers = self._readers.get(readers[0].outputs[0], ())
-        return tuple(order)
+        return tuple(dim for dim in order if dim != _ADDED)
 
     def _bytes(self, tensor: TensorInfo, placement: Placement) -> int:
         return math.prod(local_shape(tensor.shape, placement, self._parts)) * tensor.itemsize
 
 
+def _read_on(graph: ModelGraph) -> list[Op]:
+    """Return the ops but for views that nothing reads: autograd makes such of what is written into through another."""
+    ends = [*graph.outputs, *(tensor for call in graph.calls.values() for tensor in call.outputs)]
+    read = {*ends, *(twin for repeat in graph.repeats.values() for twin, _ in (*repeat.inputs, *repeat.outputs))}
+    found = []
+    for op in reversed(graph.ops):
+        if op.name == REPEAT or not is_view(op.name) or any(tensor in read for tensor in op.outputs):
+            found.append(op)
+            read.update(op.inputs)
+    return found[::-1]
+
+
 def _turned(op: Op, order: Sequence[int]) -> list[int] | None:
-    """Return what an op makes of dims in this order, if that is all it does."""
+    """Return what an op makes of dims in this order, if it only turns them, or adds one of length 1."""
     if op.name not in _TURNS:
         return None
     args, kwargs = op.arguments
     given = [*args[1:], *kwargs.values()]
+    if op.name == "aten.unsqueeze.default":
+        at = given[0] % (len(order) + 1)
+        return [*order[:at], _ADDED, *order[at:]]
     if op.name == "aten.permute.default":
         return [order[dim] for dim in given[0]]
     first, second = given
