@@ -19,10 +19,11 @@ from tests.families import FAMILIES
 from tests.keras_distribution.test_model_parallel import model_parallel
 from tests.layers.test_generation import prompts
 from tests.models import randomize
-from tests.workers import Pools, layout_map
+from tests.workers import Pools, WorkerPool, layout_map
 from tp_planner.frontend.layer_tree import named_layers
 from tp_planner.replay import automatic
 from tp_planner.replay.automatic import foreign_code
+from tp_planner.training.compiling import is_left_open
 
 layers = keras.layers
 RULES = {"(.*/)?up/kernel": (None, "model"), "(.*/)?up/bias": ("model",), "(.*/)?down/kernel": ("model", None)}
@@ -125,6 +126,15 @@ def grown() -> list[np.ndarray]:
     return made
 
 
+def left_open() -> list[bool]:
+    """Return of two models, compiled by default and to run as they are written, whether that is left open."""
+    models = [library_model(), library_model()]
+    for model, options in zip(models, ({}, {"jit_compile": False}), strict=True):
+        tp_planner.parallelize(model, layout_map(RULES))
+        model.compile("sgd", "mse", **options)
+    return list(map(is_left_open, models))
+
+
 def generated_by_default() -> tuple[bool, int]:
     """Return whether replayed tokens are those of eager code, and how many programs were written."""
     model = FAMILIES["gpt2"].build()
@@ -155,6 +165,14 @@ def test_a_layer_that_is_added_is_called(pools: Pools) -> None:
     for before, after, *by_default in pools(2).run(grown):
         assert np.abs(after - before).max() > 0.01
         np.testing.assert_equal(by_default, [before, after])
+
+
+def test_the_first_model_of_a_process_is_replayed_too() -> None:
+    pool = WorkerPool(2)
+    try:
+        assert pool.run(left_open) == [[True, False]] * 2
+    finally:
+        pool.stop()
 
 
 @pytest.mark.slow

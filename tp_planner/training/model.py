@@ -60,6 +60,7 @@ def applied_to(model: keras.Model) -> Applied | None:
 
 def take_over(model: keras.Model, applied: Applied) -> None:
     """Mark the model as parallel, and let its saving, training and compiling calls know; all of it can be undone."""
+    note_how_models_are_compiled()  # before this one's own compile is made of it
     model.__dict__[ATTRIBUTE] = applied
     applied.undo.append(lambda: model.__dict__.pop(ATTRIBUTE))
     _forget_compiled_functions(model)
@@ -85,7 +86,6 @@ def take_over(model: keras.Model, applied: Applied) -> None:
     if has_to_be_fed_alike(applied):
         _compare_what_it_is_fed(model, applied)
     adopt_at_first_use()
-    note_how_models_are_compiled()
     follow_parameters()
     help_with_parameters_of(applied.axes)
 
