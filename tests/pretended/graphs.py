@@ -46,8 +46,8 @@ class _Capture(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def capturing(graph: Graph, pool: Any = None) -> Iterator[None]:
-    """Stand for ``torch.cuda.graph``."""
+def capturing(graph: Graph, pool: Any = None, **how: Any) -> Iterator[None]:
+    """Stand for ``torch.cuda.graph``, whom later versions of torch tell how to capture."""
     with _Capture(graph):
         yield
 
