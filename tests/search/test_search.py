@@ -145,6 +145,24 @@ def test_what_code_takes_apart_later_is_found_in_parts() -> None:
     assert found.gap < 1e-6
 
 
+class Unread(keras.layers.Dense):
+    """A layer with a matrix that it does not use, such as an embedding has for a head that the model has not."""
+
+    def build(self, shape: Any) -> None:
+        super().build(shape)
+        self.unread = self.add_weight(shape=(shape[-1], self.units), name="unread")
+
+
+def test_what_no_op_reads_has_no_update() -> None:
+    """Its bytes are no part of what the update of the others is priced by."""
+    x = keras.Input((1024,), name="x")
+    hidden = Unread(4096, activation="relu", name="up")(x)
+    model = built(lambda: keras.Model(x, keras.layers.Dense(1024, name="down")(hidden), name="with_unread"))
+    found = search(model, parse_mesh("model=4"), H100, batch_of(model, 1024), keras.optimizers.Adam())
+    assert any(each.is_sharded for each in found.plan.variables)
+    assert abs(found.error) < 0.001
+
+
 def test_no_bound_is_known_that_a_plan_is_below() -> None:
     """Where the program asks more for a layout than its plan takes, no gap is said."""
     model = built(two_dense)

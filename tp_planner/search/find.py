@@ -122,7 +122,9 @@ def _formulate(model: keras.Model, traces: Traces, loss: TrainingLoss | None, pr
         graph = traces.of(find_blocks(model), training=True)
         stage(f"asking how {model.name} can be computed")
         parts = prices.base.axis_size
-        groups = _groups(graph, parts)
+        read = _read_by_ops(graph)
+        groups = _groups(graph, parts, read)
+        prices = replace(prices, unread=frozenset(graph.variables.keys() - read))
         options = {each.key: group.options for group in groups for each in group.variables}
         with planning_axes(prices.base.mesh) as axes, quiet_torch():
 
@@ -140,7 +142,13 @@ def _formulate(model: keras.Model, traces: Traces, loss: TrainingLoss | None, pr
     return formulation
 
 
-def _groups(graph: ModelGraph, parts: int) -> list[Group]:
+def _read_by_ops(graph: ModelGraph) -> set[str]:
+    """Return the variables that ops read, those of blocks that repeat others included."""
+    again = {key for repeat in graph.repeats.values() for pair in repeat.variables for key in pair}
+    return again | {tensor.variable for tensor in graph.tensors.values() if tensor.variable is not None}
+
+
+def _groups(graph: ModelGraph, parts: int, read: set[str]) -> list[Group]:
     """Return the variables by what has to be stored alike, in order."""
     standing = {key: key for key in graph.variables}
 
@@ -157,9 +165,6 @@ def _groups(graph: ModelGraph, parts: int) -> list[Group]:
     for one, other in pairs:
         ends = sorted((root(one), root(other)), key=order.__getitem__)
         standing[ends[1]] = ends[0]
-    read = {tensor.variable for tensor in graph.tensors.values()} | {
-        variable for repeat in graph.repeats.values() for pair in repeat.variables for variable in pair
-    }
     groups: dict[str, list[VariableInfo]] = {}
     for key, variable in graph.variables.items():
         groups.setdefault(root(key), []).append(variable)
@@ -174,7 +179,7 @@ def _vectors_of_layers(graph: ModelGraph) -> list[tuple[str, str]]:
     return [(first.setdefault((name, shapes[key]), key), key) for name, key in vectors if len(shapes[key]) == 1]
 
 
-def _options(members: Sequence[VariableInfo], parts: int, read: set[str | None]) -> tuple[Placement, ...]:
+def _options(members: Sequence[VariableInfo], parts: int, read: set[str]) -> tuple[Placement, ...]:
     ranks = {len(each.shape) for each in members}
     if len(ranks) > 1 or any(each.kept_whole or each.key not in read for each in members):
         return (WHOLE,)  # a rule is for variables of one rank

@@ -27,10 +27,14 @@ def seconds_of(plan: Plan, hardware: Hardware) -> float:
 
 @dataclass(frozen=True)
 class Prices:
-    """Seconds, and bytes of memory; ``base`` is the plan of the model with nothing sharded, on the same mesh."""
+    """Seconds, and bytes of memory; ``base`` is the plan of the model with nothing sharded, on the same mesh.
+
+    ``unread`` are variables that no op reads: they have no gradient, and no update.
+    """
 
     base: Plan
     hardware: Hardware
+    unread: frozenset[str] = frozenset()
 
     def of_work(self, work: OpWork) -> float:
         """Return the time of ops."""
@@ -71,17 +75,18 @@ class Prices:
 
     def of_storing(self, variable: VariableInfo, placement: Placement) -> float:
         """Return the time of the update of a variable, and of averaging its gradient over replicas."""
-        return self.local_bytes(variable, placement) * self._per_trained_byte if variable.trainable else 0.0
+        updated = variable.trainable and variable.key not in self.unread
+        return self.local_bytes(variable, placement) * self._per_updated_byte if updated else 0.0
 
     @cached_property
-    def _per_trained_byte(self) -> float:
-        """The seconds that a step takes for each byte of a trained variable once gradients are there."""
+    def _per_updated_byte(self) -> float:
+        """The seconds that a step takes for each byte of a variable that it updates, once gradients are there."""
         update = sum(work.memory_bytes for work in self.base.step.work if work.phase == "update")
         seconds = self.of_work(OpWork((), update, 0))
         for each in self.base.collectives:
             if each.axis == self.base.mesh.batch_axis:
                 seconds += transfer_time(each, self.base.mesh, self.hardware).high
-        return seconds / max(self._trained_bytes, 1)
+        return seconds / max(self._trained_bytes - self._unread_bytes, 1)
 
     def memory_of_storing(self, variable: VariableInfo, placement: Placement) -> float:
         """Return the bytes of a variable on rank 0, with its gradient and the optimizer's slots."""
@@ -91,3 +96,8 @@ class Prices:
     @cached_property
     def _trained_bytes(self) -> int:
         return sum(math.prod(each.local_shape) * each.itemsize for each in self.base.variables if each.trainable)
+
+    @cached_property
+    def _unread_bytes(self) -> int:
+        unread = (each for each in self.base.variables if each.trainable and each.key in self.unread)
+        return sum(math.prod(each.local_shape) * each.itemsize for each in unread)
