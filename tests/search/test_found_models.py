@@ -246,7 +246,7 @@ def test_no_random_layout_is_cheaper(name: str) -> None:
     model = case.build("float64")
     costs = [found.whole.cost]
     for _ in range(RANDOM_LAYOUTS):
-        layout = _random_layout(model, found.layout.mesh, rng)
+        layout = random_layout(model, found.layout.mesh, rng)
         costs.append(seconds_of(make_plan(model, layout, inputs, keras.optimizers.AdamW()), fast_links()))
     assert found.cost <= min(costs) * (1 + 1e-9)
 
@@ -285,7 +285,8 @@ def test_what_autograd_copies_before_it_is_written_into_is_priced_once() -> None
     assert abs(found.error) < ERROR
 
 
-def _random_layout(model: keras.Model, mesh: Mesh, rng: random.Random) -> Layout:
+def random_layout(model: keras.Model, mesh: Mesh, rng: random.Random) -> Layout:
+    """Return a layout that shards a random dim of most weights."""
     rules = []
     for variable in survey(model)[1].values():
         dims = [dim for dim, size in enumerate(variable.shape) if size % mesh.axis_size("model") == 0]

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from tests.workers import WorkerPool
-from tp_planner.storage.variables import _local_shard
+from tp_planner.storage.local_shards import local_shard
 
 Read = Callable[[torch.Tensor], torch.Tensor]
 
@@ -32,6 +32,18 @@ def read_often(read: Read, first: Any, second: Any) -> list[torch.Tensor | None]
     """One tensor is the gradient of three reads of one parameter and of two of another."""
     total = read(first) + read(second) + read(first) + read(second) + read(first)
     (total * torch.arange(total.numel()).view(total.shape)).sum().backward()
+    return [first.grad, second.grad]
+
+
+def written_into(read: Read, first: Any, second: Any) -> list[torch.Tensor | None]:
+    """Two parameters that are added have one gradient; whoever writes into the first one's leaves the second's."""
+    total = read(first) + read(second)
+    total.retain_grad()
+    weights = torch.arange(total.numel()).view(total.shape)
+    (total * weights).sum().backward()
+    first.grad.mul_(2.0)
+    second.grad.add_(1.0)
+    assert torch.equal(total.grad, weights.to(total.dtype))
     return [first.grad, second.grad]
 
 
@@ -74,7 +86,10 @@ def inside(read: Read, first: Any, second: Any) -> list[torch.Tensor | None]:
     return [first.grad, second.grad]
 
 
-WAYS = {each.__name__: each for each in (left, read_often, asked_for, of_one, frozen_meanwhile, hooked, inside)}
+WAYS = {
+    each.__name__: each
+    for each in (left, read_often, written_into, asked_for, of_one, frozen_meanwhile, hooked, inside)
+}
 
 
 def loss(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -89,7 +104,7 @@ def gradients(way: str, sharded: bool) -> list[list[float] | None]:
         found = WAYS[way](lambda parameter: parameter, *map(torch.nn.Parameter, locals_))
     else:
         whole = [DTensor.from_local(each, mesh, [Shard(0)], run_check=False) for each in locals_]
-        found = WAYS[way](_local_shard, *map(torch.nn.Parameter, whole))
+        found = WAYS[way](local_shard, *map(torch.nn.Parameter, whole))
         assert all(each is None or each.shape in [parameter.shape for parameter in whole] for each in found)
     return [None if each is None else _local(each).flatten().tolist() for each in found]
 
@@ -103,7 +118,7 @@ def twice() -> str:
     """Return what is said of a gradient of a gradient, of which there is none."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     parameter = torch.nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Shard(0)], run_check=False))
-    _local_shard(parameter).exp().sum().backward(create_graph=True)
+    local_shard(parameter).exp().sum().backward(create_graph=True)
     try:
         _local(parameter.grad.to_local()).sum().backward()
     except RuntimeError as error:

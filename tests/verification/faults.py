@@ -21,7 +21,7 @@ from tp_planner.ir.plan import LayerPlan, Plan, Transition
 from tp_planner.layers import styles
 from tp_planner.regions import boundaries, summands
 from tp_planner.regions.calls import running
-from tp_planner.storage import sharding, variables
+from tp_planner.storage import local_shards, sharding
 from tp_planner.training import averaging
 
 MODEL_AXIS, BATCH_AXIS = {"batch": 1, "model": 2}, {"batch": 2, "model": 1}
@@ -192,7 +192,7 @@ def gradients_of_shards_doubled() -> Any:
     def wrong(right: Any) -> Any:
         return staticmethod(lambda ctx, gradient: right(ctx, 2 * gradient))
 
-    return patched(variables._LocalShard, "backward", wrong)
+    return patched(local_shards.LocalShard, "backward", wrong)
 
 
 def rows_off_by_one() -> Any:
