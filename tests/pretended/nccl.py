@@ -27,6 +27,10 @@ class NcclRules(dist.ProcessGroup):
     def getBackendName(self) -> str:
         return "nccl"
 
+    def _get_backend(self, device: torch.device) -> NcclRules:
+        """Return what torch asks since 2.14 whether it takes sends and receives together; it does not."""
+        return self
+
     @property
     def group_name(self) -> str:
         name: str = dist.distributed_c10d._world.pg_names[self]
