@@ -188,11 +188,12 @@ def _save_for_ever(folder: Path) -> None:
 
 def killed(times: int, folder: Path) -> None:
     """Kill a process that writes checkpoints at random moments; each time the newest is loaded, none is older."""
-    rng, fork, step = np.random.default_rng(0), multiprocessing.get_context("fork"), 0
+    rng, server, step = np.random.default_rng(0), multiprocessing.get_context("forkserver"), 0
+    server.set_forkserver_preload(["tests.preloaded"])
     model = built()
     model.train_on_batch(X, Y)
     for _ in range(times):
-        process = fork.Process(target=_save_for_ever, args=(folder,))
+        process = server.Process(target=_save_for_ever, args=(folder,))
         process.start()
         newest = len(list(folder.glob("0*")))
         while process.is_alive() and not newest:  # the first one takes longest

@@ -193,6 +193,18 @@ def test_tensors_of_the_meta_device_are_on_the_cpu() -> None:
     assert (found.device, tuple(found.shape)) == (torch.device("cpu"), (2, 3))
 
 
+def test_torchs_devices_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch built for CUDA would take on eight devices where it finds none, and not be forked after a backward pass."""
+    taken_on: list[bool] = []
+    monkeypatch.setattr(torch._C, "_ensureCUDADeviceGuardSet", lambda: taken_on.append(True))
+    with FakeTensorMode():
+        pass
+    assert taken_on == [True] * (not torch.cuda.is_available())
+    with FakeCpuMode():
+        torch.tensor([1.0]).add(torch.ones(1))
+    assert len(taken_on) == (not torch.cuda.is_available())
+
+
 # What watches ops
 
 

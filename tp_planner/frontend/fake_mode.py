@@ -46,6 +46,10 @@ class FakeCpuMode(FakeTensorMode):
     Keras's ops turn indices and sizes into tensors, and read what they made of them.
     """
 
+    # No device but the CPU is met here. Where torch is built for CUDA and finds no GPU, FakeTensorMode would set up
+    # eight in its place, for good: autograd then starts a thread for each, and no process is to be forked after that.
+    avoid_device_init = False
+
     def __init__(self, *, allow_non_fake_inputs: bool = False) -> None:
         super().__init__(allow_non_fake_inputs=allow_non_fake_inputs)
         self._computed: Any = WeakTensorKeyDictionary()  # those that may be written to, for nobody else has them
