@@ -36,7 +36,7 @@ from tp_planner.job.process_group import planning_axes
 from tp_planner.layers.statistics import OF_THE_BATCH
 from tp_planner.passes.bucket_gradients import bucket_gradients, bucket_summands, sum_where_used
 from tp_planner.passes.choose_styles import choose_styles
-from tp_planner.passes.gather_together import gather_together
+from tp_planner.passes.gather_together import crossed_blocks, gather_together
 from tp_planner.passes.honor_output_rules import honor_output_rules
 from tp_planner.passes.note_own_state import note_own_state
 from tp_planner.passes.place_boundaries import close, must_walk_all_blocks, place_boundaries, write_layer_plans
@@ -195,6 +195,10 @@ class _Job:
                     conflicts = prove(self.model, self.inputs, plan, graphs, walks, one_replica)
                     if not conflicts:
                         plan = self._across_replicas(self._into_loss(plan, graphs), graphs[0])
+                        crossed = crossed_blocks(graphs[0], plan.gatherings)
+                        if crossed:  # one of them alone would not gather what all of them do
+                            kinds = {blocks.signatures[block]: block for block in sorted(crossed)}
+                            return self.plan(functools.reduce(Blocks.without, kinds.values(), blocks))
                         return self._simulated(plan, graphs[0], axes)
                     conflicts = spread_conflicts(conflicts, self._alike, graphs, walks)
                 if graphs[0].functions is not None:
@@ -246,8 +250,7 @@ class _Job:
         sums = bucket_summands(variables, plan.layers)
         late = {key for keys in sums for key in keys}
         layers = sum_where_used(plan.layers, variables)
-        equal = find_blocks(self.model, self._signatures).signatures
-        gatherings = gather_together(graph, variables, plan.axis_size, equal)
+        gatherings = gather_together(graph, variables, plan.axis_size)
         buckets = bucket_gradients(variables, late)
         return replace(
             plan, variables=variables, layers=layers, sums=sums, buckets=buckets, gatherings=gatherings, notes=notes

@@ -126,14 +126,17 @@ class AddPositions(keras.layers.Layer):
 def keras_gpt(size: Size, weights: Weights, nested: bool = False, of_libraries: bool = False) -> keras.Model:
     """Return a causal GPT of flat Keras layers, norms before attention and feed-forward, logits per token.
 
-    Where it is ``nested`` each block is a layer of its own; where it is ``of_libraries`` no layer is.
+    Where it is ``nested`` each block is a layer of its own; ``of_libraries`` it has no layer with code of its own.
     """
     tokens = keras.Input((size.length,), dtype="int32", name="tokens")
     x = keras.layers.Embedding(VOCABULARY, size.width, name="token_embedding")(tokens)
     x = _with_positions(x, size) if of_libraries else AddPositions(name="position_embedding")(x)
     for index in range(BLOCKS):
         name = f"block_{index}"
-        x = Block(size, name)(x) if nested else _keras_block(x, name, size)
+        if nested:
+            x = (inner_model(size, name) if of_libraries else Block(size, name))(x)
+        else:
+            x = _keras_block(x, name, size)
     x = keras.layers.LayerNormalization(name="final_norm")(x)
     model = keras.Model(tokens, keras.layers.Dense(VOCABULARY, name="head")(x), name="gpt")
     for variable in model.trainable_variables:
@@ -153,14 +156,19 @@ class Block(keras.layers.Layer):
 
     def __init__(self, size: Size, name: str) -> None:
         super().__init__(name=name)
-        inputs = keras.Input((size.length, size.width))
-        self.inner = keras.Model(inputs, _keras_block(inputs, name, size), name=f"{name}_inner")
+        self.inner = inner_model(size, name)
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         self.built = True
 
     def call(self, x: Any) -> Any:
         return self.inner(x)
+
+
+def inner_model(size: Size, name: str) -> keras.Model:
+    """Return a block as a model."""
+    inputs = keras.Input((size.length, size.width))
+    return keras.Model(inputs, _keras_block(inputs, name, size), name=f"{name}_inner")
 
 
 def _keras_block(x: Any, name: str, size: Size) -> Any:

@@ -18,10 +18,11 @@ from models.gpt import RULES, SIZES, Size, draw_batch, draw_weights, keras_gpt
 from peers.fully_sharded import fully_sharded
 from peers.handwritten import Gpt
 from processes.measure import TOLERANCE, Batch, Version, count_collectives, facts, keras_steps, measure, torch_steps
-from showing.replicas import FULLY_SHARDED, PLANNED, REPLAYED
+from showing.replicas import AUTOMATIC, FULLY_SHARDED, PLANNED, REPLAYED
 from torch.distributed.device_mesh import init_device_mesh
 
 import tp_planner
+from tp_planner.replay import automatic
 
 CHECKED_STEPS = 3
 
@@ -53,13 +54,16 @@ def versions(size: Size, shape: tuple[int, int]) -> Iterator[Version]:
     layout_map = keras.distribution.LayoutMap(keras.distribution.DeviceMesh(shape, names, devices))
     for pattern, axes in IN_PARTS.items():
         layout_map[pattern] = axes
-    planned, replayed = (
-        tp_planner.parallelize(keras_gpt(size, weights, nested=True), layout_map, batch_axis="batch") for _ in range(2)
-    )
+
+    def planned(of_libraries: bool = False) -> keras.Model:
+        model = keras_gpt(size, weights, nested=True, of_libraries=of_libraries)
+        return tp_planner.parallelize(model, layout_map, batch_axis="batch")
+
     replica = dist.get_rank() // shape[1]
     batch: Batch = tuple(np.split(each, shape[0])[replica] for each in draw_batch(size))  # type: ignore[assignment]
-    yield Version(PLANNED, keras_steps(planned, batch))
-    yield Version(REPLAYED, keras_steps(replayed, batch, jit_compile=True))
+    yield Version(PLANNED, keras_steps(planned(), batch))
+    yield Version(REPLAYED, keras_steps(planned(), batch, jit_compile=True))
+    yield Version(AUTOMATIC, keras_steps(planned(of_libraries=True), batch, jit_compile="auto"))
     yield Version(FULLY_SHARDED, torch_steps(fully_sharded(Gpt(size, weights), mesh), batch))
 
 
@@ -86,6 +90,7 @@ def main() -> None:
     size = SIZES[options.size]
 
     torch.set_num_threads(1)
+    automatic.PATIENCE = 0  # else 100 calls run as they are written before any is replayed
     dist.init_process_group("gloo")
     candidates = list(versions(size, (options.batch, options.model)))
     require_equal_losses(candidates)

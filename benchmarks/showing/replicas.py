@@ -8,6 +8,7 @@ from typing import Any
 
 PLANNED = "tp_planner, Keras"
 REPLAYED = "tp_planner, Keras, jit_compile=True"
+AUTOMATIC = 'tp_planner, Keras, jit_compile="auto"'
 FULLY_SHARDED = "fully_shard (FSDP2), torch"
 
 FOOTNOTE = """\

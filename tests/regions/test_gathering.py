@@ -148,6 +148,29 @@ def test_towers_of_blocks_are_taken_block_by_block() -> None:
     assert bytes_of(plan.gatherings[1], plan) == 8 * 16 * (2 + 4) // 2
 
 
+def model_of_a_block(name: str) -> keras.Model:
+    inputs = keras.Input((8,))
+    outputs = Inner(name=f"{name}_inner")(keras.layers.Dense(8, "relu", name=f"{name}_dense")(inputs))
+    return keras.Model(inputs, outputs, name=name)
+
+
+def test_models_in_a_model_are_blocks_if_they_read_alike() -> None:
+    """Of what kind one is says not its class, but what is inside; equal layers of it are no blocks to be planned alone.
+
+    For the one that ran would not gather what all do.
+    """
+    inputs = keras.Input((4,))
+    x = keras.Sequential([keras.layers.Dense(8, name="first"), keras.layers.Dense(8, name="second")])(inputs)
+    for name in ("left", "right"):
+        x = model_of_a_block(name)(x)
+    layout = Layout(Mesh((("batch", 2), ("model", 1))), (LayoutRule(".*kernel", ("batch", None)),))
+    plan = tp_planner.plan(keras.Model(inputs, x), layout, batch_axis="batch")
+    found = [(each.layer.partition("/")[0], len(each.reads)) for each in plan.gatherings]
+    assert found == [("sequential", 2), ("left", 3), ("right", 3)]
+    ran = [(c.layer, c.place) for c in plan.collectives if c.kind == "all_gather" and c.phase == "forward"]
+    assert ran == [(each.layer, each.place) for each in plan.gatherings]
+
+
 # What runs meanwhile
 
 

@@ -52,16 +52,13 @@ class _Unit(NamedTuple):
         return sum(reading.bytes for reading in self.readings)
 
 
-def gather_together(
-    graph: ModelGraph, variables: Sequence[VariablePlan], ranks: int, equal: Mapping[str, int]
-) -> tuple[Gathering, ...]:
+def gather_together(graph: ModelGraph, variables: Sequence[VariablePlan], ranks: int) -> tuple[Gathering, ...]:
     """Return what is gathered over the batch axis together, in the order in which a training step reads it first.
 
     Args:
         graph: the trace of a training call.
         variables: the plan's.
         ranks: the size of the model axis.
-        equal: a number for each layer that has an equal one in the model, the same for equal ones.
     """
     in_parts = {each.key: each for each in variables if isinstance(each.batch_placement, Shard)}
     readings = [
@@ -69,10 +66,7 @@ def gather_together(
         for each in _readings(graph, in_parts, ranks)
     ]
     times = Counter(reading.use for reading in readings)
-    kinds = {
-        name: equal.get(name, name) if layer.class_name in _CONTAINERS else layer.class_name
-        for name, layer in graph.layers.items()
-    }
+    kinds = _kinds(graph, readings, in_parts)
     units = _units(readings, kinds)
     limit = min(BUCKET_BYTES, max((unit.bytes for unit in units), default=0))
     found: list[Gathering] = []
@@ -85,6 +79,17 @@ def gather_together(
             Gathering(read.layer, (read,), False) for each in unit.readings if (read := each.read) not in together
         ]
     return tuple(found)
+
+
+def crossed_blocks(graph: ModelGraph, gatherings: Sequence[Gathering]) -> set[str]:
+    """Return the blocks that repeat another, and of which something is gathered together with what lies outside."""
+    crossed: set[str] = set()
+    for repeat in graph.repeats.values():
+        inside = {key for twin, key in repeat.variables if key != twin}
+        reads = ({read.variable for read in each.reads} for each in gatherings)
+        if any(together & inside and together - inside for together in reads):
+            crossed.add(graph.calls[repeat.call].layer)
+    return crossed
 
 
 # --- what is read, in order ----------------------------------------------------------------------------
@@ -144,6 +149,22 @@ def _as_stored(reading: _Reading, variable: VariablePlan, ranks: int) -> _Readin
 
 def _in_replica(variable: VariablePlan, ranks: int) -> tuple[int, ...]:
     return local_shape(variable.shape, variable.placement, ranks)
+
+
+def _kinds(
+    graph: ModelGraph, readings: Sequence[_Reading], in_parts: Mapping[str, VariablePlan]
+) -> dict[str, Hashable]:
+    """Return of which kind each layer is: its class, and for containers what the layers inside are and read."""
+    inside: dict[str, dict[_Use, Hashable]] = {}
+    for each in readings:
+        kind = graph.layers[each.read.layer].class_name, in_parts[each.read.variable].shape
+        for layer in each.around[1:]:
+            if graph.layers[layer].class_name in _CONTAINERS:
+                inside.setdefault(layer, {})[each.use] = kind
+    return {
+        name: (layer.class_name, *inside[name].values()) if name in inside else layer.class_name
+        for name, layer in graph.layers.items()
+    }
 
 
 # --- units ---------------------------------------------------------------------------------------------
