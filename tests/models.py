@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import keras_hub
@@ -455,15 +455,15 @@ def llama(
     blocks: int = 2,
     tied: bool = False,
     dropout: float = 0.0,
-    recomputed: bool = False,
+    recomputed: bool | Literal["all"] = False,
     seed: int = 0,
 ) -> keras.Model:
     """KerasHub's Llama with grouped-query attention and its reverse embedding: logits per token.
 
-    ``recomputed`` blocks are run again in the backward pass.
+    ``recomputed`` blocks are run again in the backward pass; of "all" layers, also those inside of others.
     """
     names = [f"transformer_layer_{index}" for index in range(blocks)] if recomputed else []
-    with building(dtype), keras.RematScope("list_of_layers", layer_names=names):
+    with building(dtype), keras.RematScope("full" if recomputed == "all" else "list_of_layers", layer_names=names):
         backbone = keras_hub.models.LlamaBackbone(
             vocabulary_size=vocabulary,
             num_layers=blocks,

@@ -158,9 +158,9 @@ def in_scope(mode: str, name: str) -> keras.Model:
 # On the ranks
 
 
-def step(model: keras.Model, plan: tp_planner.Plan | None = None) -> Arrays:
+def step(model: keras.Model, plan: tp_planner.Plan | None = None, x: torch.Tensor | None = None) -> Arrays:
     """Return the output and all gradients; the collectives have to be those of the plan."""
-    x = torch.as_tensor(np.random.default_rng(0).standard_normal((3, 6)))
+    x = torch.as_tensor(np.random.default_rng(0).standard_normal((3, 6))) if x is None else x
     model.zero_grad()
     with tp_planner.record(model) if plan else torch.enable_grad() as recorder:
         output = model(x, training=True)
@@ -316,3 +316,67 @@ def test_memory_of_blocks_that_are_computed_again(pools: Pools, dtype: str) -> N
 def measure_again(dtype: str) -> tuple[Measured, tp_planner.Plan]:
     """Return what a step takes that computes again, and the plan of one that keeps all."""
     return measure("llama", dtype, "AdamW", recomputed=True), prepared("llama", dtype, "AdamW")[0]
+
+
+@pytest.mark.parametrize("on_sequence", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_memory_of_layers_inside_of_others_that_are_computed_again(pools: Pools, on_sequence: bool) -> None:
+    """A scope has each layer of a model, and the model, run again: what the inner ones are given the outer ones make.
+
+    None of it is kept, neither shards that could be gathered again nor masks that are given by name.
+    """
+    for each, of_blocks in pools(2).run(measure_all_again, on_sequence):
+        assert each.same.memory.peak.total == each.planned.memory.peak.total
+        assert each.planned.memory.largest.activations < of_blocks.step.memory.largest.activations
+
+
+def measure_all_again(on_sequence: bool) -> tuple[Measured, tp_planner.Plan]:
+    """Return what a step takes that computes all again, and the plan of one that computes blocks again."""
+    found = measure("llama", "float32", "AdamW", on_sequence, recomputed="all")
+    return found, prepared("llama", "float32", "AdamW", on_sequence, recomputed=True)[0]
+
+
+class Attending(layers.Layer):
+    """``x + attention(x)``, where the mask comes with x."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.attention = layers.MultiHeadAttention(2, 3, use_bias=False, name="attention")
+        self.supports_masking = True
+
+    def build(self, input_shape: tuple[int, ...]) -> None:
+        self.attention.build(input_shape, input_shape)
+
+    def call(self, x: Any) -> Any:
+        return x + self.attention(x, x)
+
+
+def masked() -> keras.Model:
+    """Return a model of layers inside of others, where a mask comes with what they are given."""
+    inputs = keras.Input((5,), dtype="int32")
+    x = layers.Embedding(7, 6, mask_zero=True, name="tokens")(inputs)
+    for index in range(2):
+        x = Attending(name=f"block_{index}")(x)
+    return keras.Model(inputs, layers.Dense(6, name="first")(x), name="masked")
+
+
+def masked_in_scope() -> keras.Model:
+    with keras.RematScope("full"):
+        return masked()
+
+
+def masked_again() -> tuple[Arrays, Arrays]:
+    """Return the step of a single device that keeps everything, and that of shards that run again."""
+    single, again = built(masked), built(masked_in_scope)
+    rules = {f".*{pattern}": axes for pattern, axes in RULES.items() if pattern.endswith("kernel")}
+    plan = tp_planner.plan(again, layout_map(rules), inputs=keras.InputSpec(shape=(3, 5), dtype="int32"))
+    tp_planner.parallelize(again, plan)
+    tokens = torch.tensor([[3, 5, 1, 0, 0], [2, 0, 0, 0, 0], [6, 1, 4, 4, 2]], dtype=torch.int32)
+    return step(single, None, tokens), step(again, plan, tokens)
+
+
+def test_masks_inside_of_what_runs_again(pools: Pools) -> None:
+    """What the outer function makes again for the inner one has the mask that it had."""
+    for single, sharded in pools(2).run(masked_again):
+        assert single.keys() == sharded.keys()
+        for key, value in single.items():
+            np.testing.assert_allclose(sharded[key], value, rtol=1e-11, atol=1e-13, err_msg=key)

@@ -232,7 +232,7 @@ class _Boundary(torch.autograd.Function):
         ctx.boundary, ctx.axis, ctx.site, ctx.on_its_way = boundary, axis, site, on_its_way  # type: ignore[attr-defined]
         changed = change(tensor, boundary.forward, axis, site, unequal_length(boundary, boundary.forward, axis))
         ctx.left_out = None  # type: ignore[attr-defined]
-        if boundary.again:
+        if boundary.again and not running.recomputable:  # or the shards would be kept, which run again
             shards = _Shards(tensor.detach(), boundary.forward, axis, site)
             left_out = LeftOut(shards)
             can_be_made_again(changed, left_out)

@@ -5,6 +5,10 @@ runs such a function again, maybe on a thread of its own, the layer calls around
 noted when it first runs, and opened again: their layers read variables, cross boundaries and change functions as then.
 So is what Keras knows of its own calls, where the autocast scope and ``training`` come from; and seeds that the
 function drew are drawn again, or dropout would have another mask backward than forward.
+
+Where such functions call each other, the inner one keeps what it is given for as long as it can run again, but for what
+torch sees among its arguments: a plain tensor in its place, which the outer one makes again. So all tensors that are
+given are shown to torch like this, and Keras's masks on them, which those that are made again do not have.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import contextlib
 import copy
 import functools
 import gc
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +27,8 @@ import keras
 import torch
 import torch.utils.checkpoint
 from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
-from torch.utils._pytree import tree_flatten
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tp_planner.frontend.failed_checkpoints import ending_what_failed
@@ -134,21 +140,50 @@ def _drawing(draw: Callable[[Callable[[], torch.Tensor]], torch.Tensor]) -> Iter
         running.draw = before
 
 
+class _Arguments:
+    """A function's arguments, but for the tensors in them and the masks that Keras has put on these."""
+
+    def __init__(self, args: Any, kwargs: Any) -> None:
+        leaves, self._structure = tree_flatten((args, kwargs))
+        self.tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        masks = {place: get_keras_mask(tensor) for place, tensor in enumerate(self.tensors)}
+        self._masked = [place for place, mask in masks.items() if isinstance(mask, torch.Tensor)]
+        self.tensors += [masks[place] for place in self._masked]
+        self._leaves = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self._places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+
+    def taken(self) -> list[torch.Tensor]:
+        """Return the tensors and their masks, which are nowhere in here from then on."""
+        tensors, self.tensors = self.tensors, []
+        return tensors
+
+    def filled(self, tensors: Sequence[torch.Tensor]) -> tuple[Any, Any]:
+        """Return the arguments with these tensors and masks."""
+        leaves = list(self._leaves)
+        for place, tensor in zip(self._places, tensors, strict=False):
+            leaves[place] = tensor
+        for place, mask in zip(self._masked, tensors[len(self._places) :], strict=True):
+            if get_keras_mask(tensors[place]) is None:
+                set_keras_mask(tensors[place], mask)
+        args, kwargs = tree_unflatten(leaves, self._structure)
+        return args, kwargs
+
+
 class _RunsAgain:
     """A function that first runs in the forward pass, and from then on in the backward pass."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+    def __init__(self, function: Callable[..., Any], arguments: _Arguments) -> None:
+        self._function, self._arguments = function, arguments
         self._open: OpenCalls | None = None
         self._seeds = _Seeds()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
+    def __call__(self, *tensors: torch.Tensor) -> Any:
         if running.looking:
-            raise NotKept(inputs)
+            raise NotKept(list(tensors))
+        args, kwargs = self._arguments.filled(tensors)
         if self._open is None:
             self._open = OpenCalls.now()
-            with _keeping_nothing_but(inputs), self._seeds.noted():
+            with _keeping_nothing_but(tensors), self._seeds.noted():
                 return self._function(*args, **kwargs)
         # Keras leaves tensors in reference cycles. What ran again before this keeps its whole graph by one of them.
         gc.collect(1)
@@ -196,10 +231,17 @@ def follow_recomputation() -> None:
 
 
 def _following(plain: Callable[..., Any]) -> Callable[..., Any]:
+    parameters = inspect.signature(plain).parameters.values()
+    of_torch = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY} | {"preserve_rng_state"}
+
     @functools.wraps(plain)
-    def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def checkpoint(function: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         with ending_what_failed():
-            return plain(_RunsAgain(function) if running.scopes else function, *args, **kwargs)
+            if function is None or not running.scopes:
+                return plain(function, *args, **kwargs)
+            options = {name: kwargs.pop(name) for name in of_torch & kwargs.keys()}
+            arguments = _Arguments(args, kwargs)
+            return plain(_RunsAgain(function, arguments), *arguments.taken(), **options)
 
     return checkpoint
 
