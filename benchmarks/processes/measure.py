@@ -30,6 +30,7 @@ from showing.report import (
     HANDWRITTEN,
     KERAS_SHARD,
     ON_STREAM,
+    ON_STREAM_REPLAYED,
     PLANNED,
     REPLAYED,
     SINGLE,
@@ -95,7 +96,9 @@ def versions(size: Size, shard_floor: bool) -> Iterator[Version]:
     yield Version(PLANNED, keras_steps(planned_gpt(size, weights), batch))
     yield Version(REPLAYED, keras_steps(planned_gpt(size, weights), batch, jit_compile=True))
     yield Version(AUTOMATIC, keras_steps(planned_gpt(size, weights, of_libraries=True), batch, jit_compile="auto"))
-    yield Version(ON_STREAM, keras_steps(planned_gpt(size, weights, sequence_parallel=True), batch))
+    for name, replayed in {ON_STREAM: False, ON_STREAM_REPLAYED: True}.items():
+        on_stream = planned_gpt(size, weights, sequence_parallel=True)
+        yield Version(name, keras_steps(on_stream, batch, jit_compile=replayed))
     yield Version(HANDWRITTEN, torch_steps(Gpt(shard, local, "communicating"), batch))
     yield Version(STOCK, torch_steps(parallelize_with_stock_styles(Gpt(size, weights), mesh), batch))
     yield Version(DTENSORS, torch_steps(make_all_dtensors(Gpt(size, weights), mesh), batch, implicit_replication))

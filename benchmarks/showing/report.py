@@ -11,6 +11,7 @@ PLANNED = "(b) tp_planner, Keras"
 REPLAYED = "(b) with jit_compile=True"
 AUTOMATIC = '(b) with jit_compile="auto"'
 ON_STREAM = "(b) sequence parallel"
+ON_STREAM_REPLAYED = "(b) sequence parallel, jit"
 HANDWRITTEN = "(c) hand-written, torch"
 STOCK = "(d) stock styles, torch"
 DTENSORS = "(e) all DTensors, torch"
@@ -64,10 +65,11 @@ def _lines(facts: Mapping[str, Any], work: str) -> Iterator[str]:
             f"{statistics.median(row['cpu_ms']):9.1f}{statistics.median(_ratios(row, reference, 'cpu_ms')):7.2f}"
             f"{_collectives(row['collectives'])}"
         )
-    if work == "step" and ON_STREAM in rows:
-        ratio = statistics.median(_ratios(rows[ON_STREAM], rows[PLANNED], "times_ms"))
-        said = "within the target" if ratio <= STREAM_TARGET else "MISSED"
-        yield f"  {ON_STREAM}, to the stream whole: {ratio:.2f} of {STREAM_TARGET:g}: {said}"
+    if work == "step":
+        for on_stream, whole in {ON_STREAM: PLANNED, ON_STREAM_REPLAYED: REPLAYED}.items():
+            ratio = statistics.median(_ratios(rows[on_stream], rows[whole], "times_ms"))
+            said = "within the target" if ratio <= STREAM_TARGET else "MISSED"
+            yield f"  {on_stream}, to the stream whole: {ratio:.2f} of {STREAM_TARGET:g}: {said}"
     target = TARGETS.get((work, facts["size"]["name"]))
     if target is not None:
         for name in (PLANNED, REPLAYED, AUTOMATIC):
