@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import pytest
 
 import tp_planner
@@ -18,13 +19,16 @@ from tests.workers import Pools, layout_map
 from tp_planner.frontend.trace import trace
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
-from tp_planner.ir.plan import LayerPlan, Plan
+from tp_planner.ir.plan import LayerPlan
 from tp_planner.planner import make_plan
+from tp_planner.readable_plan import Plan
+from tp_planner.storage.variables import whole_tensor
 
 Rules = dict[str, tuple[str | None, ...]]
 
 WIDTH, HEADS, LENGTH = 16, 4, 6
 UP: Rules = {"up/kernel": (None, "model"), "up/bias": ("model",)}
+DOWN: Rules = {**UP, "down/kernel": ("model", None)}
 
 
 class Code(keras.layers.Layer):
@@ -114,6 +118,33 @@ def another_path_by_flag(x: Any, layer: Code, training: bool) -> Any:
     return x if layer.flag else heads_in_numbers(x, layer, training)
 
 
+@keras.saving.register_keras_serializable("test_functions")
+class Falling(keras.layers.Layer):
+    """Makes less of each feature the later it is among all, as attention with linear biases does of heads."""
+
+    def call(self, x: Any) -> Any:
+        features = keras.ops.shape(x)[-1]
+        return x * keras.ops.convert_to_tensor([1.0 / (1 + number) for number in range(features)], dtype=x.dtype)
+
+
+def falling(dtype: str = "float32") -> keras.Model:
+    """Return two Dense layers, with one between them that reads how many features there are."""
+    with building(dtype):
+        x = keras.Input((LENGTH, WIDTH), name="x")
+        hidden = Falling(name="falling")(keras.layers.Dense(2 * WIDTH, name="up")(x))
+        return randomize(keras.Model(x, keras.layers.Dense(WIDTH, name="down")(hidden), name="model"))
+
+
+def reshaped() -> keras.Model:
+    """Return two Dense layers, with Keras's Reshape to heads and back between them, and a Softmax over heads."""
+    with building("float32"):
+        x = keras.Input((LENGTH, WIDTH), name="x")
+        hidden = keras.layers.Dense(2 * WIDTH, name="up")(x)
+        hidden = keras.layers.Reshape((LENGTH, HEADS, 2 * WIDTH // HEADS), name="split")(hidden)
+        hidden = keras.layers.Reshape((LENGTH, 2 * WIDTH), name="joined")(keras.layers.Softmax(name="softmax")(hidden))
+        return randomize(keras.Model(x, keras.layers.Dense(WIDTH, name="down")(hidden), name="model"))
+
+
 @pytest.mark.parametrize(
     ("between", "extra", "expected"),
     [
@@ -126,7 +157,7 @@ def another_path_by_flag(x: Any, layer: Code, training: bool) -> Any:
 )
 def test_changes_inside_a_layer(between: Callable[..., Any], extra: tuple[int, ...], expected: list[str]) -> None:
     """What a layer's own code needs to run on shards, and no more."""
-    plan = planned(build(between, extra), {**UP, "down/kernel": ("model", None)})
+    plan = planned(build(between, extra), DOWN)
     assert changes(plan) == expected
 
 
@@ -155,7 +186,47 @@ def test_functions_are_recorded_only_where_something_is_in_the_way() -> None:
     assert [each.number for each in recorded.functions if each.name == "reshape"] == [1, 2]
 
 
+@pytest.mark.parametrize(("make", "layers"), [(falling, ["falling"]), (reshaped, ["split", "joined"])])
+def test_code_that_reads_sizes_sees_the_whole(make: Callable[[], keras.Model], layers: list[str]) -> None:
+    """No region ends at a layer that would be wrong by the sizes of its shards: it sees those of the whole."""
+    plan = planned(make(), DOWN)
+    assert layer_of(plan, "up").output is None
+    assert [layer.layer for layer in plan.layers if layer.sees_whole] == layers
+    assert [each.kind for each in plan.collectives] == ["all_reduce"]
+    assert str(plan).count("sees sizes of the whole") == len(layers)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_code_reads_sizes_of_shards_where_that_is_right() -> None:
+    plan = planned(build(heads_from_shapes), DOWN)
+    assert not any(layer.sees_whole for layer in plan.layers)
+
+
 # On the ranks
+
+
+def train_falling(jit_compile: bool) -> tuple[float, int]:
+    """Return how far outputs and weights are from the single device's, at most, and of how many."""
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((4, LENGTH, WIDTH)), rng.standard_normal((4, LENGTH, WIDTH))
+    models = [falling("float64") for _ in range(2)]
+    rules = {f"(.*/)?{pattern}": axes for pattern, axes in DOWN.items()}
+    tp_planner.parallelize(models[1], layout_map(rules), inputs=x)
+    for model in models:
+        model.compile("sgd", "mse", jit_compile=jit_compile)
+        for _ in range(4):
+            model.train_on_batch(x, y)
+    weights = [[keras.ops.convert_to_numpy(whole_tensor(each)) for each in model.variables] for model in models]
+    outputs = [[model.predict_on_batch(x)] for model in models]
+    pairs = [*zip(*weights, strict=True), *zip(*outputs, strict=True)]
+    return max(float(np.abs(one - other).max()) for one, other in pairs), len(pairs)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_code_that_sees_the_whole_trains_as_one_device(pools: Pools, jit_compile: bool) -> None:
+    for error, compared in pools(2).run(train_falling, jit_compile):
+        assert compared == 5  # two kernels, two biases, what is predicted
+        assert error < 1e-12
 
 
 def call_by_another_path() -> str:

@@ -23,7 +23,7 @@ from tp_planner.frontend.recorder import Recorder
 from tp_planner.frontend.trace import fake_tensors, run_recorded
 from tp_planner.ir.errors import in_one_line
 from tp_planner.ir.graph import FunctionCall, ModelGraph, Op, TensorInfo, TensorRef
-from tp_planner.ir.placement import Placement, Replicate, SequenceShard, Shape, Shard, local_shape
+from tp_planner.ir.placement import Placement, Replicate, SequenceShard, Shape, Shard, divides, local_shape
 from tp_planner.ir.plan import Plan
 from tp_planner.job.axes import Axes
 from tp_planner.layers.apply import applied_for_simulation
@@ -106,7 +106,7 @@ def _compare_run(
         elif op.id not in cast:
             layer, fails = graph.calls[op.call].layer, position >= len(ran) and failure is not None
             starts = [*_stuck(graph, recorder), op.call] if fails else [op.call]
-            culprits = _writing_sizes(graph, walk, starts) or _culprits(graph, walk, op)
+            culprits = _sizes_in_code(graph, walk, starts, parts) or _culprits(graph, walk, op)
             return [Conflict(layer, culprits, f"{op.name} in {layer!r} {difference}", in_code=True)]
     if failure is None and len(ran) > position:
         more = ran[position]
@@ -116,7 +116,7 @@ def _compare_run(
         return [Conflict(layer, _sharded_inside(graph, walk, call), reason, in_code=True)]
     if failure is not None:
         stuck = _stuck(graph, recorder)
-        culprits = _writing_sizes(graph, walk, stuck) or _sharded_inside(graph, walk, stuck[0])
+        culprits = _sizes_in_code(graph, walk, stuck, parts) or _sharded_inside(graph, walk, stuck[0])
         return [
             Conflict(
                 recorder.running_layer, culprits, f"layer {recorder.running_layer!r} {_failure(failure)}", in_code=True
@@ -200,7 +200,7 @@ def _compare_calls(graph: ModelGraph, recorder: Recorder, walk: Walk, parts: int
             expected = _expected_shape(graph, walk, number, call.id, parts, walk.taken.get((call.id, number)))
             if shape != expected:
                 reason = f"layer {call.layer!r} takes or returns shape {shape} on local shards, not {expected}"
-                culprits = _writing_sizes(graph, walk, [call.id]) or _sharded_inside(graph, walk, call.id)
+                culprits = _sizes_in_code(graph, walk, [call.id], parts) or _sharded_inside(graph, walk, call.id)
                 return [Conflict(call.layer, culprits, reason, in_code=True)]
     return []
 
@@ -265,6 +265,30 @@ def _equal(expected: tuple[Any, ...], found: tuple[Any, ...]) -> bool:
 def _stuck(graph: ModelGraph, recorder: Recorder) -> list[int]:
     """Return the first call of the layer in which the model failed."""
     return [next(call.id for call in graph.calls.values() if call.layer == recorder.running_layer)]
+
+
+def _sizes_in_code(graph: ModelGraph, walk: Walk, starts: Sequence[int], parts: int) -> Origins:
+    """Return what sizes can be changed in the code around one of the calls: those that it writes, or that it reads."""
+    return _writing_sizes(graph, walk, starts) or _reading_sizes(graph, walk, starts, parts)
+
+
+def _reading_sizes(graph: ModelGraph, walk: Walk, starts: Sequence[int], parts: int) -> Origins:
+    """Return a layer among those called that takes shards of a region, and does not see the whole's sizes yet."""
+    parents = {call.parent for call in graph.calls.values()}
+    for call in (graph.calls[start] for start in starts):
+        given = [(graph.tensors[tensor].shape, walk.placements.get(tensor)) for _, tensor in call.inputs]
+        record = walk.records.get(call.id)
+        is_step = call.ops[0] in walk.skipped_ops or (record is not None and record.sees_whole)
+        if not is_step and call.id not in parents and any(_is_equal_part(*each, parts) for each in given):
+            return frozenset({("sees", (call.layer, call.mode))})
+    return frozenset()
+
+
+def _is_equal_part(shape: Shape, placement: Placement | None, parts: int) -> bool:
+    """Whether a tensor arrives as shards of a region, of which ranks hold equal ones."""
+    return (
+        isinstance(placement, Shard) and not isinstance(placement, SequenceShard) and divides(shape, placement, parts)
+    )
 
 
 def _writing_sizes(graph: ModelGraph, walk: Walk, starts: Sequence[int]) -> Origins:

@@ -180,6 +180,13 @@ def local_shape(shape: Shape, placement: Placement, parts: int, rank: int = 0) -
     return (*shape[: placement.dim], local, *shape[placement.dim + 1 :])
 
 
+def whole_shape(shape: Shape, placement: Placement, parts: int) -> Shape:
+    """Return the shape of the tensor that ``parts`` ranks hold in equal parts of ``shape``."""
+    if not isinstance(placement, Shard):
+        return shape
+    return (*shape[: placement.dim], shape[placement.dim] * parts, *shape[placement.dim + 1 :])
+
+
 def collective_between(source: Placement, target: Placement) -> CollectiveKind | None:
     """Return the collective that turns ``source`` into ``target``; None where no rank needs another.
 

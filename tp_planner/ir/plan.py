@@ -201,8 +201,9 @@ class LayerPlan:
     returns sharded tensors, ``scope`` is the layer inside whose call the whole region lies. For dropout on a
     sharded tensor ``dropout_order`` is the order in memory, outermost first, of the dims of the whole tensor, in
     which a single device draws the mask. ``functions`` are the torch functions in its own code at which something
-    changes. ``into_loss`` says that in a training step what it returns is not gathered at ``output``, but read in
-    shards by the loss.
+    changes. ``sees_whole`` says that the sizes which its own code reads of arguments that arrive sharded are those of
+    the whole tensors. ``into_loss`` says that in a training step what it returns is not gathered at ``output``, but
+    read in shards by the loss.
     """
 
     layer: str
@@ -222,6 +223,7 @@ class LayerPlan:
     functions: tuple[FunctionPlan, ...] = ()
     calls: int = 1
     into_loss: bool = False
+    sees_whole: bool = False
 
     @property
     def where_stream_is_whole(self) -> LayerPlan:

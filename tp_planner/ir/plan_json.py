@@ -26,7 +26,7 @@ from tp_planner.ir.plan import (
 )
 from tp_planner.ir.step import Collective, decode_step, encode_step
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 
 def plan_to_json(plan: Plan) -> str:
@@ -189,6 +189,7 @@ def _encode_layer(layer: LayerPlan) -> dict[str, Any]:
         "functions": [_encode_function(function) for function in layer.functions],
         "calls": layer.calls,
         "into_loss": layer.into_loss,
+        "sees_whole": layer.sees_whole,
     }
 
 
@@ -212,6 +213,7 @@ def _decode_layer(data: Mapping[str, Any]) -> LayerPlan:
         functions=tuple(_decode_function(function) for function in data["functions"]),
         calls=data["calls"],
         into_loss=data["into_loss"],
+        sees_whole=data["sees_whole"],
     )
 
 

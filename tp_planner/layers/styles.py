@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from tp_planner.frontend.calling import is_symbolic
 from tp_planner.frontend.contractions import call_mode
 from tp_planner.ir.errors import ParallelRuntimeError
-from tp_planner.ir.placement import Shard
+from tp_planner.ir.placement import Shape, Shard, whole_shape
 from tp_planner.ir.plan import Boundary, LayerPlan
 from tp_planner.job.axes import Axis
 from tp_planner.layers.own_rows import own_rows, without_others
@@ -94,7 +94,7 @@ class _PlannedCall:
     @property
     def is_watched(self) -> bool:
         """Whether the torch functions are watched that the layer's code calls."""
-        return self.behind or bool(self.functions)
+        return self.behind or self.plan.sees_whole or bool(self.functions)
 
     @classmethod
     def of(cls, plan: LayerPlan) -> _PlannedCall:
@@ -183,7 +183,13 @@ class LayerCalls:
             frame.changed = functools.partial(withheld, layer, plan.epilogue_after_output)
         if planned.is_watched:
             frame.functions = FunctionCalls(
-                plan.layer, planned.functions, frame, self.axis, self._shared, planned.behind
+                plan.layer,
+                planned.functions,
+                frame,
+                self.axis,
+                self._shared,
+                planned.behind,
+                self._seen_whole(plan, args, kwargs) if plan.sees_whole else (),
             )
             frame.functions.__enter__()
             running.watching += 1
@@ -282,14 +288,19 @@ class LayerCalls:
         own, elsewhere = own_rows(ids, layer.input_dim, self.axis.size, self.axis.rank)
         return (own, *args[1:]), elsewhere
 
+    def _seen_whole(self, plan: LayerPlan, args: Any, kwargs: Any) -> tuple[tuple[torch.Tensor, Shape], ...]:
+        """Return the shards that a call takes, with the shapes of the whole tensors."""
+        leaves = keras.tree.flatten((args, kwargs))
+        sharded = ((leaves[position], placement) for position, placement in plan.sharded_inputs)
+        return tuple((each, whole_shape(tuple(each.shape), at, self.axis.size)) for each, at in sharded)
+
     def _whole_mask(self, plan: LayerPlan, args: Any, kwargs: Any) -> tuple[Any, torch.Tensor | None]:
         """Let dropout run on ones of the whole shape and memory order: the mask is the one a single device draws."""
         if not kwargs.get("training"):
             return args, None
         shard, placement = args[0], plan.sharded_inputs[0][1]
         assert isinstance(placement, Shard)
-        shape = list(shard.shape)
-        shape[placement.dim] *= self.axis.size
+        shape = whole_shape(tuple(shard.shape), placement, self.axis.size)
         order = plan.dropout_order
         ones = torch.ones([shape[dim] for dim in order], dtype=shard.dtype, device=shard.device)
         return (ones.permute([order.index(dim) for dim in range(len(order))]), *args[1:]), shard

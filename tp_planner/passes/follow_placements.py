@@ -115,10 +115,13 @@ def _follow_layer(call: Call, known: Known, notes: Notes) -> None:
 
 
 def _record_sharded_arguments(known: Known, notes: Notes) -> None:
-    """Note which layers with variables, planned from their ops, take sharded tensors."""
+    """Note which layers with variables, or that see whole tensors, planned from their ops, take sharded tensors."""
     for call in known.graph.calls.values():
-        if call.id in notes.records or call.id in known.parents or not known.graph.layers[call.layer].variables:
+        sees_whole = (call.layer, call.mode) in known.closings.sees
+        has_variables = bool(known.graph.layers[call.layer].variables)
+        if call.id in notes.records or call.id in known.parents or not (has_variables or sees_whole):
             continue
         placed = [(position, known.placement(tensor, call.id)) for position, tensor in call.inputs]
         sharded = tuple((position, placement) for position, placement in placed if placement != WHOLE)
-        notes.record(CallRecord(call.id, sharded))
+        if has_variables or sharded:
+            notes.record(CallRecord(call.id, sharded, sees_whole=sees_whole and bool(sharded)))

@@ -265,6 +265,7 @@ def _layer_plan(
         sharded_inputs=record.sharded_inputs if record else (),
         scope=scope if record and (record.sharded_inputs or record.output_placement not in (None, Replicate())) else "",
         dropout_order=record.dropout_order if record else (),
+        sees_whole=record is not None and record.sees_whole,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from tp_planner.ir.graph import ModelGraph
 from tp_planner.passes.walk.facts import Conflict, LayerMode, Walk
@@ -24,7 +24,8 @@ def spread_conflicts(
 ) -> list[Conflict]:
     """Return the conflicts, and those that layers alike have.
 
-    Only a layer whose code writes sizes is the cause of its own conflict, and can be judged by its class and its call.
+    Only a layer whose code writes or reads sizes is the cause of its own conflict, and can be judged by its class and
+    its call.
 
     Args:
         conflicts: what a proof found.
@@ -35,13 +36,14 @@ def spread_conflicts(
     found = list(conflicts)
     for conflict in conflicts:
         for kind, key in conflict.origins:
-            if kind == "sizes" and len(conflict.origins) == 1:
-                found += _in_layers_alike(conflict, (key[0], key[1]), alike[key[0]], graphs, walks)
+            if (kind == "sizes" or kind == "sees") and len(conflict.origins) == 1:
+                found += _in_layers_alike(conflict, kind, (key[0], key[1]), alike[key[0]], graphs, walks)
     return found
 
 
 def _in_layers_alike(
     conflict: Conflict,
+    kind: Literal["sizes", "sees"],
     key: LayerMode,
     alike: Sequence[Sequence[str]],
     graphs: Sequence[ModelGraph],
@@ -52,11 +54,11 @@ def _in_layers_alike(
     called = _calls(key, graphs, walks)
     for names in alike:
         other = names[0], mode
-        writes_sizes = any(other in walk.writes_sizes for walk in walks)
-        if other != key and writes_sizes and _calls(other, graphs, walks) == called:
+        has_sizes = kind == "sees" or any(other in walk.writes_sizes for walk in walks)
+        if other != key and has_sizes and _calls(other, graphs, walks) == called:
             renamed = dict(zip(own, names, strict=True))
             reason = _QUOTED.sub(lambda quoted, new=renamed: repr(new.get(quoted[1], quoted[1])), conflict.reason)  # type: ignore[misc]
-            found.append(Conflict(names[0], frozenset({("sizes", other)}), reason, conflict.in_code))
+            found.append(Conflict(names[0], frozenset({(kind, other)}), reason, conflict.in_code))
     return found
 
 

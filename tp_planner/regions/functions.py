@@ -1,14 +1,15 @@
 """Functions at run time: change what single calls of torch functions inside a layer take and return.
 
 While a layer runs in whose code the plan has boundaries, a torch-function mode counts the calls that this code makes,
-layers inside not counted, and changes those that the plan names. Where the gradient of what the code reads comes back
-behind those of weights, it computes products so that they can.
+layers inside not counted, and changes those that the plan names. Code that is to see whole tensors is told their sizes
+where it asks for those of the shards that the layer takes. Where the gradient of what the code reads comes back behind
+those of weights, it computes products so that they can.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from tp_planner.frontend.functions import flatten_arguments, function_name, put_arguments_together
 from tp_planner.ir.errors import ParallelRuntimeError
-from tp_planner.ir.placement import Shard
+from tp_planner.ir.placement import Shape, Shard
 from tp_planner.ir.plan import Boundary, FunctionPlan, LayerPlan
 from tp_planner.job.axes import Axis
 from tp_planner.regions.behind import PRODUCTS, run_product
@@ -26,6 +27,7 @@ from tp_planner.regions.calls import Frame, Site, running
 
 # Takes a tensor across a boundary, once for equal boundaries of one tensor.
 Crossing = Callable[[torch.Tensor, Boundary, Site], torch.Tensor]
+_READS_SIZES = {torch.Tensor.shape.__get__, torch.Tensor.size}  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class FunctionCalls(TorchFunctionMode):
         axis: the model axis.
         enter: takes an input across its boundary.
         behind: whether products by weights are computed so that the gradient of an input can be summed meanwhile.
+        seen_whole: shards, with the shape of the whole, which the code sees.
     """
 
     def __init__(
@@ -70,16 +73,17 @@ class FunctionCalls(TorchFunctionMode):
         axis: Axis,
         enter: Crossing,
         behind: bool = False,
+        seen_whole: Sequence[tuple[torch.Tensor, Shape]] = (),
     ) -> None:
         super().__init__()
         self.layer, self.planned, self.frame, self.axis, self.enter = layer, planned, frame, axis, enter
-        self.behind = behind
+        self.behind, self.seen_whole = behind, seen_whole
         self.names = {name for name, _ in planned}
         self.counts: Counter[str] = Counter()
 
     def again(self, frame: Frame, counts: Counter[str]) -> FunctionCalls:
         """Return what changes the same functions in ``frame``, where the layer's code goes on after these calls."""
-        resumed = FunctionCalls(self.layer, self.planned, frame, self.axis, self.enter, self.behind)
+        resumed = FunctionCalls(self.layer, self.planned, frame, self.axis, self.enter, self.behind, self.seen_whole)
         resumed.counts = counts.copy()
         return resumed
 
@@ -87,12 +91,20 @@ class FunctionCalls(TorchFunctionMode):
         kwargs, name = kwargs or {}, function_name(func)
         if running.frames[-1] is not self.frame:
             return func(*args, **kwargs)
+        if self.seen_whole and func in _READS_SIZES:
+            return self._size(func, *args, **kwargs)
         if name in self.names:
             self.counts[name] += 1
             function = self.planned.get((name, self.counts[name]))
             if function is not None:
                 return self._call(function, func, args, kwargs)
         return self._run(func, name, args, kwargs)
+
+    def _size(self, func: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        shape = next((torch.Size(shape) for shard, shape in self.seen_whole if shard is tensor), None)
+        if shape is None:
+            return func(tensor, *args, **kwargs)
+        return shape[args[0] if args else kwargs["dim"]] if func is torch.Tensor.size and (args or kwargs) else shape
 
     def _run(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         if self.behind and name in PRODUCTS:

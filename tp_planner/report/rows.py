@@ -207,6 +207,8 @@ def _boundary_cells(layer: LayerPlan, own: Sequence[VariablePlan], crossed: set[
             cells.append(f"{function} out {_changes(function.output)}")
         cells += [f"{function} size {whole}->{local}" for _, whole, local in function.sizes]
         cells += [f"{function} size of the whole sequence" for _ in function.scales[:1]]
+    if layer.sees_whole:
+        cells.append("sees sizes of the whole")
     if layer.output is not None:
         has_bias = any(variable.key.endswith("/bias") for variable in own)
         bias = ", then bias" if has_bias and layer.epilogue_after_output.startswith("bias") else ""

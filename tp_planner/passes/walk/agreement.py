@@ -43,7 +43,7 @@ def require_one_plan_a_layer(known: Known, notes: Notes) -> None:
     for call in known.graph.calls.values():
         record = notes.records.get(call.id)
         done = (
-            record and (record.sharded_inputs, record.output_placement, record.epilogue),
+            record and (record.sharded_inputs, record.output_placement, record.epilogue, record.sees_whole),
             boundaries.get(call.id, []),
             changes_of(functions.get(call.id, ())),
         )

@@ -167,7 +167,8 @@ def _change_ends(function: FunctionCall, found: FunctionFollowed, origins: Origi
 def _change_sizes(function: FunctionCall, found: FunctionFollowed, known: Known, notes: Notes) -> None:
     """Write down the sizes of shards, if the layer is given them; else that it could be."""
     sizes, layer = sizes_in_arguments(function, known.graph, found, known.parts), known.graph.calls[function.call]
-    if sizes and (layer.layer, layer.mode) in known.closings.sizes:
+    key = layer.layer, layer.mode
+    if sizes and (key in known.closings.sizes or key in known.closings.sees):
         notes.resize(function, sizes)
     elif sizes:
-        notes.writes_sizes.add((layer.layer, layer.mode))
+        notes.writes_sizes.add(key)

@@ -16,13 +16,14 @@ VariableRead = tuple[str, str]  # name of the layer in whose call it is read, va
 Argument = tuple[str, str, str, int, int]  # layer, mode, name of a torch function, which of its calls, position
 Packed = tuple[str, str, tuple[int, ...]]  # layer, key of its weight, parts
 # What a conflict can change: sharding ends where it comes from, at a layer's output or a variable's use, or in all of
-# a layer ("whole"); or a layer whose code writes sizes of whole tensors is given those of shards ("sizes"). The
-# residual stream comes from a layer that leaves it sharded ("stream"), is gathered where a layer takes it ("gather") or
-# its output ends the model ("end"), and begins at a layer whose whole output is cut to shards of it ("begin").
+# a layer ("whole"); or a layer whose code writes sizes of whole tensors is given those of shards ("sizes"); or one
+# whose code reads sizes of shards sees those of whole tensors ("sees"). The residual stream comes from a layer that
+# leaves it sharded ("stream"), is gathered where a layer takes it ("gather") or its output ends the model ("end"), and
+# begins at a layer whose whole output is cut to shards of it ("begin").
 # A weight whose sharded dim the code takes apart is stored in parts ("packed").
 # Code that reads sizes of its shards has them made sizes of the whole where it makes whole tensors of them ("scale").
 Origin = (
-    tuple[Literal["layer", "whole", "sizes", "stream", "gather", "begin", "end"], LayerMode]
+    tuple[Literal["layer", "whole", "sizes", "sees", "stream", "gather", "begin", "end"], LayerMode]
     | tuple[Literal["read"], VariableRead]
     | tuple[Literal["scale"], Argument]
     | tuple[Literal["packed"], Packed]
@@ -45,7 +46,8 @@ class Closings:
     """Where sharding has to end at its origin: layers whose output is gathered, variables gathered for use.
 
     ``whole`` are layers that compute on whole tensors only, ``sizes`` those that are given the sizes of shards where
-    their code writes sizes of whole tensors. ``streams`` are layers whose output is no shard of the
+    their code writes sizes of whole tensors, ``sees`` those whose code sees the sizes of whole tensors where it reads
+    them of shards that the layer takes. ``streams`` are layers whose output is no shard of the
     residual stream, ``gathers`` those that take the stream gathered, ``ends`` those whose output is, and
     ``begins`` those whose whole output is cut to shards of it. ``scales`` are arguments of functions that are given
     sizes of the whole stream, where code has read those of shards. All with the reason. ``packed`` are weights that are
@@ -56,6 +58,7 @@ class Closings:
     reads: Mapping[VariableRead, str] = field(default_factory=dict)
     whole: Mapping[LayerMode, str] = field(default_factory=dict)
     sizes: Mapping[LayerMode, str] = field(default_factory=dict)
+    sees: Mapping[LayerMode, str] = field(default_factory=dict)
     streams: Mapping[LayerMode, str] = field(default_factory=dict)
     gathers: Mapping[LayerMode, str] = field(default_factory=dict)
     ends: Mapping[LayerMode, str] = field(default_factory=dict)
@@ -71,6 +74,8 @@ class Closings:
                 return replace(self, whole={key: reason, **self.whole})
             case "sizes", key:
                 return replace(self, sizes={key: reason, **self.sizes})
+            case "sees", key:
+                return replace(self, sees={key: reason, **self.sees})
             case "stream", key:
                 return replace(self, streams={key: reason, **self.streams})
             case "gather", key:
@@ -124,6 +129,7 @@ class CallRecord:
     epilogue: Literal["", "activation", "bias+activation"] = ""
     reason: str = ""
     dropout_order: tuple[int, ...] = ()  # dims of a dropout's whole input, outermost in memory first
+    sees_whole: bool = False  # whether sizes that its code reads of sharded inputs are those of the whole
 
 
 @dataclass(frozen=True, slots=True)
