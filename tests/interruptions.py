@@ -44,7 +44,7 @@ class Calls:
     def _see(self, frame: FrameType, event: str, arg: Any) -> None:
         if event == "call" and frame.f_code.co_filename.startswith(ALIKE):
             self.number += 1
-            if self.at and self.number >= self.at and not _takes_back(frame):
+            if self.at and self.number >= self.at and not (_takes_back(frame) or _is_asked_by_torch(frame)):
                 self.where = f"{frame.f_code.co_filename.removeprefix(str(PACKAGE))}:{frame.f_code.co_name}"
                 sys.setprofile(None)
                 raise Interrupted(self.where)
@@ -56,6 +56,11 @@ def _takes_back(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _is_asked_by_torch(frame: FrameType) -> bool:
+    """Whether torch's own code asks on which device a tensor is; in some of it an exception ends the process."""
+    return frame.f_locals.get("func") is torch.ops.prim.device.default
 
 
 def state(*models: keras.Model) -> dict[str, Any]:
