@@ -9,10 +9,11 @@ program makes the very functions that the code made, so that results are the sam
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -33,7 +34,7 @@ _PHASES = ("compile", "fit", "evaluate", "predict", "get_config", "from_config",
 AROUND_CALLS = frozenset({*vars(type("Empty", (), {})), *_STEPS, *_PHASES})
 _OF_CALLS = ("_trainable", "_dtype_policy", "autocast")  # bookkeeping of Keras's that changes what a call does
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_MISSING = object()
+_FOR_MISSING = itertools.repeat(object())  # in the place of what is not there
 
 
 def foreign_code(layers: Mapping[str, keras.Layer]) -> str:
@@ -176,18 +177,17 @@ class _Held:
 
     def __init__(self, holder: dict[Any, Any] | list[Any], keys: list[Any] | None = None) -> None:
         self._holder, self._keys = holder, keys
-        self._values = self._now()
+        self._values = list(self._now())
 
-    def _now(self) -> list[Any]:
+    def _now(self) -> Iterable[Any]:
         if isinstance(self._holder, list):
-            return self._holder.copy()
-        if self._keys is None:
-            return list(self._holder.values())
-        return [self._holder.get(key, _MISSING) for key in self._keys]
+            return self._holder
+        return self._holder.values() if self._keys is None else map(self._holder.get, self._keys, _FOR_MISSING)
 
     def is_another(self) -> bool:
-        now = self._now()
-        return len(now) != len(self._values) or any(map(operator.is_not, now, self._values))
+        if self._keys is None and len(self._holder) != len(self._values):
+            return True
+        return any(map(operator.is_not, self._now(), self._values))
 
 
 def _held_by(layer: keras.Layer) -> Iterator[_Held]:
