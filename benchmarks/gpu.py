@@ -136,7 +136,7 @@ def page(folder: Path, device: str) -> Iterator[str]:
         yield from one_rank.verdicts(ranks) if device == "cuda" else ()
     if "kernels" in found:
         yield "\nkernels"
-        yield from kernels.table(found["kernels"]["kernels"])
+        yield from kernels.table(found["kernels"]["kernels"], device)
 
 
 def _is_there(folder: Path, name: str) -> bool:
@@ -181,7 +181,15 @@ def main() -> int:
     _write(options.output / "gpu.md", "\n".join([f"# {name}", "", "```", *text, "```"]) + "\n")
     if missing:
         print(f"\nnot measured: go on with --only {','.join(missing)}")
-    return 1 if missing else 0
+    failed = "tests" in wanted and "tests" not in missing and _exit_code_of_tests(options.output) != 0
+    if failed:
+        print("\ntests failed; which of them, and why, is said above")
+    return 1 if missing or failed else 0
+
+
+def _exit_code_of_tests(folder: Path) -> int:
+    code: int = json.loads((folder / "tests.json").read_text())["tests"]["exit_code"]
+    return code
 
 
 if __name__ == "__main__":

@@ -50,6 +50,10 @@ class Answers(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in _TO_HOST and on_device(args[0]):
             report(f"Tensor.{name} of a tensor on the device")
+        if name == "tolist" and on_device(args[0]):
+            waits("a list of a tensor's values")
+        if name == "new_tensor" and on_device(args[0]):
+            waits("new_tensor of values of the host")
         if name == "pin_memory":  # memory of the host
             return args[0].clone()
         if name == "get_device" and on_device(args[0]):

@@ -22,6 +22,8 @@ MAY_MIX = {
     "copy_", "_to_copy", "index", "index_put_", "index_put", "_index_put_impl_", "set_", "_local_scalar_dense",
     "_pin_memory",
 }  # fmt: skip
+# Ops for whose result's size, or value, the host waits.
+WAITED_FOR = {"nonzero", "masked_select", "equal", "_unique2", "unique_consecutive", "unique_dim", "bincount"}
 _GATHER = torch.ops._c10d_functional.all_gather_into_tensor_out.default
 
 
@@ -45,8 +47,8 @@ class Kernels(TorchDispatchMode):
         elif {True, False} <= marks and name not in MAY_MIX and func.namespace != "c10d":
             shapes = [f"{'cuda' if said(each) else 'cpu'} {tuple(each.shape)}" for each in given]
             report(f"{func} of tensors on two devices: {', '.join(shapes)}")
-        if name == "_local_scalar_dense" and said(given[0]):
-            waits("a value of a tensor")
+        if why := _waits(name, args, kwargs, given, marks):
+            waits(why)
         asked = type_of(kwargs.get("device")) == "cuda"  # torch's own code is told the true device, and names that
         if asked:
             kwargs["device"] = CPU
@@ -63,6 +65,21 @@ def _gathered(part: torch.Tensor, size: int, group: str, out: torch.Tensor) -> t
     """Gather by the op that asks Python's groups; the one that takes its output passes them by."""
     functional = torch.ops._c10d_functional
     return out.copy_(functional.wait_tensor(functional.all_gather_into_tensor(part, size, group)))
+
+
+def _waits(name: str, args: Any, kwargs: Any, given: list[torch.Tensor], marks: set[bool | None]) -> str:
+    """Return for what the host waits in an op, "" if it does not."""
+    if name == "_local_scalar_dense" and said(given[0]):
+        return "a value of a tensor"
+    if name in WAITED_FOR and True in marks:
+        return f"what {name} finds"
+    if name in ("index", "index_put", "index_put_") and any(
+        each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1]
+    ):
+        return "places of a mask"
+    if name == "copy_" and {True, False} <= marks and not any(each is True for each in (*args[2:], *kwargs.values())):
+        return "a copy between the host and the device"
+    return ""
 
 
 def _where(name: str, given: list[torch.Tensor], marks: set[bool | None]) -> bool | None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from concurrent.futures import ThreadPoolExecutor
+from threading import current_thread
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from tests.pretended.answers import Answers, current_device
 from tests.pretended.kernels import Kernels
 from tests.pretended.nccl import create
+from tests.pretended.storages import on_device
 from tp_planner.frontend.keras_internals import core
 
 GPUS = 8
@@ -51,15 +56,26 @@ class _Generator(torch._C.Generator):
 
 
 def _look_on() -> None:
-    """Let the modes see everything in this thread, backward passes too.
+    """Let the modes see everything in this thread, and backward passes, which run on another one.
 
     ``Tensor.backward`` is a torch function itself, inside which the mode is off.
     """
     answers, run = Answers(), torch.autograd.graph._engine_run_backward
+    of_device = ThreadPoolExecutor(1, "autograd")  # as autograd has one for each GPU
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        with answers:
-            return run(*args, **kwargs)
+    def watched(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        if not any(map(on_device, tensors)) or current_thread().name.startswith("autograd"):
+            with answers:
+                return run(tensors, *args, **kwargs)
+        modes = _get_current_dispatch_mode_stack()  # which autograd takes along
+
+        def there() -> Any:
+            with contextlib.ExitStack() as stack:
+                for mode in (*modes, answers):
+                    stack.enter_context(mode)
+                return run(tensors, *args, **kwargs)
+
+        return of_device.submit(there).result()
 
     # What runs again compares its tensors with those of the first run, where torch asked for devices out of our sight.
     torch.utils.checkpoint._allowed_determinism_checks_to_fns["default"] = lambda tensor: (tensor.shape, tensor.dtype)

@@ -28,6 +28,7 @@ from tests.pretended.machine import start
 from tests.pretended.reports import reports, waiting
 from tests.pretended.storages import on_device
 from tests.replicas import MODELS, also_over_batch
+from tests.replicas import layout as of_replicas
 from tests.training.test_training import OPTIMIZERS
 from tests.workers import WorkerPool
 from tp_planner.ir.layout import AxisSpec, Layout, LayoutRule
@@ -242,13 +243,22 @@ def run_case(name: str, folder: Path) -> Seen:
     return CASES[name]()
 
 
-def waits(name: str, optimizer: str, jit: bool, sizes: Mapping[str, Any]) -> dict[str, int]:
+def waits(
+    name: str,
+    optimizer: str,
+    jit: bool,
+    sizes: Mapping[str, Any],
+    rules: str = "model axis",
+    replicas: int = 1,
+    loss: Any = None,
+) -> dict[str, int]:
     """Return where the host waits for the device in a step that is not the first."""
     case = MODELS[name]
     x, y = case.batch(np.random.default_rng(0), BATCH_SIZE)
     model = built(case, **sizes)
-    tp_planner.parallelize(model, layout(case.rules), inputs=x)
-    model.compile(OPTIMIZERS[optimizer](), case.make_loss(), metrics=METRICS.get(name), jit_compile=jit)
+    wanted = of_replicas(name, rules, (replicas, dist.get_world_size() // replicas))
+    tp_planner.parallelize(model, replace(wanted, devices="cuda"), inputs=x)
+    model.compile(OPTIMIZERS[optimizer](), loss or case.make_loss(), metrics=METRICS.get(name), jit_compile=jit)
     data = keras.tree.map_structure(lambda leaf: torch.as_tensor(leaf, device="cuda"), (x, y))
     for _ in range(3):
         model.train_step(data)
@@ -257,9 +267,10 @@ def waits(name: str, optimizer: str, jit: bool, sizes: Mapping[str, Any]) -> dic
     return {f"{what}: {where}": times for (what, where), times in waiting.items()}
 
 
+SUM = keras.losses.MeanSquaredError(reduction="sum")
 METRICS = {"gpt": ["accuracy"], "mlp": ["mae"]}
 
-STEPS_WITHOUT_WAITING: dict[str, tuple[str, str, bool, Mapping[str, Any]]] = {
+STEPS_WITHOUT_WAITING: dict[str, tuple[Any, ...]] = {
     "adamw": ("gpt", "adamw", False, {}),
     "adamw, replayed": ("gpt", "adamw", True, {}),
     "dropout": ("gpt", "adamw", False, {"dropout": 0.1}),
@@ -268,8 +279,17 @@ STEPS_WITHOUT_WAITING: dict[str, tuple[str, str, bool, Mapping[str, Any]]] = {
     "momentum": ("mlp", "momentum", False, {}),
     "norms clipped": ("mlp", "clip each norm", False, {}),
     "in slices": ("mlp", "rmsprop", False, {}),
+    "replicas": ("gpt", "adamw", False, {"dropout": 0.1}, "model axis", 2),
+    "replicas, replayed": ("gpt", "adamw", True, {"dropout": 0.1}, "model axis", 2),
+    "replicas with a sum for a loss": ("mlp", "adamw", False, {}, "model axis", 2, SUM),
+    "replicas with batch normalization": ("normalized", "adamw", False, {}, "normalized", 2),
+    "replicas in parts": ("gpt", "adamw", False, {}, "both axes, 2 ahead", 2),
+    "replicas in parts of Llama, recomputed": ("recomputed", "adamw", False, {}, "both axes", 2),
+    "slots in parts": ("gpt", "adamw", False, {}, "model axis, zero 1", 2),
+    "slots and weights in parts": ("gpt", "adamw", False, {}, "model axis, zero 3", 2),
+    "slots in parts, norms clipped": ("mlp", "clip each norm", False, {}, "model axis, zero 1", 2),
 }
-FEW = {"dropout, replayed", "norms clipped", "in slices"}  # which `make test` looks at
+FEW = {"dropout, replayed", "norms clipped", "in slices", "slots in parts"}  # which `make test` looks at
 
 FAULTS: dict[str, Callable[[torch.Tensor], Any]] = {
     "a mask made on the host": lambda tensor: tensor * torch.ones(tensor.shape),

@@ -56,11 +56,8 @@ class Bucket:
         gradients = [self._gradient(position) for position in range(len(self.variables))]
         if len(gradients) == 1:
             self.flat = gradients[0].reshape(-1)
-        elif self.is_complete:
-            self.flat = _joined(gradients, gradients[0].new_ones(len(gradients)))
         else:
-            marks = [float(position in self.arrived) for position in range(len(gradients))]
-            self.flat = _joined(gradients, gradients[0].new_tensor(marks))
+            self.flat = _joined(gradients, self._own_marks(gradients[0]))
         _weigh(self.flat, replicas)
         for position, before in self.sums.items():
             self._view(position).add_(before)
@@ -68,6 +65,14 @@ class Bucket:
         for position in self.arrived:
             self._place(position)
         return self.flat
+
+    def _own_marks(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return 1 for each variable whose gradient has arrived, else 0, as gradients are; no host waits for it."""
+        marks = gradient.new_ones(len(self.variables))
+        for position in range(0 if self.is_complete else len(self.variables)):
+            if position not in self.arrived:
+                marks[position].zero_()
+        return marks
 
     def weigh(self, replicas: Replicas) -> None:
         """Weigh the gradients that have arrived by samples, where they are; they are not sent in this pass.
@@ -152,7 +157,7 @@ class SharedBucket(Bucket):
     def send(self, replicas: Replicas) -> None:
         """Begin to add the gradients that have arrived, of which nothing is kept here from now on."""
         gradients = [self._arrived_gradient(position) for position in range(len(self.variables))]
-        marks = gradients[0].new_tensor([float(position in self.arrived) for position in range(len(gradients))])
+        marks = self._own_marks(gradients[0])
         ranks, cuts = replicas.axis.size, [share.cut for share in self._shares]
         # All marks go to each replica, for each has to know whose gradients there are.
         gradients.append(marks.repeat(ranks))

@@ -139,7 +139,7 @@ def _divisor(values: torch.Tensor, sample_weight: Any, mask: Any, reduction: str
 
 def _scale(divisor: torch.Tensor | None, samples: float, replicas: Replicas, device: torch.device) -> torch.Tensor:
     """Return by what a replica's loss is multiplied, so that the mean weighed by samples is that of the whole batch."""
-    summed = torch.tensor([samples, 0.0], dtype=torch.float64, device=device)
+    summed = torch.full((2,), samples, dtype=torch.float64, device=device)  # filled in, no host waits for it
     if divisor is not None:
         summed[1] = divisor
     add_in_place(summed, replicas.axis, METRICS)
