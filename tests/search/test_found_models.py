@@ -285,6 +285,15 @@ def test_what_autograd_copies_before_it_is_written_into_is_priced_once() -> None
     assert abs(found.error) < ERROR
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bloom", "stable_diffusion_3"])
+def test_regions_end_where_the_program_says(name: str) -> None:
+    """Planning keeps what reads sizes of shards, and the program leaves plain what not all calls of a layer do."""
+    found = found_for_family(name)
+    assert abs(found.error) < ERROR
+    assert found.gap == 0
+
+
 def random_layout(model: keras.Model, mesh: Mesh, rng: random.Random) -> Layout:
     """Return a layout that shards a random dim of most weights."""
     rules = []

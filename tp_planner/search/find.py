@@ -45,7 +45,7 @@ from tp_planner.search.found import Candidate, Found, known_bound
 from tp_planner.search.packing import parts_of_matrices
 from tp_planner.search.prices import Prices, seconds_of
 from tp_planner.search.program import Solution
-from tp_planner.search.refusals import needless_ends, refused_regions
+from tp_planner.search.refusals import is_called_in_ways_that_differ, needless_ends, refused_regions
 from tp_planner.search.rules import axes_of, escaped, write_rules
 from tp_planner.search.stream import as_sums
 from tp_planner.search.unequal import unequal_parts
@@ -275,6 +275,9 @@ class _Search:
         refused = list(refused_regions(graph, chosen, plan))
         for columns in refused:
             self.formulation.forbid_together(columns)
+        if refused and is_called_in_ways_that_differ(graph, plan):
+            met = (column for region in refused for column in region)
+            self.formulation.leave_sizes({graph.calls[chosen[each][0].call].layer for each in met})
         needless = [] if refused else list(needless_ends(graph, chosen, plan))
         for column in needless:
             self.formulation.forbid_where_stored_so(stored, column)

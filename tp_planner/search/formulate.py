@@ -7,10 +7,11 @@ solver proves of the program's cost holds for all of them, as far as the program
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
-from tp_planner.ir.graph import ModelGraph, VariableInfo
+from tp_planner.ir.graph import FunctionCall, ModelGraph, VariableInfo
 from tp_planner.ir.placement import WHOLE, Placement
 from tp_planner.ir.plan import Boundary
 from tp_planner.passes.shard_into_loss import gathers_last_dim, only_output
@@ -127,6 +128,7 @@ class Formulation:
                 by_plan.setdefault(way.plan, []).append(column)
             plans.setdefault(self._planned_as(step), []).append(by_plan)
         self._tie_calls(plans.values())
+        self._leave_plain_what_not_all_calls_run()
         for group in self.groups:
             self.constant -= self.program.costs[self.states[Slot("stored", group.key)][WHOLE]]
 
@@ -195,6 +197,30 @@ class Formulation:
                     here = dict.fromkeys(first.get(plan, ()), 1.0)
                     there = dict.fromkeys(other.get(plan, ()), -1.0)
                     self.program.equal({**here, **there}, 0.0)
+
+    def _leave_plain_what_not_all_calls_run(self) -> None:
+        """Let nothing change at functions that some calls of a layer run, and others do not: they have one plan."""
+        for _, ways in self._run_by_some_calls():
+            self.program.equal({column: 1.0 for column, way in ways.items() if not way.is_plain}, 0.0)
+
+    def leave_sizes(self, layers: Set[str]) -> None:
+        """Let these layers take no shards where code writes sizes that not all their calls run."""
+        for layer, ways in self._run_by_some_calls():
+            if layer in layers:
+                self.program.equal({column: 1.0 for column, way in ways.items() if way.writes_sizes}, 0.0)
+
+    def _run_by_some_calls(self) -> Iterator[tuple[str, Mapping[int, Way]]]:
+        """Yield the layers and ways, by column, of functions that not all calls of the layer run."""
+        every = (call for call in self.graph.calls.values() if call.id not in self.graph.repeats)
+        calls = Counter((call.layer, call.mode) for call in every)
+        in_code = [each for each in self.ways if isinstance(each[0].pieces[0], FunctionCall) and not each[0].layer_call]
+        running: dict[object, set[int]] = {}
+        for step, _ in in_code:
+            running.setdefault(self._planned_as(step), set()).add(step.call)
+        for step, ways in in_code:
+            call = self.graph.calls[step.call]
+            if len(running[self._planned_as(step)]) < calls[call.layer, call.mode]:
+                yield call.layer, ways
 
     def _tie_block(self, step: Again, tensors: dict[int, tuple[Placement, ...]]) -> None:
         """Let a block take what the one that it is like takes, and make what that makes."""

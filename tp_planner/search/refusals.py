@@ -2,8 +2,10 @@
 
 The walk over the whole model, and the proof, see what no step alone does: code that writes a number of heads, say. Then
 the planner lets layers of the region return whole tensors, or gathers variables. What the region was is forbidden from
-then on, in every layout; what the planner made of it is in the program already, as other ways. The planner ends one
-where it has to, and nowhere else: one that a program ends to save time is forbidden to end there in that layout.
+then on, in every layout; if a layer that it runs through is called in ways for which it cannot have one plan, all that
+would have them differ by sizes in its code. What the planner made of it is in the program already, as other ways. The
+planner ends one where it has to, and nowhere else: one that a program ends to save time is forbidden to end there in
+that layout.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import networkx as nx
 from tp_planner.ir.graph import ModelGraph
 from tp_planner.ir.placement import WHOLE
 from tp_planner.ir.plan import Plan
+from tp_planner.passes.walk.agreement import called_in_ways
 from tp_planner.search.steps import Step
 from tp_planner.search.ways import Way
 
@@ -44,6 +47,12 @@ def needless_ends(graph: ModelGraph, chosen: Chosen, plan: Plan) -> Iterator[int
         gathers = step.layer_call is not None and way.gathers_output
         if gathers and (call.layer, call.mode, "output") not in ended:
             yield column
+
+
+def is_called_in_ways_that_differ(graph: ModelGraph, plan: Plan) -> bool:
+    """Whether regions ended in a plan because a layer cannot have one plan for all its calls."""
+    reasons = [layer.reason for layer in plan.layers]
+    return any(called_in_ways(name) in reason for name in graph.layers for reason in reasons)
 
 
 def _gathered_beside(graph: ModelGraph, chosen: Chosen, region: frozenset[int]) -> Iterator[int]:

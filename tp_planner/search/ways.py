@@ -59,7 +59,8 @@ class Way:
     """One way to take a step.
 
     ``given`` and ``made`` say how it has its slots, ``crossings`` which boundaries it needs, ``work`` what a rank
-    computes. ``plan`` is what the plan says of the step's layer: it is one for all calls of the layer.
+    computes. ``plan`` is what the plan says of the step's layer: it is one for all calls of the layer. ``is_plain``
+    says that this is nothing, ``writes_sizes`` that it would be but for sizes that the layer's code writes.
     """
 
     given: tuple[tuple[Slot, Placement], ...]
@@ -67,6 +68,8 @@ class Way:
     crossings: tuple[Crossing, ...]
     work: OpWork
     plan: Any
+    is_plain: bool
+    writes_sizes: bool
 
     @property
     def gathers_output(self) -> bool:
@@ -242,6 +245,8 @@ class Walker:
             crossings=tuple(self._crossings(step, notes)),
             work=self._work(step, taken, notes),
             plan=self._plan(step, notes),
+            is_plain=not (notes.boundaries or notes.functions),
+            writes_sizes=bool(notes.writes_sizes),
         )
 
     def _follow(self, step: Step, notes: Notes) -> None:

@@ -49,8 +49,12 @@ def require_one_plan_a_layer(known: Known, notes: Notes) -> None:
         )
         other, before = first.setdefault((call.layer, call.mode), (call, done))
         if before != done:
-            reason = f"layer {call.layer!r} is called in ways that need different boundaries"
-            notes.conflict(call.id, _origins_at(other, call, known, notes), reason)
+            notes.conflict(call.id, _origins_at(other, call, known, notes), called_in_ways(call.layer))
+
+
+def called_in_ways(layer: str) -> str:
+    """Return why regions end at a layer that cannot have one plan for all its calls."""
+    return f"layer {layer!r} is called in ways that need different boundaries"
 
 
 def _origins_at(one: Call, other: Call, known: Known, notes: Notes) -> Origins:
