@@ -93,6 +93,31 @@ def _local(tensor: Any) -> torch.Tensor:
     return getattr(tensor, "_local_tensor", tensor)
 
 
+def gradients_of_inputs() -> dict[str, Any]:
+    """Return the gradients of inputs, without graphs and by them; no collective lies between these and a layer."""
+    found = {}
+    for jit_compile in (True, "cudagraphs"):
+        with pretended_graphs():
+            keras.utils.set_random_seed(7)
+            x = keras.Input((8,), dtype="float64")
+            y = keras.layers.Dense(8, "tanh", dtype="float64", name="first")(x)
+            y = keras.layers.Dense(16, "tanh", dtype="float64", name="up")(y)
+            model = keras.Model(x, keras.layers.Dense(4, dtype="float64", name="down")(y))
+            rules: dict[str, Any] = {
+                "up/kernel": (None, "model"),
+                "up/bias": ("model",),
+                "down/kernel": ("model", None),
+            }
+            tp_planner.parallelize(model, layout_map(rules))
+            model.compile("sgd", "mse", jit_compile=jit_compile)
+            rng = np.random.default_rng(0)
+            given = [torch.from_numpy(rng.standard_normal((BATCH_SIZE, 8))).requires_grad_() for _ in range(8)]
+            for each in given:
+                model(each).square().sum().backward()
+            found[str(jit_compile)] = [np.array(each.grad) for each in given], Graph.replays
+    return found
+
+
 def backward_again() -> str:
     """Return what is said of a second backward pass behind another call."""
     with pretended_graphs():
@@ -180,6 +205,15 @@ def test_nothing_is_overwritten(pools: Callable[[int], WorkerPool]) -> None:
     for found in pools(2).run(other_calls):
         (expected, none), (values, replays) = found["True"], found["cudagraphs"]
         assert (none, replays > 0) == (0, True)
+        for value, wanted in zip(values, expected, strict=True):
+            np.testing.assert_allclose(value, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_of_inputs_are_not_overwritten(pools: Callable[[int], WorkerPool]) -> None:
+    """Who asks for the gradients of inputs has each of them for himself."""
+    for found in pools(2).run(gradients_of_inputs):
+        (expected, _), (values, replays) = found["True"], found["cudagraphs"]
+        assert replays > 0
         for value, wanted in zip(values, expected, strict=True):
             np.testing.assert_allclose(value, wanted, rtol=1e-10, atol=1e-12)
 

@@ -4,8 +4,8 @@ A program's first run shows what each segment is given. Then all are captured to
 pass, into one pool of memory (``torch.cuda.make_graphed_callables``): weights are read where they are, everything else
 is copied to where the graph reads it. Collectives lie between segments and are in no graph.
 
-A graph writes where it wrote the last time. So nothing of that memory leaves the program: outputs and the gradients of
-weights are copied out, and while a call waits for its backward pass, others run without graphs.
+A graph writes where it wrote the last time. So nothing of that memory leaves the program: outputs, and the gradients of
+inputs and weights, are copied out, and while a call waits for its backward pass, others run without graphs.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class CudaGraphs:
             if self._problem or watched or self._waiting() is not None:
                 return self._in_state("plain", program, tensors)
             if self._captured:
-                return self._apart(self._in_state("graphs", program, tensors))
+                given = [_OutOfGraph.apply(each) if each.requires_grad else each for each in tensors]
+                return self._apart(self._in_state("graphs", program, given))
             output = self._in_state("shown", program, tensors)
             self._capture()
             return output
@@ -180,11 +181,11 @@ class CudaGraphs:
 
 
 class _OutOfGraph(torch.autograd.Function):
-    """Hands a weight to a graph, and gives it a gradient that no later run overwrites."""
+    """Hands an input or a weight to graphs, and gives it a gradient that no later run overwrites."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
-        return weight.view_as(weight)
+    def forward(ctx: Any, given: torch.Tensor) -> torch.Tensor:
+        return given.view_as(given)
 
     @staticmethod
     @once_differentiable
