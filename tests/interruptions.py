@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,11 +30,22 @@ class Interrupted(BaseException):
     """Like KeyboardInterrupt: nobody catches it by the way."""
 
 
-class Calls:
-    """Counts calls of tp_planner's functions, and raises Interrupted out of the one of number ``at``; 0 for none."""
+@dataclass(frozen=True)
+class Point:
+    """A call of tp_planner's functions: the one of this number among those of one function.
 
-    def __init__(self, at: int = 0) -> None:
-        self.at, self.number, self.where = at, 0, ""
+    Not among all: what is called when a tensor goes, ranks call at other times.
+    """
+
+    function: str
+    number: int
+
+
+class Calls:
+    """Writes down calls of tp_planner's functions, and raises Interrupted out of one, if there is one to be."""
+
+    def __init__(self, at: Point | None = None) -> None:
+        self.at, self.where, self.points, self.counts = at, "", list[Point](), Counter[str]()
 
     def __enter__(self) -> Calls:
         sys.setprofile(self._see)
@@ -43,9 +56,14 @@ class Calls:
 
     def _see(self, frame: FrameType, event: str, arg: Any) -> None:
         if event == "call" and frame.f_code.co_filename.startswith(ALIKE):
-            self.number += 1
-            if self.at and self.number >= self.at and not (_takes_back(frame) or _is_asked_by_torch(frame)):
-                self.where = f"{frame.f_code.co_filename.removeprefix(str(PACKAGE))}:{frame.f_code.co_name}"
+            name = f"{frame.f_code.co_filename.removeprefix(str(PACKAGE))}:{frame.f_code.co_qualname}"
+            self.counts[name] += 1
+            if self.at is None:
+                self.points.append(Point(name, self.counts[name]))
+            elif self.counts[self.at.function] >= self.at.number and not (
+                _takes_back(frame) or _is_asked_by_torch(frame)
+            ):
+                self.where = name
                 sys.setprofile(None)
                 raise Interrupted(self.where)
 

@@ -9,10 +9,11 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 import tp_planner
 from tests.families import FAMILIES
-from tests.interruptions import Calls, Interrupted, state
+from tests.interruptions import Calls, Interrupted, Point, state
 from tests.layers.test_generation import prompts
 from tests.models import CASES, building
 from tests.replicas import whole
@@ -27,14 +28,17 @@ def batch() -> Any:
     return CASE.batch(np.random.default_rng(3), 4)
 
 
-def points(action: Action, count: int, draw: int = 0) -> list[int]:
-    """Return the numbers of some calls that an action makes, others in each draw."""
+def points(action: Action, count: int, draw: int = 0) -> list[Point]:
+    """Return some of the calls that an action makes, others in each draw; the same on all ranks."""
     with Calls() as calls:
         action()
-    return sorted(random.Random(draw).sample(range(1, calls.number + 1), min(count, calls.number)))
+    drawn = [random.Random(draw).sample(calls.points, min(count, len(calls.points)))]
+    if dist.is_initialized():
+        dist.broadcast_object_list(drawn, 0)
+    return drawn[0]
 
 
-def interrupted(action: Action, at: int) -> str:
+def interrupted(action: Action, at: Point) -> str:
     """Return the function out of whose call an exception came; "" for none, where all that follows takes back."""
     calls = Calls(at)
     try:
