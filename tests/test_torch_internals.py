@@ -20,6 +20,7 @@ INTERNALS: dict[str, str] = {
     "torch._C.DisableTorchFunctionSubclass": "torch._C.DisableTorchFunction",
     "torch._C._AutoDispatchBelowAutograd": "torch.no_grad around a call of the op on detached tensors",
     "torch._C._are_functorch_transforms_active": "torch.autograd.Function.apply, which asks the same",
+    "torch._C._autograd._top_saved_tensors_default_hooks": "none: hooks of others would be passed over",
     "torch._C._current_autograd_node": "the node whose hook by Node.register_prehook has run last",
     "torch._C._current_graph_task_id": "a flag that hooks of the loss and of the last gradient set and take back",
     "torch._C._dispatch_has_kernel_for_dispatch_key": "none: FakeTensorMode as it is, without the short way for views",

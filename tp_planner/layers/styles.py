@@ -31,6 +31,7 @@ from tp_planner.regions.calls import Frame, Reader, Site, end_with_call, running
 from tp_planner.regions.functions import FunctionCalls, PlannedFunction, planned_functions
 from tp_planner.regions.left_out import watch_calls
 from tp_planner.regions.logits import logits_of
+from tp_planner.storage.casts import casts_weights
 from tp_planner.storage.log import logger
 from tp_planner.storage.sharding import own_shard
 from tp_planner.storage.variables import read_whole
@@ -143,7 +144,8 @@ class LayerCalls:
 
     def hook(self, layer: keras.Layer, undo: list[Undo]) -> None:
         """Hook the layer; ``undo`` takes what removes the hooks again."""
-        if any(boundary.again for plan in self.plans.values() for _, boundary in plan.inputs):
+        again = any(boundary.again for plan in self.plans.values() for _, boundary in plan.inputs)
+        if again or (any(self.readers.values()) and casts_weights(layer)):
             undo += [handle.remove for handle in watch_calls(layer)]
         undo.append(end_with_call(layer))
         before = layer.register_forward_pre_hook(self.before, with_kwargs=True)

@@ -87,8 +87,13 @@ def can_be_made_again(tensor: torch.Tensor, left_out: LeftOut) -> None:
     known[key] = left_out, weakref.ref(storage, lambda _: known.pop(key, None))
 
 
-def watching() -> torch.autograd.graph.saved_tensors_hooks:
-    """Return a context inside which autograd keeps nothing that can be made again."""
+def watching() -> contextlib.AbstractContextManager[None]:
+    """Return a context inside which autograd keeps nothing that can be made again.
+
+    It changes nothing inside of hooks that say what is kept: these, or those of somebody who keeps it elsewhere.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # True: also where torch traces
+        return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(_leave_out, _put_back)
 
 

@@ -44,7 +44,7 @@ def replaying(
     model: keras.Model,
     method: str,
     layers: Mapping[str, keras.Layer],
-    gathers_again: bool = False,
+    makes_again: bool = False,
     in_parts: bool = False,
     write: Writing = compiled,
     automatic: bool = False,
@@ -55,7 +55,7 @@ def replaying(
         model: a parallel model.
         method: the method's name.
         layers: the model's layers by name.
-        gathers_again: whether what the plan gathers is not to be kept for the backward pass.
+        makes_again: whether what is gathered of the residual stream, or cast, is not to be kept for the backward pass.
         in_parts: whether that holds for weights, too; the plan says what of them is kept by what the code keeps.
         write: makes programs of steps.
         automatic: whether nobody has asked for it.
@@ -86,7 +86,7 @@ def replaying(
         if program is not None:
             gradients = torch.is_grad_enabled()
             try:
-                with watching() if gathers_again or in_parts else contextlib.nullcontext():
+                with watching() if makes_again or in_parts else contextlib.nullcontext():
                     return program(*tensors)
             except BaseException:
                 torch._C._set_grad_enabled(gradients)  # the program may have switched them off

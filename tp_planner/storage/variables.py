@@ -47,6 +47,7 @@ from tp_planner.regions.boundaries import cross, gather, reduce_to_shard
 from tp_planner.regions.calls import Reader, Site, running, standing_at
 from tp_planner.regions.replicas import Replicas
 from tp_planner.regions.summands import Summands
+from tp_planner.storage.casts import cast_again
 from tp_planner.storage.local_shards import local_shard
 from tp_planner.storage.parts import ReadTogether
 from tp_planner.storage.sharding import Sharding, own_shard
@@ -301,6 +302,8 @@ def read_shard(variable: Any, site: Site | None) -> torch.Tensor:
         with running.converting():
             value = local_shard(value)
     cast: torch.Tensor = variable._maybe_autocast(value)
+    if cast is not value:
+        cast_again(cast, local_tensor(variable), variable.path)
     return cast
 
 

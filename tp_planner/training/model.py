@@ -21,6 +21,7 @@ from tp_planner.regions.replicas import Replicas
 from tp_planner.regions.summands import site_of
 from tp_planner.replay.compilers import written_by
 from tp_planner.replay.replay import REPLAYED, replaying
+from tp_planner.storage.casts import casts_weights
 from tp_planner.storage.log import logger
 from tp_planner.training.accumulation import why_in_each
 from tp_planner.training.averaging import Averaging
@@ -297,7 +298,8 @@ def _replay_if_asked(model: keras.Model, applied: Applied) -> None:
             model.name,
         )
         return
-    layers, again = named_layers(model), applied.plan.gathers_again
+    layers = named_layers(model)
+    again = applied.plan.gathers_again or any(map(casts_weights, layers.values()))
     for name in (each for each in REPLAYED if hasattr(model, each)):
         replayed = replaying(model, name, layers, again, in_parts, write, automatic)
         _override_for_jit_compile(model, name, replayed, applied)
