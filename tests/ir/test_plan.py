@@ -102,20 +102,32 @@ def test_softmax_over_the_sharded_dim_runs_after_the_gather() -> None:
     assert layer.epilogue_after_output == "activation"
 
 
-def test_baked_in_reshape_is_not_trusted() -> None:
-    """A reshape to a fixed number of heads would mean something else on shards, so the region ends before it."""
-    plan = plan_layers(
+def reshaped(width: int, heads: tuple[int, ...]) -> Plan:
+    return plan_layers(
         [
-            keras.layers.Dense(8, name="up"),
-            keras.layers.Reshape((4, 2), name="heads"),
-            keras.layers.Reshape((8,), name="flat"),
+            keras.layers.Dense(width, name="up"),
+            keras.layers.Reshape(heads, name="heads"),
+            keras.layers.Reshape((width,), name="flat"),
             keras.layers.Dense(8, name="down"),
         ],
-        {"up/kernel": (None, "model"), "down/kernel": ("model", None)},
+        {"up/kernel": (None, "model"), "up/bias": ("model",), "down/kernel": ("model", None)},
     )
+
+
+def test_a_reshape_to_sizes_of_the_whole_is_told_those() -> None:
+    """Each rank has whole heads, so the region goes on: the shards are reshaped to this rank's part of the sizes."""
+    plan = reshaped(8, (4, 2))
+    assert [each.layer for each in plan.layers if each.output is not None] == ["down"]
+    assert [each.layer for each in plan.layers if each.sees_whole] == ["heads", "flat"]
+    assert kinds(plan) == ["forward all_reduce down"]
+
+
+def test_a_reshape_that_cuts_shards_across_is_not_trusted() -> None:
+    """Of three heads two ranks have one and a half each, so the region ends before it."""
+    plan = reshaped(12, (3, 4))
     (layer,) = [each for each in plan.layers if each.layer == "up"]
     assert layer.output is not None
-    assert "local shards" in layer.reason
+    assert "'heads'" in layer.reason
 
 
 def test_reshape_straight_into_a_row_layer_is_not_trusted() -> None:
