@@ -16,6 +16,8 @@ from tests.dryrun.test_simulation import Measured, measure
 from tests.models import CASES
 from tests.workers import Pools, layout_map
 from tp_planner.frontend.layer_tree import named_variables
+from tp_planner.regions.left_out import watching
+from tp_planner.storage.casts import cast_again
 
 Arrays = dict[str, np.ndarray]
 Around = Callable[[], AbstractContextManager[Any]]
@@ -63,6 +65,18 @@ def changed_in_between() -> str:
     return str(error.value)
 
 
+def written_into() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradient of an input of a product with a cast that was written into, and what it is to be."""
+    stored = torch.nn.Parameter(torch.randn(4, 3))
+    x, cast = torch.randn(2, 4, dtype=torch.bfloat16, requires_grad=True), stored.to(torch.bfloat16)
+    cast_again(cast, stored, "kernel")
+    with watching():
+        cast.mul_(2)
+        (x @ cast).sum().backward()
+    assert x.grad is not None
+    return x.grad, cast.detach().sum(1).expand(2, 4)
+
+
 def measured() -> Measured:
     return measure("gpt", DTYPE, "AdamW")
 
@@ -89,6 +103,12 @@ def test_no_cast_of_a_sharded_weight_is_kept(pools: Pools) -> None:
         kept = [holder for holder in each.planned.holders if holder.kind == "activations"]
         assert kept
         assert not [holder for holder in kept if holder.op == "to_copy" and len(holder.shape) == 2]  # those have 3 dims
+
+
+def test_a_cast_that_code_writes_into_is_kept() -> None:
+    """Made again it would be without what was written."""
+    gradient, expected = written_into()
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_a_weight_that_is_changed_before_its_backward_pass(pools: Pools) -> None:

@@ -74,7 +74,7 @@ class _View:
 
 class _Running(threading.local):
     def __init__(self) -> None:
-        self.known: dict[int, tuple[LeftOut, weakref.ref[Any]]] = {}  # by storage, as long as that is there
+        self.known: dict[int, tuple[LeftOut, int, weakref.ref[Any]]] = {}  # by storage, as long as that is there
 
 
 _running = _Running()
@@ -84,7 +84,8 @@ def can_be_made_again(tensor: torch.Tensor, left_out: LeftOut) -> None:
     """Let watched calls leave a tensor out of what autograd keeps."""
     storage, known = tensor.untyped_storage(), _running.known
     key = storage._cdata
-    known[key] = left_out, weakref.ref(storage, lambda _: known.pop(key, None))
+    version = 0 if tensor.is_inference() else tensor._version
+    known[key] = left_out, version, weakref.ref(storage, lambda _: known.pop(key, None))
 
 
 def watching() -> contextlib.AbstractContextManager[None]:
@@ -120,7 +121,9 @@ def watch_calls(layer: keras.Layer) -> list[Any]:
 def _leave_out(tensor: torch.Tensor) -> torch.Tensor | _View:
     if isinstance(tensor, DTensor) or tensor.untyped_storage()._cdata not in _running.known:
         return tensor
-    left_out, _ = _running.known[tensor.untyped_storage()._cdata]
+    left_out, version, _ = _running.known[tensor.untyped_storage()._cdata]
+    if tensor._version != version:  # what code has written into it would not be there again
+        return tensor
     left_out.leave_out()
     return _View(left_out, tensor.shape, tensor.stride(), tensor.storage_offset())
 
