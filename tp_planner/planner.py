@@ -124,7 +124,7 @@ class _Job:
 
     @functools.cached_property
     def _signatures(self) -> Signatures:
-        return Signatures(self.model, self.planned_alike)
+        return Signatures(self.model, self.planned_alike, self.traces.signature)
 
     @functools.cached_property
     def _alike(self) -> Mapping[str, Sequence[Sequence[str]]]:

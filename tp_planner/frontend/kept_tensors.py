@@ -55,6 +55,8 @@ def _put_back(holder: Holder, kept: Holder) -> None:
             holder[:] = kept
         return
     assert isinstance(kept, dict)
+    if len(holder) == len(kept) and all(map(operator.is_, holder.values(), kept.values())):
+        return
     new = [(key, value) for key, value in holder.items() if key not in kept or value is not kept[key]]
     for key in [key for key, value in new if key not in BOOKKEEPING and _has_fakes(value)]:
         if key in kept:
@@ -75,8 +77,9 @@ def holders(layer: keras.Layer) -> Iterator[Holder]:
     """Yield what holds the layer's attributes, and the containers among them."""
     seen: set[int] = set()
     yield vars(layer)
-    for name, value in vars(layer).items():
-        if name not in BOOKKEEPING and type(value) not in _PLAIN:
+    own = [value for name, value in vars(layer).items() if name not in BOOKKEEPING and type(value) not in _PLAIN]
+    for value in own:
+        if not isinstance(value, _APART):
             yield from _below(value, seen)
     if isinstance(layer, Wrapper):
         for module in layer.module.modules():

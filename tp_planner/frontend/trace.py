@@ -186,8 +186,10 @@ def run_recorded(
     """
     with no_fakes_left(model, recorder.not_called), recorder.watching_layers(), recorder:
         outputs = arguments.call(model, training)
-        losses = [loss for layer in model._flatten_layers() for loss in layer._losses]
-    model._clear_losses()
+        losing = [layer for layer in model._flatten_layers() if layer._losses]
+        losses = [loss for layer in losing for loss in layer._losses]
+    for layer in losing:
+        layer._clear_losses()
     return [leaf for leaf in tree_flatten((outputs, losses))[0] if isinstance(leaf, torch.Tensor)]
 
 

@@ -11,7 +11,6 @@ from tp_planner.ir.step_log import Allocated, Freed, Origin, StepLog
 SMALLEST_SHARE = 1000  # holders under one in so many of the bytes at the peak are left out
 _NUMBER = re.compile(r"\d+")
 _OF_A_STEP: tuple[StorageKind, ...] = ("activations", "temporaries")
-_UNKNOWN = Origin("", "", "", ())
 
 
 def holders_of(log: StepLog) -> tuple[Holder, ...]:
@@ -21,7 +20,7 @@ def holders_of(log: StepLog) -> tuple[Holder, ...]:
     for storage, event in held.items():
         kind = log.kinds.get(storage, "temporaries")
         if kind in _OF_A_STEP:
-            origin = log.origins.get(storage, _UNKNOWN)
+            origin = log.origin(storage)
             key = kind, _NUMBER.sub("*", origin.layer), *origin[1:]
             groups.setdefault(key, []).append((origin, event))
     found = (_holder(key[0], members) for key, members in groups.items())
@@ -40,18 +39,17 @@ def _holder(kind: object, members: Iterable[tuple[Origin, Allocated]]) -> Holder
 
 def _held_at_the_peak(log: StepLog) -> dict[int, Allocated]:
     """Return the storages that are there when their sum is largest for the first time."""
-    held: dict[int, Allocated] = {}
+    sizes: dict[int, int] = {}
     total, highest, position = 0, 0, 0
     for number, event in enumerate(log.events, 1):
         if isinstance(event, Allocated):
-            held[event.storage] = event
-            total += event.bytes * event.times
+            sizes[event.storage] = size = event.bytes * event.times
+            total += size
             if total > highest:
                 highest, position = total, number
         elif isinstance(event, Freed):
-            gone = held.pop(event.storage)
-            total -= gone.bytes * gone.times
-    held.clear()
+            total -= sizes.pop(event.storage)
+    held: dict[int, Allocated] = {}
     for event in log.events[:position]:
         if isinstance(event, Allocated):
             held[event.storage] = event

@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from tp_planner.ir.step import Collective, Memory, MemoryUse, Phase, StorageKind, Work
 
 PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
+_NO_NAMES: Mapping[str, str] = {}
 
 
-# Tuples, because a log has a few hundred thousand of them.
+# Tuples, because a log has tens of thousands of them.
 class Allocated(NamedTuple):
     """A storage of ``bytes`` came to be, which stands for so many equal ones."""
 
@@ -37,6 +38,9 @@ class Origin(NamedTuple):
     op: str
     dtype: str
     shape: tuple[int, ...]
+
+
+_UNKNOWN = Origin("", "", "", ())
 
 
 class Kernel(NamedTuple):
@@ -61,6 +65,9 @@ class Early:
     """What is started early begins or ends here: in a real step it happens before the log says."""
 
     begins: bool
+
+
+_END = Began("update")
 
 
 class Arrived(NamedTuple):
@@ -108,24 +115,32 @@ class Twin:
 
 @dataclass
 class StepLog:
-    """Events in order, and what each storage is for and where it came to be, where that is known."""
+    """Events in order, and what each storage is for and where it came to be, where that is known.
+
+    ``twins`` are storages of blocks that do again what another did: that one's storage, and the names of the block.
+    """
 
     events: list[Event] = field(default_factory=list)
     kinds: dict[int, StorageKind] = field(default_factory=dict)
     origins: dict[int, Origin] = field(default_factory=dict)
+    twins: dict[int, tuple[int, Mapping[str, str]]] = field(default_factory=dict)
     storages: int = 0
     block: int = 1  # bytes of which the device's allocator gives multiples
 
-    def allocate(self, size: int, kind: StorageKind | None = None, times: int = 1, origin: Origin | None = None) -> int:
+    def allocate(self, size: int, kind: StorageKind | None = None, times: int = 1) -> int:
         """Note a new storage of ``size`` bytes, which stands for so many equal ones, and return its number."""
         number = self.storages
         self.storages += 1
         if kind is not None:
             self.kinds[number] = kind
-        if origin is not None:
-            self.origins[number] = origin
         self.events.append(Allocated(number, -(-size // self.block) * self.block, times))
         return number
+
+    def origin(self, storage: int) -> Origin:
+        """Return where a storage came to be; nothing is said of one of which that is not known."""
+        twin, names = self.twins.get(storage, (storage, _NO_NAMES))
+        origin = self.origins.get(twin) or self.origins.get(storage, _UNKNOWN)
+        return origin._replace(layer=names.get(origin.layer, origin.layer))
 
 
 def collectives_of(log: StepLog) -> tuple[Collective, ...]:
@@ -151,38 +166,39 @@ def work_of(log: StepLog) -> tuple[Work, ...]:
 
 def memory_of(log: StepLog) -> Memory:
     """Return each kind's largest use and the uses at the peak."""
-    use: Counter[StorageKind] = Counter()
-    largest: Counter[StorageKind] = Counter()
-    peak: Counter[StorageKind] = Counter()
+    kinds: tuple[StorageKind, ...] = get_args(StorageKind)
+    use, largest, peak = (dict.fromkeys(kinds, 0) for _ in range(3))
     sizes: dict[int, int] = {}
-    total, highest = 0, -1
+    total, highest, grows = 0, -1, False
     phase: Phase = "forward"
     peak_phase: Phase = "forward"
-    for event in log.events:
+    for event in (*log.events, _END):
         if isinstance(event, Allocated):
             kind = log.kinds.get(event.storage, "temporaries")
             sizes[event.storage] = size = event.bytes * event.times
             use[kind] += size
             total += size
+            grows = True
             if use[kind] > largest[kind]:
                 largest[kind] = use[kind]
+            continue
+        if grows and isinstance(event, Freed | Began):  # so far there was more and more
+            grows = False
             if total > highest:
                 highest, peak, peak_phase = total, use.copy(), phase
-        elif isinstance(event, Freed):
+        if isinstance(event, Freed):
             size = sizes.pop(event.storage)
             use[log.kinds.get(event.storage, "temporaries")] -= size
             total -= size
         elif isinstance(event, Began):
             phase = event.phase
-    return Memory(_memory_use(largest), _memory_use(peak), peak_phase)
-
-
-def _memory_use(use: Counter[StorageKind]) -> MemoryUse:
-    return MemoryUse(use["parameters"], use["gradients"], use["optimizer"], use["activations"], use["temporaries"])
+    return Memory(MemoryUse(**largest), MemoryUse(**peak), peak_phase)
 
 
 def unfold(log: StepLog, twins: Mapping[int, Twin]) -> StepLog:
     """Return the log with every ``Again`` written out: storages of its own, and the names of its block.
+
+    Its kernels stand where the twin's are, so many times more.
 
     Args:
         log: what was recorded.
@@ -210,12 +226,34 @@ class _Unfolding:
         self.returned = outputs.union(*(self._gradients_of_inputs(*key) for key in self.spans))
         self.own: dict[tuple[int, ...], dict[int, int]] = {}  # by chain: what the twin hands on -> what the block does
         self.handed_on: dict[tuple[int, ...], dict[int, int]] = {}  # the same, until the backward pass
-        self.early: set[tuple[int, tuple[int, ...]]] = set()  # storages that came to be earlier than the log says
+        self.early: dict[tuple[int, ...], set[int]] = {}  # by chain: storages that came to be before the log says so
         self.copies: dict[tuple[int, ...], dict[int, int]] = {}  # by chain of repeating calls: storage -> its copy
+        self.written: Counter[tuple[int, int]] = Counter()  # spans, and how often they were written again
+        self.besides: dict[tuple[int, int], list[Event]] = {}  # by span: its events, without kernels and its ends
 
     def run(self) -> StepLog:
-        self._write(0, len(self.log.events), (), {})
+        for event in self.log.events:
+            if isinstance(event, Again):
+                self._again(event, (), _NO_NAMES)
+            elif isinstance(event, Allocated) and event.storage in self.early.get((), ()):
+                self.early[()].remove(event.storage)
+            elif isinstance(event, Freed) and event.storage in self.gone:
+                self.gone.remove(event.storage)
+            elif not isinstance(event, Edge):
+                self.out.events.append(event)
+        self._count_kernels()
         return self.out
+
+    def _count_kernels(self) -> None:
+        """Let each kernel count for those of the blocks that do the same."""
+        times: Counter[int] = Counter()
+        for (start, end), number in self.written.items():
+            times.update(dict.fromkeys(range(start, end), number))
+        kernels = iter([times[place] for place, event in enumerate(self.log.events) if isinstance(event, Kernel)])
+        self.out.events = [
+            event._replace(times=event.times * (1 + next(kernels))) if isinstance(event, Kernel) else event
+            for event in self.out.events
+        ]
 
     def _gradients_of_inputs(self, call: int, phase: Phase) -> set[int]:
         """Return the storages that the backward pass of a block makes and hands on."""
@@ -226,27 +264,28 @@ class _Unfolding:
         held = {storage for storage in made - gone if self.log.kinds.get(storage) != "gradients"}
         return held if phase == "backward" else set()
 
-    def _write(self, start: int, end: int, chain: tuple[int, ...], names: Mapping[str, str]) -> None:
-        for event in self.log.events[start:end]:
-            if isinstance(event, Kernel):  # as most are
-                self.out.events.append(event)
+    def _write(self, span: tuple[int, int], chain: tuple[int, ...], names: Mapping[str, str]) -> None:
+        """Write what a span has besides kernels once more, with storages of its own and these names."""
+        self.written[span] += 1
+        if span not in self.besides:
+            inside = self.log.events[slice(*span)]
+            self.besides[span] = [event for event in inside if not isinstance(event, Kernel | Edge | Began)]
+        early = self.early.setdefault(chain, set())
+        for event in self.besides[span]:
+            if isinstance(event, Allocated):
+                if event.storage in early:
+                    early.remove(event.storage)
+                else:
+                    self._allocated_again(event, chain, (event.storage, names))
+            elif isinstance(event, Freed):
+                self._freed_again(event, chain)
             elif isinstance(event, Again):
                 self._again(event, chain, names)
-            elif isinstance(event, Allocated) and (event.storage, chain) in self.early:
-                self.early.remove((event.storage, chain))
-            elif chain and isinstance(event, Freed):
-                self._freed_again(event, chain)
-            elif chain and isinstance(event, Allocated):
-                self._allocated_again(event, chain, _renamed_origin(self.log.origins.get(event.storage), names))
-            elif chain and isinstance(event, Arrived):
+            elif isinstance(event, Arrived):
                 copy = self.copies[chain][event.storage]
                 self.out.events.append(Arrived(names.get(event.variable, event.variable), copy))
-            elif chain and isinstance(event, Collective):
-                self.out.events.append(_renamed(event, names))
-            elif isinstance(event, Freed) and event.storage in self.gone:
-                self.gone.remove(event.storage)
-            elif not isinstance(event, Edge | Began) or (not chain and isinstance(event, Began)):
-                self.out.events.append(event)
+            else:
+                self.out.events.append(_renamed(event, names) if isinstance(event, Collective) else event)
 
     def _again(self, event: Again, chain: tuple[int, ...], names: Mapping[str, str]) -> None:
         twin = self.twins[event.call]
@@ -262,7 +301,7 @@ class _Unfolding:
             self.handed_on[inner] = self.own[inner].copy()
         else:
             self._let_go_as_twin(inner)
-        self._write(*span, inner, own_names)
+        self._write(span, inner, own_names)
         self._let_go(inner, self.freed if event.phase == "backward" else self.freed_forward)
 
     def _take_gradients(self, event: Again, twin: int, chain: tuple[int, ...]) -> None:
@@ -282,30 +321,30 @@ class _Unfolding:
                 copies[storage] = own
 
     def _freed_again(self, event: Freed, chain: tuple[int, ...]) -> None:
-        copy = self.copies.setdefault(chain, {}).pop(event.storage, None)
+        copy = self.copies[chain].pop(event.storage, None)
         if copy is not None and copy not in self.gone:
             self.out.events.append(Freed(copy))
             if copy < self.log.storages:
                 self.gone.add(copy)
 
-    def _allocated_again(self, event: Allocated, chain: tuple[int, ...], origin: Origin | None) -> None:
-        copies = self.copies.setdefault(chain, {})
+    def _allocated_again(self, event: Allocated, chain: tuple[int, ...], twin: tuple[int, Mapping[str, str]]) -> None:
+        """Let a storage come to be for a block that does again what ``twin``, a storage with names, says."""
         if event.storage in self.own[chain]:
             own = Allocated(self.own[chain].pop(event.storage), event.bytes, event.times)
-            self._allocate_early(own, chain[:-1], origin)
+            self._allocate_early(own, chain[:-1], twin)
         elif event.storage not in self.returned:
             kind = self.log.kinds.get(event.storage)
-            copies[event.storage] = self.out.allocate(event.bytes, kind, event.times, origin)
+            copy = self.copies[chain][event.storage] = self.out.allocate(event.bytes, kind, event.times)
+            self.out.twins[copy] = twin
 
-    def _allocate_early(self, event: Allocated, chain: tuple[int, ...], origin: Origin | None) -> None:
+    def _allocate_early(self, event: Allocated, chain: tuple[int, ...], twin: tuple[int, Mapping[str, str]]) -> None:
         """Let what a block hands on come to be when its twin makes it, and not when the block has ended."""
-        self.early.add((event.storage, chain))
+        self.early.setdefault(chain, set()).add(event.storage)
         if chain:
-            self._allocated_again(event, chain, origin)
+            self._allocated_again(event, chain, twin)
         else:
             self.out.events.append(event)
-            if origin is not None:
-                self.out.origins[event.storage] = origin
+            self.out.twins[event.storage] = twin
 
     def _let_go(self, chain: tuple[int, ...], storages: Set[int]) -> None:
         """Free what a block still holds when it ends, if its twin lets go of it a little later."""
@@ -361,10 +400,6 @@ def _spans(events: Iterable[Event]) -> dict[tuple[int, Phase], tuple[int, int]]:
                 spans[key] = open_backward.pop(key), position
     spans.update({key: (start, last) for key, start in open_backward.items()})
     return spans
-
-
-def _renamed_origin(origin: Origin | None, names: Mapping[str, str]) -> Origin | None:
-    return origin and origin._replace(layer=names.get(origin.layer, origin.layer))
 
 
 def _renamed(collective: Collective, names: Mapping[str, str]) -> Collective:

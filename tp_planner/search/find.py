@@ -21,7 +21,7 @@ from tp_planner.dryrun.collector import without_collector
 from tp_planner.dryrun.loss_work import measure_loss
 from tp_planner.dryrun.op_work import OpMeter
 from tp_planner.dryrun.sharding_rules import DTensorRules
-from tp_planner.frontend.blocks import find_blocks
+from tp_planner.frontend.blocks import Signatures, find_blocks
 from tp_planner.frontend.inputs import known_inputs
 from tp_planner.frontend.kept_tensors import no_fakes_left
 from tp_planner.frontend.layer_tree import naming_once
@@ -119,7 +119,7 @@ class _Planner:
 def _formulate(model: keras.Model, traces: Traces, loss: TrainingLoss | None, prices: Prices) -> Formulation:
     with no_fakes_left(model):
         stage(f"tracing {model.name}")
-        graph = traces.of(find_blocks(model), training=True)
+        graph = traces.of(find_blocks(model, Signatures(model, signature=traces.signature)), training=True)
         stage(f"asking how {model.name} can be computed")
         parts = prices.base.axis_size
         read = _read_by_ops(graph)
