@@ -21,7 +21,7 @@ from tests.layers.test_generation import prompts
 from tests.models import randomize
 from tests.workers import Pools, WorkerPool, layout_map
 from tp_planner.frontend.layer_tree import named_layers
-from tp_planner.replay import automatic
+from tp_planner.replay import automatic, replay
 from tp_planner.replay.automatic import foreign_code
 from tp_planner.training.compiling import is_left_open
 
@@ -140,8 +140,8 @@ def generated_by_default() -> tuple[bool, int]:
     model = FAMILIES["gpt2"].build()
     tp_planner.parallelize(model, FAMILIES["gpt2"].layout(dist.get_world_size()), inputs=prompts())
     tokens = []
-    with mock.patch.object(automatic, "PATIENCE", 1), mock.patch.object(automatic, "_State") as state:
-        state.return_value.has_other_hooks.return_value = state.return_value.is_another.return_value = False
+    with mock.patch.object(automatic, "PATIENCE", 1), mock.patch.object(replay, "State") as state:
+        state.return_value.is_set_aside.return_value = state.return_value.is_another.return_value = False
         for options in ({"jit_compile": False}, {}):
             model.compile(sampler="greedy", **options)
             for _ in range(4):

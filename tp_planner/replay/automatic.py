@@ -14,7 +14,7 @@ import operator
 import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 import torch
@@ -32,7 +32,12 @@ LIBRARIES = frozenset({"keras", "keras_hub", "torch", "tp_planner", "numpy"}) | 
 _STEPS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics", "metrics")
 _PHASES = ("compile", "fit", "evaluate", "predict", "get_config", "from_config", "__init__")
 AROUND_CALLS = frozenset({*vars(type("Empty", (), {})), *_STEPS, *_PHASES})
-_OF_CALLS = ("_trainable", "_dtype_policy", "autocast")  # bookkeeping of Keras's that changes what a call does
+_OF_CALLS = (
+    "_trainable",
+    "_dtype_policy",
+    "autocast",
+    "activity_regularizer",
+)  # bookkeeping of Keras's that changes what a call does
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _FOR_MISSING = itertools.repeat(object())  # in the place of what is not there
 
@@ -51,28 +56,29 @@ def foreign_code(layers: Mapping[str, keras.Layer]) -> str:
         if isinstance(layer, keras.Model) and type(layer).call not in (Functional.call, keras.Sequential.call):
             return f"model {name!r} is called by code of its own"
         for kind in type(layer).__mro__:
-            own = set() if _is_of_a_library(kind) else set(vars(kind))
+            own = set() if is_of_a_library(kind) else set(vars(kind))
             if own and not (isinstance(layer, keras.Model) and own <= AROUND_CALLS):
                 return f"layer {name!r} has code of {kind.__qualname__}"
-        if any(_is_foreign(hook) for hooks in _hooks_of(layer) for hook in hooks.values()):
+        if any(is_foreign(hook) for hooks in _hooks_of(layer) for hook in hooks.values()):
             return f"layer {name!r} has a hook"
         for key, value in _entries(layer):
-            if _is_foreign(value):
+            if is_foreign(value):
                 return f"layer {name!r} has {key!r}, which is not Keras's"
     return ""
 
 
-def _is_foreign(value: Any) -> bool:
+def is_foreign(value: Any) -> bool:
+    """Whether a value, or one in it, is a function or an object that is called and is no library's."""
     if isinstance(value, keras.Layer):
         return False  # it is looked at by itself
     if isinstance(value, tuple):
-        return any(map(_is_foreign, value))
+        return any(map(is_foreign, value))
     if isinstance(value, functools.partial):
-        return _is_foreign(value.func) or _is_foreign(value.args) or _is_foreign(tuple(value.keywords.values()))
-    return callable(value) and not _is_of_a_library(value)
+        return is_foreign(value.func) or is_foreign(value.args) or is_foreign(tuple(value.keywords.values()))
+    return callable(value) and not is_of_a_library(value)
 
 
-def _is_of_a_library(value: Any) -> bool:
+def is_of_a_library(value: Any) -> bool:
     """Whether a class, a function or an object that is called is defined in a library."""
     module = getattr(value, "__module__", None) or type(value).__module__
     return str(module).partition(".")[0] in LIBRARIES
@@ -93,66 +99,82 @@ def _global_hooks() -> Iterator[dict[int, Any]]:
     yield from (getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS)
 
 
+class Written(Protocol):
+    """What programs have written into them, as it was."""
+
+    def is_set_aside(self) -> bool:
+        """Whether calls are not to be replayed for the moment."""
+
+    def is_another(self) -> bool:
+        """Whether it is something else now."""
+
+
 class Automatic:
-    """Says before each call of one method whether it may be taped or replayed.
+    """Says before each call of one function whether it may be taped or replayed.
 
     Args:
-        model: a parallel model.
         what: what is called, in words.
-        layers: the model and all layers below it, by name.
-        forget: lets go of all programs; called when layers are no longer what they were.
+        look: returns what programs of its calls have written into them, as it is now, or why there may be none.
+        forget: lets go of all programs; called when that is no longer what it was.
+        asked: whether somebody has asked for it, so that no calls are waited for.
+        instead: what is logged of what else there is, where calls may not be.
     """
 
     def __init__(
-        self, model: keras.Model, what: str, layers: Mapping[str, keras.Layer], forget: Callable[[], None]
+        self,
+        what: str,
+        look: Callable[[], Written | str],
+        forget: Callable[[], None],
+        asked: bool = False,
+        instead: str = "",
     ) -> None:
-        self._model, self._what, self._layers, self._forget = model, what, layers, forget
+        self._what, self._look, self._forget, self._asked, self._instead = what, look, forget, asked, instead
         self._counts: Counter[Hashable] = Counter()  # of calls, by sort
         self._changes = 0
-        self._state: _State | None = None  # from the first tape on
+        self._state: Written | None = None  # from the first tape on
         self._is_off = False
 
     def lets(self, key: Hashable) -> bool:
         """Whether a call of this sort may be, which is one more."""
-        if self._is_off or self._model.run_eagerly:
+        if self._is_off:
             return False
-        if self._state is not None and self._state.has_other_hooks():
+        if self._state is not None and self._state.is_set_aside():
             return False
         if self._state is not None and self._state.is_another():
             self._begin_anew()
             return False
         if key in self._counts or len(self._counts) < MOST_SORTS:
             self._counts[key] += 1
-        if self._counts[key] <= PATIENCE:
+        if self._counts[key] <= PATIENCE and not self._asked:
             return False
         if self._state is None:
-            self._look_at_layers()
+            self._begin()
         return not self._is_off
+
+    def has_changed(self) -> bool:
+        """Whether what programs have written into them is something else now."""
+        return self._state is not None and self._state.is_another()
 
     def _begin_anew(self) -> None:
         self._forget()
         self._counts.clear()
         self._state, self._changes = None, self._changes + 1
         if self._changes == MOST_CHANGES:
-            self._switch_off("what its layers hold changes between calls")
+            self._switch_off("what its code reads changes between calls")
 
-    def _look_at_layers(self) -> None:
-        reason = foreign_code(self._layers)
-        if reason:
-            self._switch_off(reason)
+    def _begin(self) -> None:
+        found = self._look()
+        if isinstance(found, str):
+            self._switch_off(found)
         else:
-            self._state = _State(self._layers)
+            self._state = found
 
     def _switch_off(self, reason: str) -> None:
         self._is_off = True
-        logger.info(
-            "[ModelParallel] %s runs as it is written: %s; model.compile(..., jit_compile=True) has it replayed",
-            self._what,
-            reason,
-        )
+        logger.info("[ModelParallel] %s runs as it is written: %s%s", self._what, reason, self._instead)
 
 
-class _State:
+class State:
     """What layers hold, and which hooks they have, as it is now."""
 
     def __init__(self, layers: Mapping[str, keras.Layer]) -> None:
@@ -162,7 +184,8 @@ class _State:
         self._calls = [kind.call for kind in self._kinds]
         self._held = [held for layer in layers.values() for held in _held_by(layer)]
 
-    def has_other_hooks(self) -> bool:
+    def is_set_aside(self) -> bool:
+        """Whether there are other hooks, for as long as there are."""
         return list(map(len, self._hooks)) != self._numbers
 
     def is_another(self) -> bool:

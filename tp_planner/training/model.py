@@ -40,6 +40,7 @@ from tp_planner.training.optimizer import (
     release_optimizers_of,
     require_elementwise,
 )
+from tp_planner.training.replayed import StepPieces
 from tp_planner.training.same_data import SameData, has_to_be_fed_alike
 from tp_planner.training.shares import Shares, share_of, shares_in
 from tp_planner.training.torch_helpers import help_with_parameters_of
@@ -70,12 +71,16 @@ def take_over(model: keras.Model, applied: Applied) -> None:
     refuse_changes(model, applied.undo)
     for name in PHASES:
         _override(model, name, entering(model, name, applied), applied)
-    _override(model, "compile", _compiling(model, applied), applied)
+    pieces = StepPieces(model, named_layers(model))
+    applied.undo.append(pieces.end)
+    _override(model, "compile", _compiling(model, applied, pieces), applied)
     if type(model).train_step is Trainer.train_step:
         _override(model, "train_step", _training_step(model), applied)
     if any(layer.into_loss for layer in applied.plan.layers):
         _keep_logits_in_shards(model, applied)
-    _replay_if_asked(model, applied)
+    if applied.replicas is None:
+        _let_pieces_be_replayed(model, applied, pieces)
+    _replay_if_asked(model, applied, pieces)
     _keep_from_distributing(model, applied)
     if hasattr(model, "generate_step"):
         _override(model, "generate", generating_together(model, applied.plan, applied.axes), applied)
@@ -260,20 +265,29 @@ def _training_step(model: keras.Model) -> Callable[..., Any]:
     return train_step
 
 
-def _compiling(model: keras.Model, applied: Applied) -> Callable[..., Any]:
+def _compiling(model: keras.Model, applied: Applied, pieces: StepPieces) -> Callable[..., Any]:
     plain = type(model).compile
 
     @functools.wraps(plain)
     def compiling(*args: Any, **kwargs: Any) -> Any:
         result = plain(model, *args, **kwargs)
-        _replay_if_asked(model, applied)
+        _replay_if_asked(model, applied, pieces)
         adopt_its_optimizer(model, applied)
         return result
 
     return compiling
 
 
-def _replay_if_asked(model: keras.Model, applied: Applied) -> None:
+def _let_pieces_be_replayed(model: keras.Model, applied: Applied, pieces: StepPieces) -> None:
+    """Let the loss and the metrics be replayed with the model, where they are Keras's own."""
+    for names in (("compute_loss", "losses"), ("compute_metrics", "metrics", "get_metrics_result")):
+        if names[0] not in vars(model) and all(
+            getattr(type(model), each) is getattr(keras.Model, each) for each in names
+        ):
+            _override(model, names[0], getattr(pieces, names[0]), applied)
+
+
+def _replay_if_asked(model: keras.Model, applied: Applied, pieces: StepPieces) -> None:
     """Let calls be replayed if the model is compiled with jit_compile=True, or by a compiler that it names.
 
     So they are by Keras's default where nothing else can be told from it.
@@ -283,6 +297,7 @@ def _replay_if_asked(model: keras.Model, applied: Applied) -> None:
     for name in (*REPLAYED, *_ASKS_FOR_TORCH_COMPILE):
         if hasattr(model.__dict__.get(name), "belongs_to_jit_compile"):  # and is none that a user has put there
             del model.__dict__[name]
+    pieces.end()
     automatic = is_left_open(model)
     if not (model.compiled and (model.jit_compile or automatic)):
         return
@@ -303,6 +318,7 @@ def _replay_if_asked(model: keras.Model, applied: Applied) -> None:
     for name in (each for each in REPLAYED if hasattr(model, each)):
         replayed = replaying(model, name, layers, again, in_parts, write, automatic)
         _override_for_jit_compile(model, name, replayed, applied)
+    pieces.begin(asked=not automatic)
 
 
 def _override_for_jit_compile(model: keras.Model, name: str, function: Callable[..., Any], applied: Applied) -> None:

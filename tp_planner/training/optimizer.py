@@ -45,6 +45,7 @@ from tp_planner.training.accumulation import (
     sharding_of_sums,
 )
 from tp_planner.training.averaging import averaged
+from tp_planner.training.replayed import update
 from tp_planner.training.shares import being_shares, share_of, slot_sharding
 from tp_planner.training.updates import update_elementwise
 
@@ -104,10 +105,13 @@ class ParallelOptimizer:
 
     def _backend_apply_gradients(self, grads: Sequence[torch.Tensor], trainable_variables: Sequence[Any]) -> None:
         self.__dict__["_updated"] = trainable_variables  # past Keras's tracking, which would make them slots
-        if self.puts_averaging_off:
-            grads = add_up(self, grads, trainable_variables, self._axes.batch)
-        with being_shares(self._trainable_variables, changed=self._changes_variables):  # type: ignore[attr-defined]
-            super()._backend_apply_gradients(grads, trainable_variables)  # type: ignore[misc]
+        try:
+            if self.puts_averaging_off:
+                grads = add_up(self, grads, trainable_variables, self._axes.batch)
+            with being_shares(self._trainable_variables, changed=self._changes_variables):  # type: ignore[attr-defined]
+                super()._backend_apply_gradients(grads, trainable_variables)  # type: ignore[misc]
+        finally:
+            self.__dict__["_updated"] = ()
 
     @property
     def _changes_variables(self) -> bool:
@@ -179,7 +183,7 @@ class ParallelOptimizer:
         norms = self._squared_norms(grads).sqrt()
         return [
             keras.ops.multiply(grad, limit) / keras.ops.maximum(norm, limit)
-            for grad, norm in zip(grads, norms, strict=True)
+            for grad, norm in zip(grads, norms.unbind(), strict=True)
         ]
 
     def _clip_together(self, grads: Sequence[torch.Tensor], limit: float) -> Sequence[torch.Tensor]:
@@ -268,7 +272,7 @@ def adopt_optimizer(optimizer: Any, axes: Axes, puts_averaging_off: bool = False
     inner = getattr(optimizer, "inner_optimizer", None)
     if inner is not None:
         adopt_optimizer(inner, axes)
-    optimizer.__dict__["_slots"], optimizer.__dict__["_axes"] = [], axes
+    optimizer.__dict__["_slots"], optimizer.__dict__["_axes"], optimizer.__dict__["_updated"] = [], axes, ()
     optimizer.__dict__["puts_averaging_off"] = (
         puts_averaging_off and axes.batch is not None and micro_steps_of(optimizer) > 1
     )
@@ -316,7 +320,7 @@ def _adopting(plain: Any) -> Any:
             return plain(self, grads, variables)
         running.updating = True
         try:
-            return plain(self, averaged(grads, known), variables)
+            return update(self, plain, averaged(grads, known), variables)
         finally:
             running.updating = False
 

@@ -138,12 +138,17 @@ def _fused_adam(optimizer: Any, columns: Columns, learning_rate: Any) -> None:
 
 def _fused_sgd(optimizer: Any, columns: Columns, learning_rate: Any) -> None:
     """Make the update of SGD with momentum; Keras's momentums have the rate in them, and are added as they are."""
+    lists = columns["values"], columns["gradients"], columns["momentums"]
+    running.run(_fused_sgd_at, *lists, optimizer.momentum, learning_rate)  # a step of its own: it looks at the rate
+
+
+def _fused_sgd_at(values: Any, gradients: Any, momentums: Any, momentum: float, learning_rate: Any) -> None:
     torch._fused_sgd_(
-        columns["values"],
-        columns["gradients"],
-        columns["momentums"],
+        values,
+        gradients,
+        momentums,
         lr=-1.0,
-        momentum=optimizer.momentum,
+        momentum=momentum,
         dampening=1.0 + _number(learning_rate),
         weight_decay=0.0,
         nesterov=False,
