@@ -93,6 +93,12 @@ def scale_of_each(x: Any, layer: Code, training: bool) -> Any:
     return x * keras.ops.tanh(layer.extra)
 
 
+def norm_of_heads(x: Any, layer: Code, training: bool) -> Any:
+    heads = keras.ops.reshape(x, (-1, LENGTH, HEADS, 2 * WIDTH // HEADS))
+    scaled = heads * keras.ops.rsqrt(keras.ops.mean(heads * heads, axis=-1, keepdims=True) + 1e-6) * layer.extra
+    return keras.ops.reshape(scaled, (-1, LENGTH, 2 * WIDTH))
+
+
 def whole_meets_shards(x: Any, layer: Code, training: bool) -> Any:
     return x * keras.ops.sum(keras.ops.tanh(layer.extra))
 
@@ -161,6 +167,19 @@ def test_changes_inside_a_layer(between: Callable[..., Any], extra: tuple[int, .
     assert changes(plan) == expected
 
 
+def test_a_vector_is_gathered_rather_than_a_region_ends() -> None:
+    """Where shards of heads meet those of what scales each head, the scale is gathered, and heads stay in shards."""
+    plan = planned(build(norm_of_heads, (2 * WIDTH // HEADS,)), {**DOWN, "extra": ("model",)})
+    assert layer_of(plan, "up").output is None
+    (use,) = layer_of(plan, "code").uses
+    assert str(use.boundary.forward) == "S(0)->R"
+    assert [(each.kind, each.phase) for each in plan.collectives] == [
+        ("all_gather", "forward"),
+        ("all_reduce", "forward"),
+        ("reduce_scatter", "backward"),
+    ]
+
+
 def test_a_sum_larger_than_its_shards_is_not_taken() -> None:
     """Where to sum would move more than to gather what is summed, the shards are gathered."""
     plan = planned(build(large_sum), UP)
@@ -206,11 +225,19 @@ def test_code_reads_sizes_of_shards_where_that_is_right() -> None:
 
 
 def train_falling(jit_compile: bool) -> tuple[float, int]:
+    return train_two([falling("float64") for _ in range(2)], DOWN, jit_compile)
+
+
+def train_with_scale_in_shards() -> tuple[float, int]:
+    models = [build(norm_of_heads, (2 * WIDTH // HEADS,), "float64") for _ in range(2)]
+    return train_two(models, {**DOWN, "extra": ("model",)}, False)
+
+
+def train_two(models: list[keras.Model], patterns: Rules, jit_compile: bool) -> tuple[float, int]:
     """Return how far outputs and weights are from the single device's, at most, and of how many."""
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((4, LENGTH, WIDTH)), rng.standard_normal((4, LENGTH, WIDTH))
-    models = [falling("float64") for _ in range(2)]
-    rules = {f"(.*/)?{pattern}": axes for pattern, axes in DOWN.items()}
+    rules = {f"(.*/)?{pattern}": axes for pattern, axes in patterns.items()}
     tp_planner.parallelize(models[1], layout_map(rules), inputs=x)
     for model in models:
         model.compile("sgd", "mse", jit_compile=jit_compile)
@@ -226,6 +253,13 @@ def train_falling(jit_compile: bool) -> tuple[float, int]:
 def test_code_that_sees_the_whole_trains_as_one_device(pools: Pools, jit_compile: bool) -> None:
     for error, compared in pools(2).run(train_falling, jit_compile):
         assert compared == 5  # two kernels, two biases, what is predicted
+        assert error < 1e-12
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_gathered_vector_trains_as_one_device(pools: Pools, parts: int) -> None:
+    for error, compared in pools(parts).run(train_with_scale_in_shards):
+        assert compared == 6  # two kernels, two biases, the scale, what is predicted
         assert error < 1e-12
 
 

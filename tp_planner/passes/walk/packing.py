@@ -76,7 +76,14 @@ def note_refusal(
     if packed:
         notes.conflict(call, packed, reason)
     else:
-        notes.conflict(call, gather_around(call, origins, known), f"{reason}; {why}" if why else reason, in_code)
+        ends = gather_around(call, _first_to_end(origins), known)
+        notes.conflict(call, ends, f"{reason}; {why}" if why else reason, in_code)
+
+
+def _first_to_end(origins: Origins) -> Origins:
+    """Return where sharding ends first: variables are gathered before what layers make is, which may go on then."""
+    reads = frozenset(origin for origin in origins if origin[0] == "read")
+    return reads if all(kind in ("read", "layer") for kind, _ in origins) and reads else origins
 
 
 def _is_taken_apart(refused: Refused, op: Op, known: Known) -> bool:
