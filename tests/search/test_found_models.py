@@ -286,7 +286,7 @@ def test_what_autograd_copies_before_it_is_written_into_is_priced_once() -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bloom", "stable_diffusion_3"])
+@pytest.mark.parametrize("name", ["bloom", "flux", "stable_diffusion_3"])
 def test_regions_end_where_the_program_says(name: str) -> None:
     """Planning keeps what reads sizes of shards, and the program leaves plain what not all calls of a layer do."""
     found = found_for_family(name)

@@ -274,7 +274,7 @@ class _Search:
         graph, chosen = self.formulation.graph, self.formulation.chosen(solution)
         refused = list(refused_regions(graph, chosen, plan))
         for columns in refused:
-            self.formulation.forbid_together(columns)
+            self.formulation.forbid_region(columns)
         if refused and is_called_in_ways_that_differ(graph, plan):
             met = (column for region in refused for column in region)
             self.formulation.leave_sizes({graph.calls[chosen[each][0].call].layer for each in met})

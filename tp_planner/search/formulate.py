@@ -269,6 +269,28 @@ class Formulation:
         ending = (each for each, way in ways.items() if way.gathers_output)
         self.program.row(dict.fromkeys((*columns, *ending), 1.0), 0.0, len(columns))
 
+    def forbid_region(self, columns: Set[int]) -> None:
+        """Let the solution not take all of these ways, nor such as differ by vectors alone.
+
+        How vectors are stored ends no region: they are gathered where they are in its way.
+        """
+        entries: dict[int, float] = {}
+        for _, ways in self.ways:
+            for taken in columns & ways.keys():
+                same = self._shards_of(ways[taken])
+                entries |= {column: 1.0 for column, way in ways.items() if self._shards_of(way) == same}
+        self.program.row(entries, 0.0, len(columns) - 1.0)
+
+    def _shards_of(self, way: Way) -> frozenset[tuple[Slot, Placement]]:
+        """Return how a way has tensors and matrices."""
+        return frozenset(each for each in (*way.given, *way.made) if not self._is_vector(each[0]))
+
+    def _is_vector(self, slot: Slot) -> bool:
+        if isinstance(slot.name, int):
+            return False
+        key = slot.name if isinstance(slot.name, str) else slot.name[1]
+        return len(self.graph.variables[key].shape) < 2
+
     def chosen(self, solution: Solution) -> dict[int, tuple[Step, Way]]:
         """Return the ways that a solution takes, by column."""
         return {column: (step, way) for step, ways in self.ways for column, way in ways.items() if solution.has(column)}
