@@ -54,9 +54,11 @@ class Given:
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], other: Hashable = None) -> None:
-        flat = not kwargs and all(type(each) in _LEAVES for each in args)
-        self._structure: Any
-        leaves, self._structure = (args, None) if flat else tree_flatten((args, dict(kwargs)))
+        self._names = tuple(kwargs)
+        leaves: Sequence[Any] = (*args, *kwargs.values())
+        self._structure: Any = None  # that of arguments which hold others
+        if not _LEAVES.issuperset(map(type, leaves)):
+            leaves, self._structure = tree_flatten(leaves)
         self._leaves = [keras.ops.convert_to_tensor(leaf) if _is_numbers(leaf) else leaf for leaf in leaves]
         self.tensors = list({id(leaf): leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor)}.values())
         self.sort = None if _is_special() else self._sort(other)
@@ -65,7 +67,7 @@ class Given:
         forms = _forms(self._leaves, self.tensors)
         if forms is None:
             return None
-        sort = Sort(self._structure, forms, _modes(), other)
+        sort = Sort(self._names, self._structure, forms, _modes(), other)
         if len(_sorts) == MOST_SORTS:
             _sorts.clear()
         return _sorts.setdefault(sort, sort)
@@ -73,10 +75,9 @@ class Given:
     @property
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments again, numbers of arrays as tensors."""
-        if self._structure is None:
-            return tuple(self._leaves), {}
-        args, kwargs = tree_unflatten(self._leaves, self._structure)
-        return args, kwargs
+        leaves = self._leaves if self._structure is None else tree_unflatten(self._leaves, self._structure)
+        given = len(leaves) - len(self._names)
+        return tuple(leaves[:given]), dict(zip(self._names, leaves[given:], strict=True))
 
 
 class Programs:

@@ -24,6 +24,7 @@ from tp_planner.replay.replay import REPLAYED, replaying
 from tp_planner.storage.casts import casts_weights
 from tp_planner.storage.log import logger
 from tp_planner.training.accumulation import why_in_each
+from tp_planner.training.added_losses import clearing_losses
 from tp_planner.training.averaging import Averaging
 from tp_planner.training.buckets import Bucket, SharedBucket
 from tp_planner.training.changing import refuse_changes
@@ -71,8 +72,10 @@ def take_over(model: keras.Model, applied: Applied) -> None:
     refuse_changes(model, applied.undo)
     for name in PHASES:
         _override(model, name, entering(model, name, applied), applied)
-    pieces = StepPieces(model, named_layers(model))
+    layers = named_layers(model)
+    pieces = StepPieces(model, layers)
     applied.undo.append(pieces.end)
+    _override(model, "_clear_losses", clearing_losses(model, layers), applied)
     _override(model, "compile", _compiling(model, applied, pieces), applied)
     if type(model).train_step is Trainer.train_step:
         _override(model, "train_step", _training_step(model), applied)
