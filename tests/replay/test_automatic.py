@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from keras_hub.src.models.llama.llama_layernorm import LlamaLayerNorm
 
 import tp_planner
 from tests.families import FAMILIES
@@ -107,6 +108,27 @@ def _used_as(way: str, options: dict[str, Any]) -> tuple[list[int], dict[str, np
         return used(model, **options)
     with model_parallel(RULES):
         return used(library_model(), **options)
+
+
+def in_two_dtypes(jit_compile: Any) -> tuple[int, dict[str, np.ndarray]]:
+    """Return how often code ran in a model of mixed precision with a head in float32, and what it trained to."""
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((16,), name="inputs")
+    x = layers.Dense(32, "relu", name="up", dtype="mixed_bfloat16")(inputs)
+    x = layers.Dense(16, name="down", dtype="mixed_bfloat16")(x)
+    x = LlamaLayerNorm(name="norm", dtype="mixed_bfloat16")(x)  # it multiplies by a variable as such
+    x = layers.LayerNormalization(name="wide_norm", dtype="float32")(x)
+    model = randomize(keras.Model(inputs, layers.Dense(8, name="head", dtype="float32")(x), name="model"))
+    model.dtype_policy = keras.dtype_policies.DTypePolicy("mixed_bfloat16")
+    model.compile(keras.optimizers.SGD(0.01), "mse", jit_compile=jit_compile)
+    tp_planner.parallelize(model, layout_map(RULES | {"head/kernel": (None, "model"), "head/bias": ("model",)}))
+    rng = np.random.default_rng(5)
+    x, y = rng.standard_normal((8, 16)).astype("float32"), rng.standard_normal((8, 8)).astype("float32")
+    with mock.patch.object(automatic, "PATIENCE", 1), counted() as count:
+        losses = [float(model.train_on_batch(x, y)) for _ in range(6)]
+    found = {each.path: keras.ops.convert_to_numpy(each) for each in model.variables}
+    return count[0], found | {"losses": np.asarray(losses)}
 
 
 def grown() -> list[np.ndarray]:
@@ -256,3 +278,12 @@ def test_hooks_for_all_modules() -> None:
         assert foreign_code(named_layers(library_model())) == "torch calls hooks for all modules"
     finally:
         handle.remove()
+
+
+def test_models_of_two_dtypes(workers: WorkerPool) -> None:
+    """A replayed layer reads its variables in its own dtype, whatever the model's is; to read one may be to cast it."""
+    for eager, default, asked in zip(*(workers.run(in_two_dtypes, jit) for jit in (False, "auto", True)), strict=True):
+        assert (eager[0], default[0], asked[0]) == (6, 3, 2)
+        for key, value in eager[1].items():
+            np.testing.assert_array_equal(default[1][key], value, err_msg=key)
+            np.testing.assert_allclose(asked[1][key], value, rtol=0.02, atol=0.02, err_msg=key)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from keras.src.backend.common.variables import AutocastScope, get_autocast_scope
 from keras.src.backend.torch import random as keras_random
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
@@ -28,7 +29,7 @@ from tp_planner.patches import replaced, wrapped
 from tp_planner.regions.calls import run_at_once, running
 from tp_planner.replay.program import Name, Program, Step, Writing, compiled
 from tp_planner.replay.rewrites import rewritten
-from tp_planner.storage.variables import BackendVariable
+from tp_planner.storage.variables import BackendVariable, ParallelVariable
 
 # What a function may tell about a tensor without its values.
 METADATA = (int, float, str, torch.Size, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -55,7 +56,7 @@ class Tape:
         self._generators: dict[int, tuple[torch.Generator, Name]] = {}
         self._count = 0  # of names
         self._steps: list[Step] = []
-        self._modes = _modes()
+        self._modes, self._autocast = _modes(), _autocast()
         self._functions, self._made = _Functions(self), _MadeStorages(self, inputs)
         self._inputs = [self._name(tensor) for tensor in inputs]
 
@@ -132,13 +133,27 @@ class Tape:
         """Run a function as a step, having read the variables among its arguments before."""
         if threading.get_ident() != self._thread:
             return function(*args, **kwargs)
-        return self._run_as_step(function, *_values_of_variables(args), **_values_of_variables(kwargs))
+        return self._run_as_step(function, *self.values_of_variables(args), **self.values_of_variables(kwargs))
 
     def _run_as_step(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if _autocast() != self._autocast and any(isinstance(each, BackendVariable) for each in args):
+            function = functools.partial(_with_autocast, _autocast(), function)
         with self._looking_away(), replaced(running, "run", run_at_once, "one step is no more steps"):
             result = function(*args, **kwargs)
             self.add(function, args, kwargs, result)
         return result
+
+    def values_of_variables(self, tree: Any) -> Any:
+        """Return a function's arguments with values in place of variables; to read one in another dtype is a step."""
+        if isinstance(tree, BackendVariable):
+            value = tree.value
+            is_cast = not isinstance(tree, ParallelVariable) and value is not tree._value
+            return self._run_as_step(_read, tree) if is_cast else value
+        if type(tree) in (list, tuple):
+            return type(tree)(map(self.values_of_variables, tree))
+        if type(tree) is dict:
+            return {key: self.values_of_variables(each) for key, each in tree.items()}
+        return tree
 
     @contextlib.contextmanager
     def _looking_away(self) -> Iterator[None]:
@@ -216,6 +231,24 @@ def _modes() -> tuple[bool, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch._C._is_any_autocast_enabled()
 
 
+def _autocast() -> str | None:
+    """Return the dtype in which variables are read, if it is another one than theirs."""
+    scope = get_autocast_scope()
+    dtype: str | None = None if scope is None else scope.dtype
+    return dtype
+
+
+def _with_autocast(dtype: str | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call what reads a variable as it is read in a layer that has another dtype than the model."""
+    with AutocastScope(dtype):
+        return function(*args, **kwargs)
+
+
+def _read(variable: Any) -> torch.Tensor:
+    value: torch.Tensor = variable.value
+    return value
+
+
 class _Functions(TorchFunctionMode):
     """Writes the torch functions that are called on the tape."""
 
@@ -227,7 +260,7 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.away:
             return func(*args, **kwargs)
-        args, kwargs = _values_of_variables(args), _values_of_variables(kwargs)
+        args, kwargs = self._tape.values_of_variables(args), self._tape.values_of_variables(kwargs)
         before, draws = _versions((args, kwargs)), self._tape.draws
         result = func(*args, **kwargs)
         name = function_name(func)
@@ -251,16 +284,6 @@ def _versions(tree: Any) -> list[int] | None:
     with torch._C.DisableTorchFunction():
         tensors = list(tensors_in(tree))
         return None if any(each.is_inference() for each in tensors) else [each._version for each in tensors]
-
-
-def _values_of_variables(tree: Any) -> Any:
-    if isinstance(tree, BackendVariable):
-        return tree.value
-    if type(tree) in (list, tuple):
-        return type(tree)(map(_values_of_variables, tree))
-    if type(tree) is dict:
-        return {key: _values_of_variables(each) for key, each in tree.items()}
-    return tree
 
 
 def _is_metadata(result: Any) -> bool:
