@@ -38,6 +38,7 @@ from tp_planner.passes.bucket_gradients import bucket_gradients, bucket_summands
 from tp_planner.passes.choose_styles import choose_styles
 from tp_planner.passes.gather_together import crossed_blocks, gather_together
 from tp_planner.passes.honor_output_rules import honor_output_rules
+from tp_planner.passes.make_again import make_again
 from tp_planner.passes.note_own_state import note_own_state
 from tp_planner.passes.place_boundaries import close, must_walk_all_blocks, place_boundaries, write_layer_plans
 from tp_planner.passes.reduce_behind import reduce_behind
@@ -186,7 +187,8 @@ class _Job:
                 if not conflicts or graphs[0].functions is not None:
                     if placing.blocks_differ:
                         return None
-                    layers = reduce_behind(write_layer_plans(graphs, walks, styles, closings), self._trained)
+                    written = write_layer_plans(graphs, walks, styles, closings, make_again(with_functions[0]))
+                    layers = reduce_behind(written, self._trained)
                     plan = self._write(graphs[0], layers, all(walk.input_gradients for walk in walks), notes)
                     plan = replace(
                         plan, variables=_as_stored(plan.variables, stored_in_parts(stored, styles, closings, graphs[0]))

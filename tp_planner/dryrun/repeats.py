@@ -112,9 +112,9 @@ class BlockRepeats:
 
     def _saved_storages(self, made: list[torch.Tensor], first_node: int) -> set[int]:
         """Return what the nodes of a block keep, but for numbers written in its code, which are in no storage."""
-        with looking_at_what_is_kept():
-            kept = (tensor for tensor in _saved_tensors(made, first_node) if self._meter.knows(tensor))
-            return set(map(self._meter.storage, kept))
+        with looking_at_what_is_kept() as in_place_of_others:
+            kept = [*saved_tensors(made, first_node), *in_place_of_others]
+            return {self._meter.storage(tensor) for tensor in kept if self._meter.knows(tensor)}
 
     def _arrive(self, call: int, output: int, gradient: torch.Tensor) -> None:
         own = ((output, self._meter.storage(gradient)),) if _fills_its_storage(gradient) else ()
@@ -180,7 +180,7 @@ class _StandIn(torch.autograd.Function):
         return None, None, None, None, *given
 
 
-def _saved_tensors(outputs: list[torch.Tensor], first: int) -> Iterator[torch.Tensor]:
+def saved_tensors(outputs: list[torch.Tensor], first: int) -> Iterator[torch.Tensor]:
     """Yield the tensors that the autograd nodes of ``outputs`` keep, those from number ``first`` on."""
     waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen: set[Any] = set()

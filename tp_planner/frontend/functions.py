@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,12 +17,26 @@ from tp_planner.frontend.recorder import Recorder
 from tp_planner.ir.graph import FunctionCall
 
 CONSTANT = int | float | str
+_CASTS = frozenset(("to", "float", "half", "bfloat16", "double"))
 _LEAVES = frozenset((torch.Tensor, torch.nn.Parameter, FakeTensor, torch.dtype, int, float, bool, str, type(None)))
 
 
 def function_name(function: Callable[..., Any]) -> str:
     """Return what a torch function or tensor method is called: ``reshape`` for ``torch.reshape`` and the method."""
     return getattr(function, "__name__", "")
+
+
+@functools.cache
+def is_elementwise(name: str) -> bool:
+    """Whether torch functions of this name make each element of those at the same place, without random numbers."""
+    if name in _CASTS:
+        return True
+    packet = getattr(torch.ops.aten, name.strip("_") if name.startswith("__") else name, None)
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return False
+    ops = [getattr(packet, each) for each in packet.overloads()]
+    computes = [op for op in ops if torch.Tag.pointwise in op.tags and not op._schema.is_mutable]
+    return bool(computes) and not any(torch.Tag.nondeterministic_seeded in op.tags for op in ops)
 
 
 class _Slice(NamedTuple):
@@ -94,6 +109,7 @@ class FunctionRecorder(TorchFunctionMode):
                     tuple(known for known in returned if known is not None),
                     tuple((position, leaf) for position, leaf in enumerate(leaves) if isinstance(leaf, CONSTANT)),
                     (first, first + len(ops)),
+                    is_elementwise(name),
                 )
             )
         return result

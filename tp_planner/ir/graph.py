@@ -104,7 +104,8 @@ class FunctionCall:
     """One call of a torch function in the code of a layer: ``number`` counts those of the name in the layer's call.
 
     Positions are among the function's flattened arguments; ``constants`` has those that are numbers and texts. All ops
-    of ``ops``, which are the first inside and the first after, are of the layer's call.
+    of ``ops``, which are the first inside and the first after, are of the layer's call. One that is ``elementwise``
+    makes each element of those at the same place, without random numbers.
     """
 
     name: str
@@ -114,6 +115,7 @@ class FunctionCall:
     outputs: tuple[int, ...]
     constants: tuple[tuple[int, Any], ...]
     ops: tuple[int, int]
+    elementwise: bool = False
 
 
 @dataclass(frozen=True, slots=True)

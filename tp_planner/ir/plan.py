@@ -203,7 +203,8 @@ class LayerPlan:
     which a single device draws the mask. ``functions`` are the torch functions in its own code at which something
     changes. ``sees_whole`` says that the sizes which its own code reads of arguments that arrive sharded are those of
     the whole tensors. ``into_loss`` says that in a training step what it returns is not gathered at ``output``, but
-    read in shards by the loss.
+    read in shards by the loss. ``makes_again`` says that of what torch functions in its own code make element by
+    element, nothing is kept for the backward pass that can be made again there of half as much memory.
     """
 
     layer: str
@@ -224,6 +225,7 @@ class LayerPlan:
     calls: int = 1
     into_loss: bool = False
     sees_whole: bool = False
+    makes_again: bool = False
 
     @property
     def where_stream_is_whole(self) -> LayerPlan:
@@ -243,6 +245,11 @@ class LayerPlan:
             dropout_order=() if on_stream else self.dropout_order,
             functions=tuple(function.where_stream_is_whole for function in self.functions),
         )
+
+    @property
+    def keeps_less(self) -> bool:
+        """Whether calls leave out of what autograd keeps something that is made again in the backward pass."""
+        return self.makes_again or any(boundary.again for _, boundary in self.inputs)
 
     @property
     def boundaries(self) -> Iterator[tuple[str, Boundary]]:
@@ -327,9 +334,9 @@ class Plan:
         return any(layer.where_stream_is_whole is not layer for layer in self.layers)
 
     @property
-    def gathers_again(self) -> bool:
-        """Whether anything that is gathered from the residual stream is gathered again in the backward pass."""
-        return any(boundary.again for layer in self.layers for _, boundary in layer.inputs)
+    def keeps_less(self) -> bool:
+        """Whether layers leave out of what autograd keeps something that is made again in the backward pass."""
+        return any(layer.keeps_less for layer in self.layers)
 
     @property
     def axis_size(self) -> int:

@@ -26,7 +26,7 @@ from tp_planner.ir.plan import (
 )
 from tp_planner.ir.step import Collective, decode_step, encode_step
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 
 
 def plan_to_json(plan: Plan) -> str:
@@ -190,6 +190,7 @@ def _encode_layer(layer: LayerPlan) -> dict[str, Any]:
         "calls": layer.calls,
         "into_loss": layer.into_loss,
         "sees_whole": layer.sees_whole,
+        "makes_again": layer.makes_again,
     }
 
 
@@ -214,6 +215,7 @@ def _decode_layer(data: Mapping[str, Any]) -> LayerPlan:
         calls=data["calls"],
         into_loss=data["into_loss"],
         sees_whole=data["sees_whole"],
+        makes_again=data["makes_again"],
     )
 
 

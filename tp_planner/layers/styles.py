@@ -31,6 +31,7 @@ from tp_planner.regions.calls import Frame, Reader, Site, end_with_call, running
 from tp_planner.regions.functions import FunctionCalls, PlannedFunction, planned_functions
 from tp_planner.regions.left_out import watch_calls
 from tp_planner.regions.logits import logits_of
+from tp_planner.regions.made_again import keep_what_is_returned
 from tp_planner.storage.casts import casts_weights
 from tp_planner.storage.log import logger
 from tp_planner.storage.sharding import own_shard
@@ -95,7 +96,7 @@ class _PlannedCall:
     @property
     def is_watched(self) -> bool:
         """Whether the torch functions are watched that the layer's code calls."""
-        return self.behind or self.plan.sees_whole or bool(self.functions)
+        return self.behind or self.plan.sees_whole or self.plan.makes_again or bool(self.functions)
 
     @classmethod
     def of(cls, plan: LayerPlan) -> _PlannedCall:
@@ -144,7 +145,7 @@ class LayerCalls:
 
     def hook(self, layer: keras.Layer, undo: list[Undo]) -> None:
         """Hook the layer; ``undo`` takes what removes the hooks again."""
-        again = any(boundary.again for plan in self.plans.values() for _, boundary in plan.inputs)
+        again = any(plan.keeps_less for plan in self.plans.values())
         if again or (any(self.readers.values()) and casts_weights(layer)):
             undo += [handle.remove for handle in watch_calls(layer)]
         undo.append(end_with_call(layer))
@@ -192,6 +193,7 @@ class LayerCalls:
                 self._shared,
                 planned.behind,
                 self._seen_whole(plan, args, kwargs) if plan.sees_whole else (),
+                plan.makes_again,
             )
             frame.functions.__enter__()
             running.watching += 1
@@ -210,7 +212,11 @@ class LayerCalls:
             if functions is not None:
                 functions.check_all_called()
             planned = self._planned(layer, args, kwargs)
-            return None if planned is None or frame.alone else self._finish(layer, planned, frame, output)
+            if planned is None or frame.alone:
+                return None
+            if planned.plan.makes_again:
+                keep_what_is_returned(output)
+            return self._finish(layer, planned, frame, output)
         finally:
             running.frames.pop()
 
@@ -326,7 +332,8 @@ def _takes_shards(plan: LayerPlan) -> bool:
 
 def _changes_calls(plan: LayerPlan) -> bool:
     at_boundaries = plan.inputs or plan.output or plan.functions or plan.sharded_inputs or plan.scope
-    return bool(at_boundaries or plan.epilogue_after_output or plan.dropout_order) or plan.style == "vocabulary"
+    in_its_code = plan.epilogue_after_output or plan.dropout_order or plan.makes_again
+    return bool(at_boundaries or in_its_code) or plan.style == "vocabulary"
 
 
 def _site(plan: LayerPlan, place: str, boundary: Boundary) -> Site:

@@ -125,6 +125,7 @@ def _of_layer(layer: LayerPlan) -> Properties:
         "scope of the region": layer.scope,
         "sizes in its code": "; ".join(f"{each}: {each.sizes} {each.scales}" for each in layer.functions),
         "sizes that its code reads": "of the whole" if layer.sees_whole else "",
+        "what it makes element by element": "made again" if layer.makes_again else "",
         "order of the dropout mask": _shape(layer.dropout_order) if layer.dropout_order else "",
         "logits stay in shards into the loss": "yes" if layer.into_loss else "no",
         "calls": str(layer.calls),

@@ -8,7 +8,7 @@ sharding, so it terminates.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,18 +138,29 @@ def close(closings: Closings, conflicts: Sequence[Conflict]) -> Closings:
 
 
 def write_layer_plans(
-    graphs: Sequence[ModelGraph], walks: Sequence[Walk], styles: Mapping[LayerMode, StyleChoice], closings: Closings
+    graphs: Sequence[ModelGraph],
+    walks: Sequence[Walk],
+    styles: Mapping[LayerMode, StyleChoice],
+    closings: Closings,
+    again: Set[LayerMode] = frozenset(),
 ) -> tuple[LayerPlan, ...]:
-    """Return one LayerPlan for every (layer, mode) that has variables or boundaries, in order of execution."""
+    """Return one LayerPlan for every (layer, mode) that has variables or boundaries, in order of execution.
+
+    So has one that is in ``again``: it makes again what its code has made element by element.
+    """
     plans: dict[LayerMode, LayerPlan] = {}
     for graph, walk in zip(graphs, walks, strict=True):
-        new = _plans_of_graph(graph, walk, styles, closings)
+        new = _plans_of_graph(graph, walk, styles, closings, again)
         plans.update({key: plan for key, plan in new.items() if key not in plans})
     return tuple(plans.values())
 
 
 def _plans_of_graph(
-    graph: ModelGraph, walk: Walk, styles: Mapping[LayerMode, StyleChoice], closings: Closings
+    graph: ModelGraph,
+    walk: Walk,
+    styles: Mapping[LayerMode, StyleChoice],
+    closings: Closings,
+    again: Set[LayerMode],
 ) -> dict[LayerMode, LayerPlan]:
     by_call: dict[int, list[Placed]] = {}
     for placed in walk.boundaries:
@@ -164,9 +175,10 @@ def _plans_of_graph(
         else:
             boundaries, record = by_call.get(call.id, []), walk.records.get(call.id)
             functions = walk.functions.get(call.id, ())
-            if boundaries or record or functions or graph.layers[call.layer].variables:
-                key = call.layer, call.mode
+            key = call.layer, call.mode
+            if boundaries or record or functions or graph.layers[call.layer].variables or key in again:
                 plan = _layer_plan(graph, call, boundaries, record, styles.get(key), closings, scopes.get(key, ""))
+                plan = replace(plan, makes_again=True) if key in again else plan
                 new = [_with_functions(plan, functions, closings) if functions else plan]
         for plan in new:
             known = plans.get((plan.layer, plan.mode))

@@ -6,6 +6,8 @@ function with two transitions.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -139,20 +141,20 @@ class _Shards:
     """What is gathered at a boundary, from which it can be gathered again."""
 
     def __init__(self, part: torch.Tensor, transition: Transition, axis: Axis, site: Site) -> None:
-        self.part, self._transition, self._axis, self._site = part, transition, axis, site
+        self.kept, self._transition, self._axis, self._site = (part,), transition, axis, site
         self._begun: tuple[torch.Tensor, torch.Tensor] | None = None  # what is sent, and what arrives
 
     def begin(self) -> None:
         """Begin to gather again, before the whole is asked for."""
         if self._begun is None:
             with torch.no_grad(), standing_at(replace(self._site, early=True)):
-                sent = self.part.contiguous()
+                sent = self.kept[0].contiguous()
                 self._begun = sent, begin_all_gather(sent, self._axis)
 
     def whole(self) -> torch.Tensor:
         with torch.no_grad():
             if self._begun is None:
-                return change(self.part, self._transition, self._axis, self._site)
+                return change(self.kept[0], self._transition, self._axis, self._site)
             shards = self._transition.source
             assert isinstance(shards, Shard)
             whole = _side_by_side(self._arrive(), shards.dim, self._axis)
@@ -173,18 +175,22 @@ class _Shards:
 class _OnItsWay:
     """A gradient between the start of its sum and the wait for it.
 
-    ``number`` is that of the autograd nodes which run meanwhile, ``again`` what they need that is gathered again.
+    ``number`` is that of the autograd nodes which run meanwhile, ``again`` what they need that is gathered again. What
+    autograd keeps holds that, and lets go of it; nodes are there until the step ends.
     """
 
     def __init__(self) -> None:
         self.number = 0
-        self.again: tuple[LeftOut, _Shards] | None = None
+        self.again: Callable[[], LeftOut | None] = _nothing
+        self._begun: LeftOut | None = None  # that of which shards travel
         self._sent: torch.Tensor | None = None  # which has to stay as long as it travels
 
     def begin_again(self) -> None:
         """Begin to gather again what will be asked for."""
-        if self.again is not None and self.again[0].is_left_out:
-            self.again[1].begin()
+        left_out = self.again()
+        if left_out is not None and left_out.is_left_out:
+            self._begun = left_out
+            _shards_of(left_out).begin()
 
     def begin(self, gradient: torch.Tensor, transition: Transition, axis: Axis, site: Site) -> torch.Tensor:
         """Begin to change a summand as ``change`` does, and return what will hold the result."""
@@ -198,11 +204,20 @@ class _OnItsWay:
     def arrive(self, arriving: torch.Tensor) -> torch.Tensor:
         """Return the result once it is there."""
         result, self._sent = arrived(arriving), None
-        if self.again is not None:
-            left_out, shards = self.again
+        left_out, self._begun = self._begun or self.again(), None
+        if left_out is not None:
             left_out.let_go()
-            shards.forget()
+            _shards_of(left_out).forget()
         return result
+
+
+def _nothing() -> None:
+    return None
+
+
+def _shards_of(left_out: LeftOut) -> _Shards:
+    assert isinstance(left_out.source, _Shards)
+    return left_out.source
 
 
 class _Arriving(torch.autograd.Function):
@@ -231,15 +246,14 @@ class _Boundary(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.boundary, ctx.axis, ctx.site, ctx.on_its_way = boundary, axis, site, on_its_way  # type: ignore[attr-defined]
         changed = change(tensor, boundary.forward, axis, site, unequal_length(boundary, boundary.forward, axis))
-        ctx.left_out = None  # type: ignore[attr-defined]
+        ctx.again = _nothing  # type: ignore[attr-defined]
         if boundary.again and not running.recomputable:  # or the shards would be kept, which run again
-            shards = _Shards(tensor.detach(), boundary.forward, axis, site)
-            left_out = LeftOut(shards)
+            left_out = LeftOut(_Shards(tensor.detach(), boundary.forward, axis, site))
             can_be_made_again(changed, left_out)
             if on_its_way is None:
-                ctx.left_out = left_out  # type: ignore[attr-defined]
+                ctx.again = weakref.ref(left_out)  # type: ignore[attr-defined]
             else:
-                on_its_way.again = left_out, shards
+                on_its_way.again = weakref.ref(left_out)
         return tensor.view_as(tensor) if changed is tensor else changed
 
     @staticmethod
@@ -247,8 +261,9 @@ class _Boundary(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
     ) -> tuple[torch.Tensor, None, None, None, None]:
-        if ctx.left_out is not None:  # type: ignore[attr-defined]
-            ctx.left_out.let_go()  # type: ignore[attr-defined]
+        left_out: LeftOut | None = ctx.again()  # type: ignore[attr-defined]
+        if left_out is not None:
+            left_out.let_go()
         boundary, axis, site = ctx.boundary, ctx.axis, ctx.site  # type: ignore[attr-defined]
         on_its_way: _OnItsWay | None = ctx.on_its_way  # type: ignore[attr-defined]
         if on_its_way is not None:
@@ -273,7 +288,8 @@ def _enter(tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site) -> 
 
 def cross(tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site) -> torch.Tensor:
     """Return this rank's tensor on the other side of the boundary, gradients flowing back as it says."""
-    return running.run(_cross, tensor, boundary, axis, site)
+    across: torch.Tensor = running.run(_cross, tensor, boundary, axis, site)
+    return across
 
 
 def _cross(tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site) -> torch.Tensor:

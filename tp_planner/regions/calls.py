@@ -64,9 +64,9 @@ class Frame:
             del self.cache[key]
 
 
-def run_at_once(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+def run_at_once(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Return what the function returns."""
-    return function(*args)
+    return function(*args, **kwargs)
 
 
 def ignore(*_: object) -> None:
@@ -95,10 +95,10 @@ class _Running(threading.local):
         self.updated_alone: torch.Tensor | None = None  # what an optimizer updates, where that is but one variable
         self.site: Site | None = None  # where the collectives that run now stand in the plan
         self.recomputable = False  # whether the backward pass runs again what runs now, or is at it
-        self.looking = False  # whether what is kept for the backward pass is looked at, and not used
+        self.looking: list[torch.Tensor] | None = None  # takes what is kept in order to make again what is not
         self.converting: Callable[[], AbstractContextManager[None]] = nullcontext  # entered around every conversion
         self.draw: Callable[[Callable[[], torch.Tensor]], torch.Tensor] = run_at_once  # draws a seed
-        self.run: Callable[..., torch.Tensor] = run_at_once  # runs what a plan adds to a call: boundaries, reads
+        self.run: Callable[..., Any] = run_at_once  # runs what a plan adds to a call: boundaries, reads
 
     def forget_what_crossed(self) -> None:
         """Let go of what calls share: no call of a model is open any more."""
@@ -191,10 +191,13 @@ def reading_local_values() -> Iterator[None]:
 
 
 @contextmanager
-def looking_at_what_is_kept() -> Iterator[None]:
-    """Inside, what is kept for the backward pass can be read, and nothing is computed or put together for that."""
-    before, running.looking = running.looking, True
+def looking_at_what_is_kept() -> Iterator[list[torch.Tensor]]:
+    """Inside, what is kept for the backward pass can be read, and nothing is made again for that.
+
+    Yields a list, to which what something can be made of is added when that is read.
+    """
+    before, running.looking = running.looking, []
     try:
-        yield
+        yield running.looking
     finally:
         running.looking = before

@@ -3,7 +3,8 @@
 While a layer runs in whose code the plan has boundaries, a torch-function mode counts the calls that this code makes,
 layers inside not counted, and changes those that the plan names. Code that is to see whole tensors is told their sizes
 where it asks for those of the shards that the layer takes. Where the gradient of what the code reads comes back behind
-those of weights, it computes products so that they can.
+those of weights, it computes products so that they can; and where the plan says so, it notes how to make again what is
+made element by element.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import keras
 import torch
 from torch.overrides import TorchFunctionMode
 
-from tp_planner.frontend.functions import flatten_arguments, function_name, put_arguments_together
+from tp_planner.frontend.functions import flatten_arguments, function_name, is_elementwise, put_arguments_together
 from tp_planner.ir.errors import ParallelRuntimeError
 from tp_planner.ir.placement import Shape, Shard
 from tp_planner.ir.plan import Boundary, FunctionPlan, LayerPlan
@@ -24,6 +26,7 @@ from tp_planner.job.axes import Axis
 from tp_planner.regions.behind import PRODUCTS, run_product
 from tp_planner.regions.boundaries import cross
 from tp_planner.regions.calls import Frame, Site, running
+from tp_planner.regions.made_again import made_again
 
 # Takes a tensor across a boundary, once for equal boundaries of one tensor.
 Crossing = Callable[[torch.Tensor, Boundary, Site], torch.Tensor]
@@ -63,6 +66,7 @@ class FunctionCalls(TorchFunctionMode):
         enter: takes an input across its boundary.
         behind: whether products by weights are computed so that the gradient of an input can be summed meanwhile.
         seen_whole: shards, with the shape of the whole, which the code sees.
+        makes_again: whether what is made element by element is made again, rather than kept, for the backward pass.
     """
 
     def __init__(
@@ -74,10 +78,11 @@ class FunctionCalls(TorchFunctionMode):
         enter: Crossing,
         behind: bool = False,
         seen_whole: Sequence[tuple[torch.Tensor, Shape]] = (),
+        makes_again: bool = False,
     ) -> None:
         super().__init__()
         self.layer, self.planned, self.frame, self.axis, self.enter = layer, planned, frame, axis, enter
-        self.behind, self.seen_whole = behind, seen_whole
+        self.behind, self.seen_whole, self.makes_again = behind, seen_whole, makes_again
         self.names = {name for name, _ in planned}
         self.counts: Counter[str] = Counter()
 
@@ -109,6 +114,9 @@ class FunctionCalls(TorchFunctionMode):
     def _run(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         if self.behind and name in PRODUCTS:
             return run_product(func, name, args, kwargs)
+        if self.makes_again and is_elementwise(name):
+            values = {each: _value(given) for each, given in kwargs.items()}
+            return running.run(made_again, func, *map(_value, args), **values)
         return func(*args, **kwargs)
 
     def _call(self, function: PlannedFunction, func: Any, args: Any, kwargs: Any) -> Any:
@@ -158,3 +166,8 @@ class FunctionCalls(TorchFunctionMode):
             f"layer {self.layer!r} runs other code than was planned: its call {function.plan.number} of torch's "
             f"{function.plan.name} is another one; call it as in the traced call, or tp_planner.restore(model) first"
         )
+
+
+def _value(given: Any) -> Any:
+    """Return what a function is given, read now if it is a variable."""
+    return given.value if isinstance(given, keras.Variable) else given

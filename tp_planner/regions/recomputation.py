@@ -178,7 +178,7 @@ class _RunsAgain:
         self._seeds = _Seeds()
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
-        if running.looking:
+        if running.looking is not None:
             raise NotKept(list(tensors))
         args, kwargs = self._arguments.filled(tensors)
         if self._open is None:

@@ -12,7 +12,9 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
+from tp_planner.regions.made_again import made_again
 from tp_planner.replay.program import Name, Program, Step, Written, names_in, written
 
 SHORTEST = 2  # steps; a single one is a function already
@@ -30,7 +32,7 @@ def joined(steps: Sequence[Step], output: Any, make: Callable[[Program], Program
     made: dict[Hashable, Program] = {}
     found: list[Step] = []
     position = 0
-    for is_segment, members in itertools.groupby(steps, key=lambda step: step.alone):
+    for is_segment, members in itertools.groupby(map(_as_compiled, steps), key=lambda step: step.alone):
         group = list(members)
         position += len(group)
         if not is_segment or len(group) < SHORTEST:
@@ -39,6 +41,17 @@ def joined(steps: Sequence[Step], output: Any, make: Callable[[Program], Program
         later = {*names_in(output), *(name for step in steps[position:] for name in step.uses())}
         found += _as_one(group, later, made if shared else {}, make)
     return found
+
+
+def _as_compiled(step: Step) -> Step:
+    """Return the step as a compiler is to have it, which decides by itself what is made again in the backward pass."""
+    if step.function is not made_again or not all(map(_is_plain, _tensors_in((step.args, step.kwargs)))):
+        return step
+    return Step(step.result, step.args[0], step.args[1:], step.kwargs, alone=True)
+
+
+def _is_plain(given: Name | torch.Tensor) -> bool:
+    return given.plain if isinstance(given, Name) else not isinstance(given, DTensor)
 
 
 def _as_one(

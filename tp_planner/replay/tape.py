@@ -27,6 +27,7 @@ from tp_planner.frontend.functions import function_name
 from tp_planner.frontend.keras_internals import core
 from tp_planner.patches import replaced, wrapped
 from tp_planner.regions.calls import run_at_once, running
+from tp_planner.regions.made_again import made_again
 from tp_planner.replay.program import Name, Program, Step, Writing, compiled
 from tp_planner.replay.rewrites import rewritten
 from tp_planner.storage.variables import BackendVariable, ParallelVariable
@@ -140,7 +141,8 @@ class Tape:
             function = functools.partial(_with_autocast, _autocast(), function)
         with self._looking_away(), replaced(running, "run", run_at_once, "one step is no more steps"):
             result = function(*args, **kwargs)
-            self.add(function, args, kwargs, result)
+            if function is not made_again or not any(result is each for each in args):  # as of NOTHING_TO_DO
+                self.add(function, args, kwargs, result)
         return result
 
     def values_of_variables(self, tree: Any) -> Any:

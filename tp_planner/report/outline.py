@@ -131,7 +131,8 @@ def _leaves(plan: Plan) -> Iterator[Leaf]:
         edges = tuple(_edges(layer, remaining, executed))
         if last[layer.layer] is layer:
             edges += _other_edges(collectives.pop(layer.layer, Counter()))
-        yield Leaf(order, layer.layer + _suffix(layer), layer, own, borrowed, edges)
+        if own or borrowed or edges or layer.style != "replicated":  # or it only keeps less for the backward pass
+            yield Leaf(order, layer.layer + _suffix(layer), layer, own, borrowed, edges)
     rest = [Leaf(0, key, None, (variable,), (), ()) for key, variable in variables.items()]
     rest += [Leaf(0, name or "outside", None, (), (), _other_edges(made)) for name, made in collectives.items()]
     yield from (replace(leaf, order=order) for order, leaf in enumerate(rest, len(plan.layers)))

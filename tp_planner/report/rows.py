@@ -77,7 +77,9 @@ def layer_rows(plan: Plan) -> list[LayerRow]:
         keys = dict.fromkeys([*children.get(layer.path, ()), *(use.variable for use in layer.uses)])
         own = [remaining.pop(key) for key in keys if key in remaining]
         cells = tuple(map(_variable_cells, own))
-        rows.append(LayerRow(layer.layer + _mode(layer), layer.style, cells, _boundary_cells(layer, own, crossed)))
+        boundaries = _boundary_cells(layer, own, crossed)
+        if cells or boundaries or layer.style != "replicated":  # or it only keeps less for the backward pass
+            rows.append(LayerRow(layer.layer + _mode(layer), layer.style, cells, boundaries))
     rows += [LayerRow(_parent(key), "", (_variable_cells(each),), ()) for key, each in remaining.items()]
     return [replace(row, layer=str(name)) for row, name in _fold((replace(row, layer=""), row.layer) for row in rows)]
 

@@ -18,7 +18,7 @@ class _Cast:
     """What a cast can be made of again: what this rank stores of the weight."""
 
     def __init__(self, path: str, stored: torch.Tensor, dtype: torch.dtype) -> None:
-        self.part, self._path, self._dtype = stored, path, dtype
+        self.kept, self._path, self._dtype = (stored,), path, dtype
         self._version = stored._version
 
     def whole(self) -> torch.Tensor:
@@ -26,12 +26,13 @@ class _Cast:
 
         Raises ParallelRuntimeError if the weight has another value now.
         """
-        if self.part._version != self._version:
+        (stored,) = self.kept
+        if stored._version != self._version:
             raise ParallelRuntimeError(
                 f"variable {self._path!r} was changed between the forward pass and the backward pass, which needs its "
                 f"old value; run the backward pass first"
             )
-        return self.part.to(self._dtype)
+        return stored.to(self._dtype)
 
 
 def cast_again(cast: torch.Tensor, stored: torch.Tensor, path: str) -> None:

@@ -229,7 +229,7 @@ class Parts:
 
     def left_out(self, number: int) -> LeftOut:
         """Return the note of how the whole of a part that was taken is made again."""
-        left_out = LeftOut(_Again(self.parts[number].stored, self, number))
+        left_out = LeftOut(_Again((self.parts[number].stored,), self, number))
         self._left_out[number] = weakref.ref(left_out)
         self._reader_runs_again = running.recomputable
         return left_out
@@ -364,7 +364,7 @@ class _Wholes:
 class _Again:
     """From which a whole can be made again that is left out of what autograd keeps."""
 
-    part: torch.Tensor
+    kept: tuple[torch.Tensor]
     parts: Parts
     number: int
 

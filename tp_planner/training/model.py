@@ -317,7 +317,7 @@ def _replay_if_asked(model: keras.Model, applied: Applied, pieces: StepPieces) -
         )
         return
     layers = named_layers(model)
-    again = applied.plan.gathers_again or any(map(casts_weights, layers.values()))
+    again = applied.plan.keeps_less or any(map(casts_weights, layers.values()))
     for name in (each for each in REPLAYED if hasattr(model, each)):
         replayed = replaying(model, name, layers, again, in_parts, write, automatic)
         _override_for_jit_compile(model, name, replayed, applied)
