@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 from tp_planner.ir.graph import FunctionCall, ModelGraph
 
-# Of a smaller tensor memory is no matter, but the time is that Python takes to note how to make it.
-LEAST_BYTES = 2**20
+# Of a smaller tensor memory is no matter, but the time is that Python takes to note how to make it: 20 to 30 us a call.
+LEAST_BYTES = 2**23
 
 
 def make_again(graph: ModelGraph) -> frozenset[tuple[str, str]]:

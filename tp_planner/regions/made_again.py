@@ -33,6 +33,8 @@ def made_again(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Return what an elementwise function returns; watched calls may leave it out of what autograd keeps."""
     with deciding_later() as undecided:  # some functions keep what they return
         result = function(*args, **kwargs)
+    if args and result is args[0]:  # a cast to the dtype that it has
+        return result
     if isinstance(result, torch.Tensor) and torch.is_grad_enabled() and not running.recomputable:
         with torch._C.DisableTorchFunction():  # what is asked here the code does not ask
             call = _Call.of(function, args, kwargs)
