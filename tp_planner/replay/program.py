@@ -32,6 +32,7 @@ class Step:
 
     ``changes`` says that the function changes one of its arguments, ``alone`` that it is a torch function which, given
     plain tensors, does nothing but compute: it changes none, draws no random numbers and communicates nothing.
+    ``views`` says that its result lies in memory of an argument, or may.
     """
 
     result: Any
@@ -40,6 +41,7 @@ class Step:
     kwargs: dict[str, Any]
     changes: bool = False
     alone: bool = False
+    views: bool = False
 
     def uses(self) -> Iterator[Name]:
         """Yield the names in its arguments, as often as they stand there."""

@@ -18,17 +18,17 @@ from torch.distributed.tensor import DTensor
 
 from tp_planner.frontend.functions import function_name
 from tp_planner.regions.behind import contracted_dims, product_apart
+from tp_planner.replay.once import SWITCH, computed_once
 from tp_planner.replay.program import Name, Step, names_in
 
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 TRANSPOSING = ("transpose", "permute")
 IN_ANY_ORDER = ("reshape", "flatten", "matmul", "einsum")
-SWITCH = torch._C._set_grad_enabled
 
 
 def rewritten(steps: Sequence[Step], output: Any) -> list[Step]:
     """Return the steps of a program that returns ``output``, with fewer passes over memory."""
-    steps = [_as_product(step) for step in steps]
+    steps = [_as_product(step) for step in computed_once(steps, output)]
     uses = Counter(names_in(output))
     for step in steps:
         uses.update(step.uses())

@@ -53,6 +53,7 @@ class Tape:
         self.problem = ""
         self._thread = threading.get_ident()  # that of the call; modules are the same on all of them
         self.draws = 0  # of random numbers, by ops
+        self.written: set[int] = set()  # storages that ops have written into, since a function was called
         self._names = WeakTensorKeyDictionary()
         self._generators: dict[int, tuple[torch.Generator, Name]] = {}
         self._count = 0  # of names
@@ -93,7 +94,9 @@ class Tape:
         if self.problem:
             return
         given, named = self._with_names(args), self._with_names(kwargs)
-        self._steps.append(Step(self._result(result), function, given, named, changes, alone))
+        if not self.problem:
+            views = _share_memory((args, kwargs), result)
+            self._steps.append(Step(self._result(result), function, given, named, changes, alone, views))
 
     @property
     def steps(self) -> Sequence[Step]:
@@ -264,17 +267,25 @@ class _Functions(TorchFunctionMode):
             return func(*args, **kwargs)
         args, kwargs = self._tape.values_of_variables(args), self._tape.values_of_variables(kwargs)
         before, draws = _versions((args, kwargs)), self._tape.draws
+        self._tape.written.clear()
         result = func(*args, **kwargs)
         name = function_name(func)
         if name in NOTHING_TO_DO and result is args[0]:
             return result
         if result is None or any(True for _ in tensors_in(result)):
-            changes = before is None or before != _versions((args, kwargs))
+            changes = before is None or before != _versions((args, kwargs)) or self._has_written_into((args, kwargs))
             alone = not changes and draws == self._tape.draws and _are_plain((args, kwargs, result))
             self._tape.add(func, args, kwargs, result, changes, alone)
         elif not _is_metadata(result):
             self._tape.fail(f"torch's {name} returns a {type(result).__name__}")
         return result
+
+    def _has_written_into(self, tree: Any) -> bool:
+        """Whether ops have, who do not count it: those on lists of tensors, and fused ones."""
+        with torch._C.DisableTorchFunction():
+            return bool(self._tape.written) and any(
+                _storage_key(each) in self._tape.written for each in tensors_in(tree)
+            )
 
 
 def _are_plain(tree: Any) -> bool:
@@ -312,6 +323,8 @@ class _MadeStorages(WatchingMode):
                 self._tape.fail(f"code depends on values, by {func}")
             self._tape.draws += torch.Tag.nondeterministic_seeded in func.tags
             result = func(*args, **kwargs)
+            if func._schema.is_mutable:
+                self._tape.written.update(map(_storage_key, tensors_in(_written_by(func, args, kwargs))))
             given = set(map(_storage_key, tensors_in((args, kwargs))))
             for leaf in tensors_in(result):
                 if _storage_key(leaf) not in given:
@@ -330,6 +343,19 @@ def _storage_key(tensor: torch.Tensor) -> int:
     local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     key: int = local.untyped_storage()._cdata
     return key
+
+
+def _share_memory(given: Any, result: Any) -> bool:
+    with torch._C.DisableTorchFunction():
+        memory = set(map(_storage_key, tensors_in(given)))
+        return any(_storage_key(each) in memory for each in tensors_in(result))
+
+
+def _written_by(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """Return the arguments that an op writes into."""
+    declared = func._schema.arguments
+    given = dict(zip((each.name for each in declared), args, strict=False)) | kwargs
+    return [given.get(each.name) for each in declared if each.alias_info is not None and each.alias_info.is_write]
 
 
 def _shows_values(func: Any, args: Any) -> bool:
