@@ -11,7 +11,7 @@ import functools
 import weakref
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -60,12 +60,15 @@ class StepMeter(CollectiveRecorder):
     # --- layers ----------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def attributing(self, model: keras.Model) -> Iterator[None]:
-        """Inside, a storage is known by the layer whose call makes it, or makes it on the way back."""
+    def attributing(self, model: keras.Model, not_called: Set[str]) -> Iterator[None]:
+        """Inside, a storage is known by the layer whose call makes it, or makes it on the way back.
+
+        Of the layers ``not_called`` there are none.
+        """
         with contextlib.ExitStack() as stack:
             for name, layer in named_layers(model).items():
-                if isinstance(layer, Stretch):
-                    continue  # the layer around it does what is done between its layers
+                if isinstance(layer, Stretch) or name in not_called:
+                    continue  # what is done between a stretch's layers, the layer around it does
                 enter = functools.partial(self._enter_layer, name)
                 stack.callback(layer.register_forward_pre_hook(enter, prepend=True).remove)
                 stack.callback(layer.register_forward_hook(self._leave_layer, always_call=True).remove)

@@ -107,7 +107,7 @@ def simulate(
         with (
             applied_for_simulation(model, plan, axes, left_out, updated) as applied,
             blocks.watched(),
-            meter.attributing(model),
+            meter.attributing(model, left_out - {repeat.block for repeat in repeats.values()}),
         ):
             sharing = _shared_updates(applied, meter, optimizer)
             updating = (

@@ -249,9 +249,13 @@ class Rebinding:
 
     def __init__(self, model: keras.Model) -> None:
         self._holders: dict[int, list[tuple[Any, str]]] = {}
-        seen: set[torch.nn.Module] = set()
-        for layer in named_layers(model).values():
-            for _, module in layer.named_modules(seen):
+        waiting: list[Any] = list(named_layers(model).values())
+        seen: set[int] = set()
+        while waiting:
+            module = waiting.pop()
+            if module is not None and id(module) not in seen:
+                seen.add(id(module))
+                waiting += module._modules.values()
                 for name, parameter in module._parameters.items():
                     self._holders.setdefault(id(parameter), []).append((module._parameters, name))
 

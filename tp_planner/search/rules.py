@@ -7,7 +7,7 @@ others. Each rule is checked: it matches the variables that it is for, and no ot
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from tp_planner.ir.layout import AxisSpec, LayoutRule
 from tp_planner.ir.placement import Shard
@@ -59,43 +59,50 @@ def axes_of(placement: Shard, ndim: int, axis: str) -> tuple[AxisSpec, ...]:
 
 def _patterns(wanted: Sequence[str], paths: Sequence[str], most: int) -> Iterator[str]:
     """Yield the patterns for paths of equal axes."""
-    others = [path for path in dict.fromkeys(paths) if path not in set(wanted)]
+    own = set(wanted)
+    others = [path for path in dict.fromkeys(paths) if path not in own]
     starred: dict[Segments, list[str]] = {}
     for path in wanted:
         starred.setdefault(tuple(_with_any_number(each) for each in path.split("/")), []).append(path)
     groups: list[Segments] = []
     for segments, members in starred.items():
-        if any(_matches("/".join(segments), path) for path in others):
+        if _matches_any("/".join(segments), others):
             groups += [tuple(map(escaped, path.split("/"))) for path in members]
         else:
             groups.append(segments)
     left = list(wanted)
     for segments in _with_siblings([_shortened(each, others) for each in groups], others, most):
         pattern = "/".join(segments).replace(f"{_ANYWHERE}/", _ANYWHERE)
-        covered = [path for path in left if _matches(pattern, path)]
+        covered = list(filter(_matching(pattern), left))
         if covered:
-            left = [path for path in left if path not in covered]
+            gone = set(covered)
+            left = [path for path in left if path not in gone]
             yield covered[0] if len(covered) == 1 and _is_simpler(covered[0], pattern, others) else pattern
 
 
 def _is_simpler(path: str, pattern: str, others: Sequence[str]) -> bool:
     """Whether the path itself can stand for the pattern: it is as short, and as a pattern matches no other."""
-    return len(path) <= len(pattern) and not any(_matches(path, other) for other in others)
+    return len(path) <= len(pattern) and not _matches_any(path, others)
 
 
 def _with_any_number(segment: str) -> str:
     return re.sub(r"\d+", _NUMBER, escaped(segment))
 
 
-def _matches(pattern: str, path: str) -> bool:
-    return re.fullmatch(pattern.replace(f"{_ANYWHERE}/", _ANYWHERE), path) is not None
+def _matching(pattern: str) -> Callable[[str], object]:
+    """Return what is true of the paths that a pattern matches."""
+    return re.compile(pattern.replace(f"{_ANYWHERE}/", _ANYWHERE)).fullmatch
+
+
+def _matches_any(pattern: str, paths: Iterable[str]) -> bool:
+    return any(map(_matching(pattern), paths))
 
 
 def _shortened(segments: Segments, others: Sequence[str]) -> Segments:
     """Return the shortest end of a path, two names or more, that no other path has."""
     for length in range(min(2, len(segments)), len(segments)):
         short = (_ANYWHERE, *segments[-length:])
-        if not any(_matches("/".join(short), path) for path in others):
+        if not _matches_any("/".join(short), others):
             return short
     return segments
 
@@ -111,7 +118,7 @@ def _with_siblings(groups: Sequence[Segments], others: Sequence[str], most: int)
             names = list(dict.fromkeys(each[place] for each in siblings))
             one = (*merged[position][:place], f"({'|'.join(names)})", *merged[position][place + 1 :])
             fits = 1 < len(siblings) <= most and _ANYWHERE not in names and not any("(" in name for name in names)
-            if fits and not any(_matches("/".join(one), path) for path in others):
+            if fits and not _matches_any("/".join(one), others):
                 merged = [one if each == merged[position] else each for each in merged if each not in siblings[1:]]
                 break
         position += 1
