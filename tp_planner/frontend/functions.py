@@ -32,7 +32,7 @@ def is_elementwise(name: str) -> bool:
     if name in _CASTS:
         return True
     packet = getattr(torch.ops.aten, name.strip("_") if name.startswith("__") else name, None)
-    if not isinstance(packet, torch._ops.OpOverloadPacket):
+    if packet is None or not hasattr(packet, "overloads"):
         return False
     ops = [getattr(packet, each) for each in packet.overloads()]
     computes = [op for op in ops if torch.Tag.pointwise in op.tags and not op._schema.is_mutable]
