@@ -125,9 +125,11 @@ def metered_training(model: keras.Model, x: Any, y: Any) -> Memory:
 
 @pytest.mark.parametrize("name", ["gpt", pytest.param("llama", marks=pytest.mark.slow)])
 def test_memory_is_within_five_percent_of_what_is_measured(workers: WorkerPool, name: str) -> None:
-    """The peak of training by Keras, with its loss and metrics, on rank 0 and on the last."""
-    for planned_memory, memory in workers.run(measure_by_keras, name, "float32", "AdamW"):
-        assert memory.peak.total == pytest.approx(planned_memory.peak.total, rel=0.05)
+    """The peak of training by Keras, with its loss and metrics, on rank 0; those that hold fewer heads take no more."""
+    first, *others = workers.run(measure_by_keras, name, "float32", "AdamW")
+    planned, measured = (memory.peak.total for memory in first)
+    assert measured == pytest.approx(planned, rel=0.05)
+    assert all(memory.peak.total <= 1.05 * planned for _, memory in others)
 
 
 @pytest.mark.parametrize(
