@@ -258,7 +258,7 @@ def under_keras_distribution() -> tuple[bool, Both]:
                 keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
             )
         model = CASES["gpt"].build("float64", blocks=1)
-        model.compile(keras.optimizers.AdamW(0.01, epsilon=1e-3), loss_named("mean of weights"), ["accuracy"])
+        model.compile(keras.optimizers.AdamW(0.01, epsilon=1e-3), loss_named("mean of weights"), metrics=["accuracy"])
         history = model.fit(x, y, batch_size=4, epochs=3, verbose=0).history
         results.append({name: np.array(each) for name, each in history.items()} | variables_of(model))
     applied = applied_to(model)
