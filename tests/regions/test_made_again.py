@@ -190,6 +190,26 @@ def test_where_code_writes_into_tensors_all_is_kept(writes: bool) -> None:
     assert [layer.layer for layer in plan.layers if layer.makes_again] == ([] if writes else ["adding/norm"])
 
 
+class Centering(keras.layers.Layer):  # type: ignore[misc]
+    """Takes off a running mean, which it then changes."""
+
+    def build(self, shape: Any) -> None:
+        self.center = self.add_weight(shape=shape[-1:], trainable=False, name="center", autocast=False)
+
+    def call(self, x: torch.Tensor) -> torch.Tensor:
+        wider = keras.ops.cast(x, "float32") - self.center
+        self.center.assign(0.9 * self.center)
+        return keras.ops.cast(wider * wider, self.compute_dtype)
+
+
+def test_what_is_made_of_a_variable_that_its_layer_changes_is_kept() -> None:
+    """It would be made of another value: the layer trains on a single device, and is planned."""
+    with however_small():
+        stack = [keras.layers.Dense(16, dtype="mixed_bfloat16"), Centering(dtype="mixed_bfloat16")]
+        plan = tp_planner.plan(keras.Sequential([keras.Input((8, 16)), *stack]), ONE_RANK)
+    assert not any(layer.makes_again for layer in plan.layers)
+
+
 # On the ranks
 
 

@@ -17,16 +17,19 @@ LEAST_BYTES = 2**23
 def make_again(graph: ModelGraph) -> frozenset[tuple[str, str]]:
     """Return the layers, with the modes of their calls, that make tensors which need not be kept.
 
-    There are none where code writes into tensors: what it has written into may be what another would be made of. Nor is
-    the model itself one: of its own code's functions a tape, by which calls are replayed, knows before a plan does.
+    There are none where code writes into tensors: what it has written into may be what another would be made of. So it
+    is of a layer that computes with a variable which a call changes. Nor is the model itself one: of its own code's
+    functions a tape, by which calls are replayed, knows before a plan does.
 
     Args:
         graph: the trace of a training call, with functions.
     """
-    if not graph.training or any(_writes_into_activation(graph, op.name, op.inputs) for op in graph.ops):
+    written = {graph.tensors[op.inputs[0]].variable for op in graph.ops if op.inputs and _writes(op.name)}
+    if not graph.training or None in written:
         return frozenset()
     found = {function.call for function in graph.functions or () if _makes_much_of_little(function, graph)}
-    calls = [graph.calls[each] for each in found]
+    read = {op.call for op in graph.ops if any(graph.tensors[each].variable in written for each in op.inputs)}
+    calls = [graph.calls[each] for each in found - read]
     return frozenset((call.layer, call.mode) for call in calls if call.parent is not None)
 
 
@@ -42,6 +45,5 @@ def _bytes(tensors: Iterable[int], graph: ModelGraph) -> int:
     return sum(graph.tensors[tensor].bytes for tensor in tensors if graph.tensors[tensor].shape)
 
 
-def _writes_into_activation(graph: ModelGraph, op: str, inputs: tuple[int, ...]) -> bool:
-    writes = op.split(".")[1:2] != [] and op.split(".")[1].endswith("_")
-    return writes and bool(inputs) and graph.tensors[inputs[0]].variable is None
+def _writes(op: str) -> bool:
+    return "." in op and op.split(".")[1].endswith("_")
