@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -11,12 +12,17 @@ from unittest import mock
 import keras
 import numpy as np
 import pytest
+import torch.distributed as dist
 from keras.src.losses.losses import LossFunctionWrapper
 from keras.src.metrics.reduction_metrics import Mean
 
 import tp_planner
 from tests.models import randomize
+from tests.replicas import Shape, share
 from tests.workers import Pools, layout_map
+from tp_planner.frontend.layout_map import read_zero
+from tp_planner.ir.layout import Layout, LayoutRule
+from tp_planner.ir.mesh import Mesh
 from tp_planner.replay import automatic
 from tp_planner.replay.objects import foreign_code_of, objects_in
 from tp_planner.training.optimizer import ParallelOptimizer
@@ -24,6 +30,13 @@ from tp_planner.training.optimizer import ParallelOptimizer
 layers, losses, metrics, optimizers = keras.layers, keras.losses, keras.metrics, keras.optimizers
 RULES = {"(.*/)?up/kernel": (None, "model"), "(.*/)?up/bias": ("model",), "(.*/)?down/kernel": ("model", None)}
 CLASSES, BATCH = 8, 6
+# By name: a mesh's axes "batch" and "model", and the stage of ZeRO.
+REPLICAS: dict[str, tuple[Shape, int]] = {
+    "2x2": ((2, 2), 0),
+    "2x2, zero 1": ((2, 2), 1),
+    "2x2, zero 3": ((2, 2), 3),
+    "4x1, zero 1": ((4, 1), 1),
+}
 
 
 def small_model() -> keras.Model:
@@ -68,28 +81,39 @@ def counted() -> Iterator[list[int]]:
         yield count
 
 
-def trained(change: str, jit_compile: Any) -> tuple[str, dict[str, np.ndarray]]:
+def trained(change: str, jit_compile: Any, replicas: str = "") -> tuple[str, dict[str, np.ndarray]]:
     """Train a parallel model, ``change`` something, and go on; return what became of the pieces then, and numbers.
 
-    What is changed may be something from the start on.
+    What is changed may be something from the start on. ``replicas`` is the name of one of REPLICAS, "" for none.
     """
     keras.utils.clear_session()
     keras.utils.set_random_seed(1)
     model = small_model()
-    tp_planner.parallelize(model, layout_map(RULES))
+    shape, zero = REPLICAS.get(replicas, ((1, 1), 0))
+    replica = dist.get_rank() // shape[1] if replicas else 0
+    if replicas:
+        mesh, rules = Mesh((("batch", shape[0]), ("model", shape[1]))), itertools.starmap(LayoutRule, RULES.items())
+        tp_planner.parallelize(model, Layout(mesh, tuple(rules), zero=read_zero(zero)), batch_axis="batch")
+    else:
+        tp_planner.parallelize(model, layout_map(RULES))
     rng = np.random.default_rng(5)
     x, y = rng.standard_normal((BATCH, 16)).astype("float32"), rng.integers(0, CLASSES, BATCH)
     given: dict[str, Any] = {"sample_weight": None}
 
     def compile(**others: Any) -> None:
-        loss = losses.SparseCategoricalCrossentropy(from_logits=True)
+        reduction = "sum" if change == "summed" else "sum_over_batch_size"
+        loss = losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
         options = {"optimizer": _optimizer(change), "loss": loss, "metrics": ["accuracy"]} | others
         model.compile(**options, jit_compile=jit_compile)
 
     def train(steps: int) -> None:
         for step in range(steps):
-            logs = model.train_on_batch(x[: given.get("rows")], y[: given.get("rows")], given["sample_weight"])
-            results.append(np.asarray(logs))
+            rows = given.get("rows", BATCH)
+            weights = given["sample_weight"]
+            batch = share([each[:rows] for each in (x, y, weights) if each is not None], replica, shape[0])
+            results.append(np.asarray(model.train_on_batch(*batch)))
+            if replicas:
+                results.append(np.asarray(model.test_on_batch(*batch)))
             if change == "rate, in each step":
                 model.optimizer.learning_rate = 0.01 / (step + 2)
 
@@ -102,7 +126,8 @@ def trained(change: str, jit_compile: Any) -> tuple[str, dict[str, np.ndarray]]:
         train(6)
     weights = {each.path: keras.ops.convert_to_numpy(each) for each in model.variables}
     slots = {f"slot {each.path}": keras.ops.convert_to_numpy(each) for each in model.optimizer.variables}
-    became = "".join("r" if each == 0 else "a" if each < 6 else "w" for each in count)
+    calls = (12, 12, 6) if replicas else (6, 6, 6)
+    became = "".join("r" if each == 0 else "a" if each < most else "w" for each, most in zip(count, calls, strict=True))
     return became, {str(number): each for number, each in enumerate(results)} | weights | slots
 
 
@@ -165,6 +190,10 @@ def _make(change: str, model: keras.Model, given: dict[str, Any], compile: Calla
             given["sample_weight"] = np.arange(BATCH, dtype="float32")
         case "rows":
             given["rows"] = 3
+        case "uneven":
+            given["rows"] = 5
+        case "empty":
+            given["rows"] = 1
         case "reset":
             model.reset_metrics()
         case "regularizer":
@@ -182,10 +211,10 @@ def _make(change: str, model: keras.Model, given: dict[str, Any], compile: Calla
             model.run_eagerly = True
 
 
-def compared(change: str) -> tuple[str, str, dict[str, float], dict[str, float]]:
+def compared(change: str, replicas: str = "") -> tuple[str, str, dict[str, float], dict[str, float]]:
     """Return what became of the pieces, by default and where replay is asked for, and by how much numbers are off."""
-    _, eager = trained(change, False)
-    found = [trained(change, jit_compile) for jit_compile in ("auto", True)]
+    _, eager = trained(change, False, replicas)
+    found = [trained(change, jit_compile, replicas) for jit_compile in ("auto", True)]
     off = [{key: _difference(results[key], value) for key, value in eager.items()} for _, results in found]
     return found[0][0], found[1][0], {key: each for key, each in off[0].items() if each != 0}, off[1]
 
@@ -217,7 +246,7 @@ CHANGES = {
     "own schedule": "rrw",
     "overwritten": "rrw",
     "accumulated": "rrw",
-    "scaled": "rrw",
+    "scaled": "rrr",
     "nadam": "rrw",
     "decay": "rra",
     "frozen": "rra",
@@ -246,6 +275,38 @@ def test_changes_are_noticed(pools: Pools, change: str) -> None:
         assert errors == {}
         assert default == CHANGES[change]
         assert change in NOT_NOTICED or (asked == default and max(off.values()) < 1e-4)
+
+
+OF_REPLICAS = {
+    **{change: CHANGES[change] for change in ("rate, in each step", "schedule", "clipped", "averages", "compiled")},
+    **{change: CHANGES[change] for change in ("frozen", "sample weights", "slots", "weights", "momentum", "reset")},
+    **{change: CHANGES[change] for change in ("accumulated", "regularizer", "constraint", "own metric", "excluded")},
+    "scaled": "rrr",
+    "summed": "rrr",
+    "uneven": "aar",
+    "empty": "aar",
+}
+ON_SOME = ("uneven", "empty")  # not all shares are other ones then
+OF_WHOLE_WEIGHTS = ("regularizer", "constraint")  # refused for a weight in shards
+QUICK_ONES = (("sample weights", "2x2, zero 1"), ("empty", "2x2"))
+
+
+@pytest.mark.parametrize(
+    ("change", "replicas"),
+    [
+        pytest.param(change, replicas, marks=[] if (change, replicas) in QUICK_ONES else pytest.mark.slow)
+        for change, replicas in itertools.product(OF_REPLICAS, REPLICAS)
+        if change not in OF_WHOLE_WEIGHTS or REPLICAS[replicas][1] < 3
+    ],
+)
+def test_changes_are_noticed_by_replicas(pools: Pools, change: str, replicas: str) -> None:
+    """What replicas communicate in a loss, in metrics and in an update that they share is replayed to the bit, too."""
+    expected = {OF_REPLICAS[change], *(["rrr"] if change in ON_SOME else [])}
+    for default, asked, errors, off in pools(4).run(compared, change, replicas):
+        assert errors == {}
+        assert asked == default
+        assert default in expected
+        assert max(off.values()) < 1e-4
 
 
 class OwnLoss(losses.Loss):

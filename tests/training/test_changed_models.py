@@ -164,6 +164,8 @@ CHANGES: dict[str, Callable[[keras.Model], object]] = {
     "quantize a model": lambda model: model.quantize("int8"),
     "build": lambda model: model.get_layer("pair_up").build((None, 8)),
     "add_weight": lambda model: model.get_layer("pair_up").add_weight((3,), name="more"),
+    "regularizer": lambda model: setattr(model.get_layer("pair_up").kernel, "regularizer", keras.regularizers.L2(0.1)),
+    "constraint": lambda model: setattr(model.get_layer("pair_up").kernel, "constraint", keras.constraints.MaxNorm(1)),
     "one vector": lambda model: torch.nn.utils.parameters_to_vector(model.parameters()),
     "from one vector": lambda model: torch.nn.utils.vector_to_parameters(torch.zeros(200), model.parameters()),
 }
@@ -248,6 +250,13 @@ def _refusal(what: str, change: str) -> str:
     )
 
 
+def _refusal_of_functions(what: str) -> str:
+    return (
+        f"variable 'pair_up/kernel' is parallelized, and its plan has what its {what} communicates; set it before the "
+        f"model is parallelized, or call tp_planner.restore(model) first on all ranks, and parallelize the model again"
+    )
+
+
 def test_changes_are_refused(pools: Pools) -> None:
     vector = (
         "a parameter of shape (14, 4) is stored in shards; one vector of all parameters would be the whole model on "
@@ -261,6 +270,8 @@ def test_changes_are_refused(pools: Pools) -> None:
         "quantize a model": _refusal("model 'pair'", "quantize"),
         "build": _refusal(up, "build"),
         "add_weight": _refusal(up, "add_weight"),
+        "regularizer": _refusal_of_functions("regularizer"),
+        "constraint": _refusal_of_functions("constraint"),
         "one vector": vector,
         "from one vector": vector,
     }

@@ -31,6 +31,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tp_planner.frontend.keras_internals import convert_to_numpy, get_device, to_torch_dtype
+from tp_planner.ir.errors import PlanError
 from tp_planner.ir.placement import (
     Partial,
     Placement,
@@ -102,6 +103,33 @@ class ParallelVariable(BackendVariable):  # type: ignore[misc,valid-type]
         if running.frames:
             return running.run(read_whole, self, None)
         return self._value
+
+    @property
+    def regularizer(self) -> Any:
+        """A function of the variable whose result is added to losses."""
+        return self._regularizer
+
+    @regularizer.setter
+    def regularizer(self, value: Any) -> None:
+        self._refuse_another("regularizer", self._regularizer, value)
+
+    @property
+    def constraint(self) -> Any:
+        """A function of the variable that is its value after an update."""
+        return self._constraint
+
+    @constraint.setter
+    def constraint(self, value: Any) -> None:
+        self._refuse_another("constraint", self._constraint, value)
+
+    def _refuse_another(self, what: str, before: Any, value: Any) -> None:
+        """Raise PlanError for a function that is not the plan's: it would be one of this rank's shard."""
+        if value is not before:
+            raise PlanError(
+                f"variable {self.path!r} is parallelized, and its plan has what its {what} communicates; set it before "
+                f"the model is parallelized, or call tp_planner.restore(model) first on all ranks, and parallelize the "
+                f"model again"
+            )
 
     def _read_once(self, cache: dict[tuple[Any, ...], torch.Tensor], reader: Reader) -> torch.Tensor:
         scope = get_autocast_scope()

@@ -21,7 +21,7 @@ from keras.src.losses import loss as keras_loss
 
 from tp_planner.frontend.keras_internals import convert_to_tensor, get_device
 from tp_planner.patches import replaced
-from tp_planner.regions.calls import METRICS
+from tp_planner.regions.calls import METRICS, running
 from tp_planner.regions.replicas import Replicas, add_in_place, wait
 from tp_planner.storage.log import logger
 
@@ -30,22 +30,27 @@ BATCH_ARGUMENTS = ("x", "y", "y_pred", "sample_weight")
 _reduced_by_keras = keras_loss.reduce_weighted_values
 
 
-def loss_of_share(model: keras.Model, replicas: Replicas) -> Callable[..., Any]:
+def loss_of_share(
+    model: keras.Model, replicas: Replicas, replay: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
     """Return Keras's ``compute_loss`` for a replica's share of the batch; see the module's text.
 
     A share without samples has a loss of 0, and not the mean of nothing. Its replica takes part in all communication:
     Keras is given a row of zeros that counts for nothing. Losses that layers add are as on every replica.
+
+    Args:
+        model: a parallel model.
+        replicas: its replicas.
+        replay: calls a function of all of Keras's arguments but the inputs, where that makes nothing of these.
     """
     plain = type(model).compute_loss
     signature = inspect.signature(plain)
     warn = functools.cache(functools.partial(_warn_of_one_number, model))
 
-    @functools.wraps(plain)
-    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+    def of_share(samples: float, *args: Any, **kwargs: Any) -> Any:
         call = signature.bind(model, *args, **kwargs)
-        batch = {name: call.arguments[name] for name in BATCH_ARGUMENTS if name in call.arguments}
+        batch = _batch_of(call)
         outputs = [leaf for leaf in keras.tree.flatten(batch.get("y_pred")) if isinstance(leaf, torch.Tensor)]
-        samples = replicas.samples if torch.is_grad_enabled() else _rows(batch)
         of_all = _reduction(replicas, samples, warn)
         with replaced(keras_loss, "reduce_weighted_values", of_all, "a mean is over the samples of all replicas"):
             if not outputs or outputs[0].numel():
@@ -54,7 +59,21 @@ def loss_of_share(model: keras.Model, replicas: Replicas) -> Callable[..., Any]:
             with _metrics_kept(model):
                 return sum(output.sum() for output in outputs) + plain(*call.args, **call.kwargs)
 
+    @functools.wraps(plain)
+    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(model, *args, **kwargs)
+        batch = _batch_of(call)
+        samples = replicas.samples if torch.is_grad_enabled() else _rows(batch)
+        if replay is None:
+            return of_share(samples, *args, **kwargs)
+        given = (*map(batch.get, BATCH_ARGUMENTS[1:]), call.arguments.get("training", True))
+        return replay(functools.partial(of_share, samples, None), *given, other=samples)
+
     return compute_loss
+
+
+def _batch_of(call: inspect.BoundArguments) -> dict[str, Any]:
+    return {name: call.arguments[name] for name in BATCH_ARGUMENTS if name in call.arguments}
 
 
 def _rows(batch: Mapping[str, Any]) -> float:
@@ -114,7 +133,7 @@ def _reduction(replicas: Replicas, samples: float, warn: Callable[[], None]) -> 
             warn()
         elif not _is_mean_over_samples(sample_weight, mask, reduction):
             divisor = _divisor(values, sample_weight, mask, reduction)
-            scale = _scale(divisor, samples, replicas, own.device)
+            scale = running.run(_scale, divisor, samples, replicas, own.device)
             own = own * scale.to(own.dtype)
         return own if samples else own * 0
 

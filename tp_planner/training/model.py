@@ -81,8 +81,7 @@ def take_over(model: keras.Model, applied: Applied) -> None:
         _override(model, "train_step", _training_step(model), applied)
     if any(layer.into_loss for layer in applied.plan.layers):
         _keep_logits_in_shards(model, applied)
-    if applied.replicas is None:
-        _let_pieces_be_replayed(model, applied, pieces)
+    _let_pieces_be_replayed(model, applied, pieces)
     _replay_if_asked(model, applied, pieces)
     _keep_from_distributing(model, applied)
     if hasattr(model, "generate_step"):
@@ -91,7 +90,7 @@ def take_over(model: keras.Model, applied: Applied) -> None:
     generators = (each for layer in named_layers(model).values() for each in layer._seed_generators)
     follow_seeds(generators, 0 if applied.replicas is None else applied.replicas.axis.rank, applied.undo)
     if applied.replicas is not None:
-        _take_replicas_into_account(model, applied, applied.replicas)
+        _take_replicas_into_account(model, applied, applied.replicas, pieces)
     if has_to_be_fed_alike(applied):
         _compare_what_it_is_fed(model, applied)
     adopt_at_first_use()
@@ -149,7 +148,7 @@ def _of_its_rank(plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return get_metrics_result
 
 
-def _take_replicas_into_account(model: keras.Model, applied: Applied, replicas: Replicas) -> None:
+def _take_replicas_into_account(model: keras.Model, applied: Applied, replicas: Replicas, pieces: StepPieces) -> None:
     """Average gradients, let losses and metrics be those of the whole batch, and random numbers this replica's."""
     Shares(replicas.axis, shares_in(applied.plan, applied.axes, named_variables(model))).watch(applied.undo)
     averaging = Averaging(replicas, _buckets(model, applied))
@@ -161,7 +160,8 @@ def _take_replicas_into_account(model: keras.Model, applied: Applied, replicas: 
     for name in STEPS:
         if getattr(type(model), name) is not getattr(Trainer, name):
             _override(model, name, _reporting_all(model, getattr(model, name)), applied)
-    _override(model, "compute_loss", loss_of_share(model, replicas), applied)
+    replay = pieces.replay_loss if vars(model).get("compute_loss") == pieces.compute_loss else None
+    _override(model, "compute_loss", loss_of_share(model, replicas, replay), applied)
     draws = OwnDraws(replicas.axis.rank)
     applied.undo.append(model.register_forward_pre_hook(draws.begin, prepend=True).remove)
     applied.undo.append(model.register_forward_hook(draws.end, always_call=True).remove)

@@ -317,7 +317,7 @@ def _adopting(plain: Any) -> Any:
             adopt_optimizer(self, sharding.axes)
             return self.apply(grads, variables)
         if running.updating:  # an optimizer around this one has seen the gradients
-            return plain(self, grads, variables)
+            return update(self, plain, grads, variables)
         running.updating = True
         try:
             return update(self, plain, averaged(grads, known), variables)

@@ -1,8 +1,8 @@
 """Replayed: the loss, the metrics and the update of a parallel model's steps, where all of them are Keras's own.
 
 Each is a piece of its own, for the model's call and the backward pass lie between them. A model that is replayed, by
-``jit_compile=True`` or by Keras's default, has its pieces replayed, too. Those of replicas are not, but for updates:
-they ask each other for numbers that are others in each step.
+``jit_compile=True`` or by Keras's default, has its pieces replayed, too. What replicas ask each other in them, and what
+they send of shared updates, are steps of the programs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -20,7 +20,6 @@ from keras.src.models.model import Trainer  # that of the backend
 from tp_planner.regions.calls import running
 from tp_planner.replay.objects import Held, foreign_code_of, objects_in
 from tp_planner.replay.pieces import Piece
-from tp_planner.training.shares import share_of
 
 _OF_TRAINERS = ("_compile_loss", "_compile_metrics", "_loss_tracker", "_metrics", "_losses_override")
 
@@ -44,6 +43,7 @@ class StepPieces:
     def begin(self, asked: bool) -> None:
         """Replay what can be, of a model that was compiled."""
         name, optimizer = self._model.name, getattr(self._model, "optimizer", None)
+        optimizer = getattr(optimizer, "inner_optimizer", None) or optimizer  # what scales a loss looks at gradients
         self._loss = Piece(f"the loss of model {name!r}", self._what_losses_read, asked)
         self._metrics = Piece(f"the metrics of model {name!r}", self._what_metrics_read, asked)
         if optimizer is not None:
@@ -62,9 +62,13 @@ class StepPieces:
     ) -> Any:
         """Return what Keras's method of the name does, which makes nothing of ``x``."""
         plain = functools.partial(Trainer.compute_loss, self._model, None)
+        return self.replay_loss(plain, y, y_pred, sample_weight, training)
+
+    def replay_loss(self, plain: Callable[..., Any], *given: Any, other: Hashable = None) -> Any:
+        """Return what ``plain`` computes of what is given; ``other`` is what else programs of it differ in."""
         if self._loss is None or self._model.run_eagerly:
-            return plain(y, y_pred, sample_weight, training)
-        return self._loss.call(plain, y, y_pred, sample_weight, training)
+            return plain(*given)
+        return self._loss.call(plain, *given, other=other)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """Return what Keras's method of the name does, which makes nothing of ``x``."""
@@ -118,11 +122,9 @@ def update(optimizer: Any, plain: Callable[..., Any], gradients: Sequence[Any], 
 
 def _what_updates_read(reference: Callable[[], Any]) -> Held | str:
     optimizer = reference()
-    if getattr(optimizer, "inner_optimizer", None) is not None or optimizer.gradient_accumulation_steps:
+    if optimizer.gradient_accumulation_steps:
         return "it is not the same in each step"
     variables = [*optimizer._trainable_variables, *optimizer.variables]
     if any(each.constraint is not None for each in variables):
         return "a variable has a constraint"
-    if any(share_of(each) is not None for each in variables):
-        return "replicas share it"
     return foreign_code_of(objects_in(optimizer)) or Held(optimizer, *variables)

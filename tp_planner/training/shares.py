@@ -19,7 +19,7 @@ from tp_planner.ir.placement import WHOLE, Shard
 from tp_planner.ir.plan import Plan
 from tp_planner.job.axes import Axes, Axis
 from tp_planner.regions.buffers import Cut, Gathered
-from tp_planner.regions.calls import Site, standing_at
+from tp_planner.regions.calls import Site, running, standing_at
 from tp_planner.storage.sharding import Sharding, own_shard
 from tp_planner.storage.variables import ParallelVariable, is_sharded, local_tensor, sharded_parameter
 
@@ -152,7 +152,7 @@ def being_shares(variables: Iterable[Any], changed: bool = True) -> Iterator[Non
     updated = {id(variable): part for (variable, _, _), part in zip(kept, parts, strict=True)}
     with torch.no_grad():
         for shares in dict.fromkeys(shares for _, shares in known):
-            shares.put_together(updated)
+            running.run(shares.put_together, updated)
 
 
 def _in_one_piece(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 import torch
 
-from tp_planner.regions.calls import METRICS
+from tp_planner.regions.calls import METRICS, running
 from tp_planner.regions.replicas import Replicas, add_in_place, wait
 
 
@@ -31,7 +31,7 @@ def results_of_all(model: keras.Model, replicas: Replicas) -> Callable[[], Any]:
         own = [variable.value.detach().clone() for variable in variables]
         if not own:
             return plain(model)
-        _assign(variables, _added(own, variables, replicas))
+        _assign(variables, running.run(_added, own, tuple(each.aggregation for each in variables), replicas))
         try:
             return plain(model)
         finally:
@@ -73,11 +73,12 @@ def _assign(variables: list[Any], values: list[torch.Tensor]) -> None:
         variable.assign(value)
 
 
-def _added(own: list[torch.Tensor], variables: list[Any], replicas: Replicas) -> list[torch.Tensor]:
+def _added(own: list[torch.Tensor], aggregations: Sequence[str], replicas: Replicas) -> list[torch.Tensor]:
+    """Return what each of these values is over all replicas: the sum, or the mean."""
     flat = torch.cat([value.to(torch.float64).reshape(-1) for value in own])
     add_in_place(flat, replicas.axis, METRICS)
     added = wait(flat).split([value.numel() for value in own])
     return [
-        (total / (replicas.axis.size if variable.aggregation == "mean" else 1)).reshape(value.shape).to(value.dtype)
-        for total, value, variable in zip(added, own, variables, strict=True)
+        (total / (replicas.axis.size if aggregation == "mean" else 1)).reshape(value.shape).to(value.dtype)
+        for total, value, aggregation in zip(added, own, aggregations, strict=True)
     ]
