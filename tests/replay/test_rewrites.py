@@ -163,9 +163,7 @@ def results(call: Code) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("code", "functions"), CASES, ids=range(len(CASES)))
-def test_rewritten_programs_compute_what_the_code_computes(
-    monkeypatch: pytest.MonkeyPatch, code: Code, functions: list[str]
-) -> None:
+def test_rewritten_programs_compute_what_the_code_computes(code: Code, functions: list[str]) -> None:
     """Outputs and all gradients, by the functions that are expected."""
     written: list[Step] = []
 
@@ -173,18 +171,62 @@ def test_rewritten_programs_compute_what_the_code_computes(
         written.extend(rewrites.rewritten(*given))
         return written
 
-    monkeypatch.setattr("tp_planner.replay.tape.rewritten", rewritten)
     x = inputs()
     with Tape([x]) as tape:
         output = code(x)
-    program = tape.program(output)
+    program = tape.program(output, rewrite=rewritten)
     assert tape.problem == ""
     assert [function_name(step.function) for step in written] == functions
     for expected, found in zip(results(code), results(program), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_changes_that_torch_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", [code for code, _ in CASES], ids=range(len(CASES)))
+def test_programs_of_the_same_bits(code: Code) -> None:
+    """Outputs and all gradients are those of the code to the last bit, and lie in memory as those do."""
+    x = inputs()
+    with Tape([x]) as tape:
+        output = code(x)
+    program = tape.program(output, rewrite=rewrites.with_the_same_bits)
+    assert tape.problem == ""
+    for expected, found in zip(results(code), results(program), strict=True):
+        assert torch.equal(found, expected)
+        assert found.stride() == expected.stride()
+
+
+def generated(x: torch.Tensor) -> torch.Tensor:
+    """A token's attention: keys and values are written into copies of a cache, in each layer."""
+    with torch.no_grad():
+        for _ in range(2):
+            query, key, value = heads(x), heads(x).clone(), heads(x).clone()
+            key[:, :, 1:2] = 1.0
+            value[:, :, 1:2] = 2.0
+            y = attention(query, key.contiguous(), value.contiguous()).transpose(1, 2)
+            x = torch.einsum("abcd,cde->abe", y, BACK)
+    return x
+
+
+@pytest.mark.parametrize("rewrite", [rewrites.rewritten, rewrites.with_the_same_bits])
+def test_without_gradients_attention_reads_what_is_written_before(rewrite: rewrites.Rewriting) -> None:
+    """Later writes, of the next layers, do not matter; of copies nothing is left."""
+    names: list[str] = []
+
+    def rewritten(*given: Any) -> Any:
+        steps = rewrite(*given)
+        names.extend(function_name(step.function) for step in steps)
+        return steps
+
+    x = inputs().detach()
+    with Tape([x]) as tape:
+        output = generated(x)
+    program = tape.program(output, rewrite=rewritten)
+    assert program is not None
+    assert "contiguous" not in names
+    assert names.count(ATTENTION) == 2
+    torch.testing.assert_close(program(x + 1), generated(x + 1), rtol=1e-12, atol=1e-12)
+
+
+def test_changes_that_torch_does_not_count() -> None:
     """Tensors of inference mode have no version: a product stays before what may change its factor."""
 
     def code(x: torch.Tensor) -> torch.Tensor:

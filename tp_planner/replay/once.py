@@ -23,8 +23,19 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.la
 _OUTSIDE = object()  # all tensors that are no steps' results
 
 
-def computed_once(steps: Sequence[Step], output: Any) -> list[Step]:
-    """Return steps that compute the same, none of them twice, and no small constants."""
+def once_without_gradients(steps: Sequence[Step], output: Any) -> list[Step]:
+    """Return steps that compute the same to the bit, small constants not at all, and nothing twice without gradients.
+
+    Gradients of what two steps make would be added up in another order where one makes it.
+    """
+    return computed_once(steps, output, gradients=False)
+
+
+def computed_once(steps: Sequence[Step], output: Any, gradients: bool = True) -> list[Step]:
+    """Return steps that compute the same, none of them twice, and no small constants.
+
+    Without ``gradients`` those are made as often as before whose results autograd takes into account.
+    """
     apart, known, constants = _apart(steps, output), dict[Name, Any](), dict[int, torch.Tensor]()
     made: dict[Hashable, Any] = {}
     result = []
@@ -33,7 +44,8 @@ def computed_once(steps: Sequence[Step], output: Any) -> list[Step]:
             made.clear()
         step = replace(step, args=_renamed(step.args, known), kwargs=_renamed(step.kwargs, known))
         names = list(names_in(step.result))
-        key = _key((step.args, step.kwargs), constants) if step.alone and names else None
+        may_be = step.alone and names and (gradients or not any(name.gradient for name in names))
+        key = _key((step.args, step.kwargs), constants) if may_be else None
         if key is None or not apart.isdisjoint(names) or not apart.isdisjoint(step.uses()):
             result.append(step)
             continue

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from tp_planner.replay.automatic import Automatic, Written
+from tp_planner.replay.once import once_without_gradients
 from tp_planner.replay.tape import Tape
 from tp_planner.replay.taped_calls import Given, Programs
 from tp_planner.storage.log import logger
@@ -25,7 +26,7 @@ class Piece:
     """
 
     def __init__(self, what: str, look: Callable[[], Written | str], asked: bool) -> None:
-        self._programs = Programs(asked or "auto", what, logger.info, rewrites=False)
+        self._programs = Programs(asked or "auto", what, logger.info, rewrite=once_without_gradients)
         self._automatic = Automatic(what, look, self._programs.forget, asked)
 
     def call(self, function: Callable[..., Any], *args: Any, other: Hashable = None) -> Any:

@@ -14,13 +14,18 @@ Writing = Callable[[Sequence["Name"], Sequence["Step"], Any], Program]  # of inp
 
 @dataclass(frozen=True, slots=True)
 class Name:
-    """What a value is called that a step makes, with its form if it is a tensor; ``plain`` if it is no DTensor."""
+    """What a value is called that a step makes, with its form if it is a tensor; ``plain`` if it is no DTensor.
+
+    ``gradient`` says whether autograd takes it into account.
+    """
 
     number: int
     shape: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
     dtype: torch.dtype | None = None
     plain: bool = False
+    gradient: bool = False
+    on_cpu: bool = False
 
     def __str__(self) -> str:
         return f"t{self.number}"

@@ -16,7 +16,9 @@ import keras
 
 from tp_planner.regions.left_out import watching
 from tp_planner.replay.automatic import Automatic, State, foreign_code
+from tp_planner.replay.once import once_without_gradients
 from tp_planner.replay.program import Writing, compiled
+from tp_planner.replay.rewrites import rewritten, with_the_same_bits
 from tp_planner.replay.taped_calls import Given, Programs
 from tp_planner.replay.what_stays import Attributes, look_for_what_stays
 from tp_planner.storage.log import logger
@@ -48,10 +50,8 @@ def replaying(
     plain = getattr(model, method)
     what = f"model {model.name!r}" if method == "call" else f"{method} of model {model.name!r}"
     asked = "auto" if automatic else model.jit_compile  # which Keras changes while it calls models
-    # Nobody has asked for other rounding, nor do all ranks know alike when this one's calls are replayed: the
-    # same functions in the same order have autograd communicate in the same order.
-    rewrites = not (in_parts or automatic)
-    programs = Programs(asked, what, logger.info if automatic else logger.warning, write, rewrites)
+    rewrite = once_without_gradients if in_parts else with_the_same_bits if automatic else rewritten
+    programs = Programs(asked, what, logger.info if automatic else logger.warning, write, rewrite)
     unasked = _unasked(what, layers, programs) if automatic else None
 
     @functools.wraps(plain)

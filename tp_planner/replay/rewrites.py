@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +18,11 @@ from torch.distributed.tensor import DTensor
 
 from tp_planner.frontend.functions import function_name
 from tp_planner.regions.behind import contracted_dims, product_apart
-from tp_planner.replay.once import SWITCH, computed_once
+from tp_planner.replay.once import SWITCH, computed_once, once_without_gradients
 from tp_planner.replay.program import Name, Step, names_in
+from tp_planner.replay.same_bits import Trials
 
+Rewriting = Callable[[Sequence[Step], Any], Sequence[Step]]  # of steps, and the output that they are for
 ATTENTION = torch.nn.functional.scaled_dot_product_attention
 TRANSPOSING = ("transpose", "permute")
 IN_ANY_ORDER = ("reshape", "flatten", "matmul", "einsum")
@@ -28,11 +30,25 @@ IN_ANY_ORDER = ("reshape", "flatten", "matmul", "einsum")
 
 def rewritten(steps: Sequence[Step], output: Any) -> list[Step]:
     """Return the steps of a program that returns ``output``, with fewer passes over memory."""
-    steps = [_as_product(step) for step in computed_once(steps, output)]
+    return _rewritten(computed_once(steps, output), output, None)
+
+
+def with_the_same_bits(steps: Sequence[Step], output: Any) -> list[Step]:
+    """Return the steps of a program that returns ``output``, with fewer passes over memory where all bits stay.
+
+    Where one rank calls what the other replays, both communicate in the same order: autograd runs nodes in the order
+    in which they were made, last first, and no step that communicates is made before or after another than it was.
+    """
+    return _rewritten(once_without_gradients(steps, output), output, Trials())
+
+
+def _rewritten(steps: Sequence[Step], output: Any, trials: Trials | None) -> list[Step]:
+    """Return the steps rewritten; where there are ``trials``, only as these find the same."""
+    steps = [_as_product(step, trials) for step in steps]
     uses = Counter(names_in(output))
     for step in steps:
         uses.update(step.uses())
-    return _with_bias_in_products(_without_copies_for_attention(steps, uses), uses)
+    return _with_bias_in_products(_without_copies_for_attention(steps, uses, trials), uses, trials)
 
 
 # Products
@@ -55,21 +71,25 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, contracted
     return result if bias.ndim == 1 else result.unflatten(-1, bias.shape)
 
 
-def _as_product(step: Step) -> Step:
+def _as_product(step: Step, trials: Trials | None) -> Step:
     """Return an einsum that is a matrix product as such, any other step as it is."""
     if step.function is product_apart and isinstance(step.args[0], functools.partial):  # of an einsum
-        dims = step.args[1]
-        return replace(step, args=(functools.partial(product, contracted=dims), *step.args[1:]))
+        dims, (x, weight) = step.args[1], _factors(step)
+        einsum = replace(step, function=torch.einsum, args=(*step.args[0].args, x, weight))
+        apart = replace(step, args=(functools.partial(product, contracted=dims), *step.args[1:]))
+        return apart if trials is None or _as_product(einsum, trials).function is product else step
     if step.function is not torch.einsum:
         return step
     match step.args:
         case str(equation), Name() | torch.Tensor() as x, Name() | torch.Tensor() as weight:
             dims = contracted_dims(equation, x, weight)
-            return step if dims is None else replace(step, function=product, args=(x, weight, dims))
+            if dims is not None:
+                found = replace(step, function=product, args=(x, weight, dims))
+                return found if trials is None or trials.are_same([step], [found]) else step
     return step
 
 
-def _with_bias_in_products(steps: Sequence[Step], uses: Counter[Name]) -> list[Step]:
+def _with_bias_in_products(steps: Sequence[Step], uses: Counter[Name], trials: Trials | None) -> list[Step]:
     """Return the steps with each product, and the sum with a bias that alone uses it, as one.
 
     The product is then made where the sum is; so no step in between may change a tensor, or switch gradients.
@@ -84,8 +104,11 @@ def _with_bias_in_products(steps: Sequence[Step], uses: Counter[Name]) -> list[S
             products[step.result] = place
         elif (found := _summand_and_bias(step)) and found[0] in products:
             factors = steps[products[found[0]]]
-            if _fits(found[1], factors):
-                merged[place] = _with_bias(step, factors, found[1])
+            if not _fits(found[1], factors):
+                continue
+            together = _with_bias(step, factors, found[1])
+            if trials is None or (together.function is linear and trials.are_same([factors, step], [together])):
+                merged[place] = together
                 dropped.add(products[found[0]])
     return [merged.get(place, step) for place, step in enumerate(steps) if place not in dropped]
 
@@ -144,37 +167,42 @@ def _is_plain(value: Any) -> bool:
 # Attention
 
 
-def _without_copies_for_attention(steps: Sequence[Step], uses: Counter[Name]) -> list[Step]:
+def _without_copies_for_attention(steps: Sequence[Step], uses: Counter[Name], trials: Trials | None) -> Sequence[Step]:
     """Return the steps without the copies, in another order of memory, that only attention reads.
 
     torch's kernels take queries, keys and values in any order of memory in which a head's numbers are side by side.
-    The backward pass reads them too; so no later step may change a tensor. Where a copy was made without gradients,
-    attention reads it without. And what attention returns lies in memory as its queries do, so that all that reads it
-    has to take any order.
+    A backward pass reads them too; so no later step may change a tensor, and without one none before attention. Where
+    a copy was made without gradients, attention reads it without. And what attention returns lies in memory as its
+    queries do, so that all that reads it has to take any order; for the same bits queries stay as they are.
     """
-    last_change = max((place for place, step in enumerate(steps) if step.changes), default=-1)
+    changes = list(itertools.accumulate(int(step.changes) for step in steps))
     switches = list(itertools.accumulate(int(step.function is SWITCH) for step in steps))
-    read = {
-        name: switches[place]
-        for place, step in enumerate(steps)
-        if step.function is ATTENTION and _is_read_in_any_order(step.result, steps, uses)
-        for name in names_in(step.args[:3])
-    }
-    copied = {
-        step.result: step.args[0]
-        for place, step in enumerate(steps)
-        if place > last_change
-        and _is_copy(step)
-        and uses[step.result] == 1
-        and read.get(step.result) == switches[place]
-    }
-    kept = [step for step in steps if not isinstance(step.result, Name) or step.result not in copied]
-    return [
-        replace(step, args=tuple(copied.get(each, each) if isinstance(each, Name) else each for each in step.args))
-        if step.function is ATTENTION
-        else step
-        for step in kept
-    ]
+    copies = {step.result: place for place, step in enumerate(steps) if _is_copy(step) and uses[step.result] == 1}
+    dropped: set[int] = set()
+    read: dict[int, Step] = {}
+    for place, step in enumerate(steps):
+        if step.function is not ATTENTION:
+            continue
+        until = -1 if step.result.gradient else place
+        found = [
+            copies[name]
+            for name in names_in(step.args[1 if trials else 0 : 3])
+            if name in copies and changes[copies[name]] == changes[until] and switches[copies[name]] == switches[place]
+        ]
+        if not found:
+            continue
+        given = {steps[each].result: steps[each].args[0] for each in found}
+        without = replace(
+            step, args=tuple(given.get(each, each) if isinstance(each, Name) else each for each in step.args)
+        )
+        if trials is None:
+            may_be = _is_read_in_any_order(step.result, steps, uses)
+        else:
+            may_be = trials.are_same([*map(steps.__getitem__, found), step], [without])
+        if may_be:
+            read[place] = without
+            dropped.update(found)
+    return [read.get(place, step) for place, step in enumerate(steps) if place not in dropped]
 
 
 def _is_read_in_any_order(name: Name, steps: Sequence[Step], uses: Counter[Name]) -> bool:

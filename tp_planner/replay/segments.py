@@ -45,7 +45,7 @@ def joined(steps: Sequence[Step], output: Any, make: Callable[[Program], Program
 
 def _as_compiled(step: Step) -> Step:
     """Return the step as a compiler is to have it, which decides by itself what is made again in the backward pass."""
-    if step.function is not made_again or not all(map(_is_plain, _tensors_in((step.args, step.kwargs)))):
+    if step.function is not made_again or not all(map(_is_plain, tensors_in((step.args, step.kwargs)))):
         return step
     return Step(step.result, step.args[0], step.args[1:], step.kwargs, alone=True)
 
@@ -61,37 +61,38 @@ def _as_one(
     takes: dict[Hashable, Name | torch.Tensor] = {}
     makes: dict[Hashable, Name] = {}
     for step in group:
-        given = _tensors_in((step.args, step.kwargs))
-        takes.update((_key(each), each) for each in given if _key(each) not in makes)
+        given = tensors_in((step.args, step.kwargs))
+        takes.update((key_of(each), each) for each in given if key_of(each) not in makes)
         makes.update((name, name) for name in names_in(step.result) if name not in takes)  # some return one
     leaves = tuple(name for name in makes.values() if name in later)
     if leaves:
-        function = _in_own_names(takes, group, leaves)
-        key = _what_it_is(function)
+        function = in_own_names(takes, group, leaves)
+        key = what_it_is(function)
         if key not in made:
             made[key] = make(function.program)
         yield Step(leaves, made[key], tuple(takes.values()), {})
 
 
-def _tensors_in(tree: Any) -> Iterator[Name | torch.Tensor]:
+def tensors_in(tree: Any) -> Iterator[Name | torch.Tensor]:
     """Yield what stands for tensors in arguments: names, and tensors from outside of the program."""
     match tree:
         case torch.Tensor():
             yield tree
         case tuple() | list():
             for each in tree:
-                yield from _tensors_in(each)
+                yield from tensors_in(each)
         case dict():
-            yield from _tensors_in(list(tree.values()))
+            yield from tensors_in(list(tree.values()))
         case _:
             yield from names_in(tree)
 
 
-def _key(value: Name | torch.Tensor) -> Hashable:
+def key_of(value: Name | torch.Tensor) -> Hashable:
+    """Return what a name, or a tensor from outside, is told from others by."""
     return value if isinstance(value, Name) else id(value)
 
 
-def _in_own_names(takes: Mapping[Hashable, Any], group: Sequence[Step], leaves: tuple[Name, ...]) -> Written:
+def in_own_names(takes: Mapping[Hashable, Any], group: Sequence[Step], leaves: tuple[Name, ...]) -> Written:
     """Return the segment written with names of its own, which equal segments have alike."""
     own: dict[Hashable, Name] = {}
     for key in (*takes, *(name for step in group for name in names_in(step.result))):
@@ -106,7 +107,7 @@ def _in_own_names(takes: Mapping[Hashable, Any], group: Sequence[Step], leaves: 
 def _renamed(tree: Any, own: Mapping[Hashable, Name]) -> Any:
     match tree:
         case Name() | torch.Tensor():
-            return own[_key(tree)]
+            return own[key_of(tree)]
         case tuple() if type(tree) is tuple:
             return tuple(_renamed(each, own) for each in tree)
         case list():
@@ -118,7 +119,7 @@ def _renamed(tree: Any, own: Mapping[Hashable, Name]) -> Any:
     return tree
 
 
-def _what_it_is(function: Written) -> Hashable:
+def what_it_is(function: Written) -> Hashable:
     """Return what equal segments have in common: their text, and the constants in it."""
     return function.text, tuple(map(_identity, function.constants))
 

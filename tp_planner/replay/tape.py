@@ -29,7 +29,7 @@ from tp_planner.patches import replaced, wrapped
 from tp_planner.regions.calls import run_at_once, running
 from tp_planner.regions.made_again import made_again
 from tp_planner.replay.program import Name, Program, Step, Writing, compiled
-from tp_planner.replay.rewrites import rewritten
+from tp_planner.replay.rewrites import Rewriting, rewritten
 from tp_planner.storage.variables import BackendVariable, ParallelVariable
 
 # What a function may tell about a tensor without its values.
@@ -103,11 +103,11 @@ class Tape:
         """What is written down, up to the first problem."""
         return self._steps
 
-    def program(self, output: Any, write: Writing = compiled, rewrites: bool = True) -> Program | None:
+    def program(self, output: Any, write: Writing = compiled, rewrite: Rewriting = rewritten) -> Program | None:
         """Return the function of the call's input tensors that returns ``output`` anew; None if there is none.
 
-        ``write`` makes it of the names of the inputs, the steps, and the output in names. Without ``rewrites`` its
-        steps are those on the tape, so that autograd keeps what it does for the code.
+        ``write`` makes it of the names of the inputs, the steps, and the output in names; ``rewrite`` says which steps
+        it is made of, given those on the tape and the output.
         """
         if self._modes != _modes():
             self.fail("code switches gradients or dtypes by other means than torch functions")
@@ -116,7 +116,7 @@ class Tape:
         result = self._with_names(output)
         if self.problem:
             return None
-        return write(self._inputs, rewritten(self._steps, result) if rewrites else self._steps, result)
+        return write(self._inputs, rewrite(self._steps, result), result)
 
     def has_made(self, value: Any) -> bool:
         """Whether a value is a tensor that the call has made."""
@@ -170,7 +170,13 @@ class Tape:
     def _name(self, tensor: torch.Tensor) -> Name:
         if tensor not in self._names:
             self._names[tensor] = Name(
-                self._next(), tensor.shape, tensor.stride(), tensor.dtype, not isinstance(tensor, DTensor)
+                self._next(),
+                tensor.shape,
+                tensor.stride(),
+                tensor.dtype,
+                not isinstance(tensor, DTensor),
+                tensor.requires_grad,
+                tensor.is_cpu,
             )
         name: Name = self._names[tensor]
         return name

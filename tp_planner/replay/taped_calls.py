@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from tp_planner.frontend.calling import leaves_no_trace
 from tp_planner.regions.calls import run_at_once, running
 from tp_planner.replay.program import Program, Step, Writing, compiled
+from tp_planner.replay.rewrites import Rewriting, rewritten
 from tp_planner.replay.same_steps import difference
 from tp_planner.replay.tape import Tape
 
@@ -88,13 +89,18 @@ class Programs:
         what: what is called, in words.
         tell: logs why there is no program.
         write: makes programs of steps.
-        rewrites: whether steps may be others that compute the same.
+        rewrite: which steps programs are made of.
     """
 
     def __init__(
-        self, asked: Any, what: str, tell: Callable[..., None], write: Writing = compiled, rewrites: bool = True
+        self,
+        asked: Any,
+        what: str,
+        tell: Callable[..., None],
+        write: Writing = compiled,
+        rewrite: Rewriting = rewritten,
     ) -> None:
-        self._asked, self._what, self._tell, self._write, self._rewrites = asked, what, tell, write, rewrites
+        self._asked, self._what, self._tell, self._write, self._rewrite = asked, what, tell, write, rewrite
         self._programs: dict[Sort, Program] = {}
         self._taped: dict[Sort, list[Sequence[Step]]] = {}  # of the calls before
         self._refused: set[Sort] = set()
@@ -142,7 +148,7 @@ class Programs:
         other = difference(calls[-1], tape.steps)
         if other and len(calls) == MOST_CALLS - 1:
             tape.fail(f"code is not the same in each call: {other}")
-        program = None if other else tape.program(output, self._write, self._rewrites)
+        program = None if other else tape.program(output, self._write, self._rewrite)
         if tape.problem:
             self._refused.add(sort)
             self._tell("[ModelParallel] jit_compile=%r does nothing for %s: %s", self._asked, self._what, tape.problem)

@@ -35,6 +35,8 @@ _at_once = super(torch.autograd.Function, LocalShard).apply
 def local_shard(parameter: DTensor) -> torch.Tensor:
     """Return this rank's shard of a parameter, gradients flowing back to it."""
     transformed = torch._C._are_functorch_transforms_active()
+    if not (transformed or torch.is_grad_enabled()):
+        return parameter._local_tensor.detach()
     shard: torch.Tensor = (LocalShard.apply if transformed else _at_once)(parameter)
     return shard
 
