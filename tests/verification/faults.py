@@ -22,7 +22,7 @@ from tp_planner.layers import styles
 from tp_planner.regions import boundaries, summands
 from tp_planner.regions.calls import running
 from tp_planner.storage import local_shards, sharding
-from tp_planner.training import averaging
+from tp_planner.training import buckets
 
 MODEL_AXIS, BATCH_AXIS = {"batch": 1, "model": 2}, {"batch": 2, "model": 1}
 
@@ -241,7 +241,7 @@ def no_summands() -> Any:
 
 
 def gradients_not_averaged() -> Any:
-    return mock.patch.object(averaging, "add_in_place", _not_sent)
+    return mock.patch.object(buckets, "add_in_place", _not_sent)
 
 
 def gradients_averaged_twice() -> Any:
@@ -251,21 +251,31 @@ def gradients_averaged_twice() -> Any:
 
         return fill
 
-    return patched(averaging.Bucket, "fill", wrong)
+    return patched(buckets.Bucket, "_fill", wrong)
 
 
-def one_gradient_left_out() -> Any:
+@contextlib.contextmanager
+def one_gradient_left_out() -> Iterator[None]:
+    own = {}
+
+    def keep(right: Any) -> Any:
+        def fill(self: Any, replicas: Any) -> torch.Tensor:
+            flat = right(self, replicas)
+            own[self] = self._view(0).clone()
+            return flat
+
+        return fill
+
     def wrong(right: Any) -> Any:
         def finish(self: Any) -> None:
-            gradient = self.variables[0]._value.grad
-            before = None if gradient is None else averaging._local(gradient).clone()
             right(self)
-            if before is not None:
-                averaging._local(self.variables[0]._value.grad).copy_(before)
+            if self in own:
+                buckets.local_gradient(self.variables[0]._value.grad).copy_(own.pop(self))
 
         return finish
 
-    return patched(averaging.Bucket, "finish", wrong)
+    with patched(buckets.Bucket, "_fill", keep), patched(buckets.Bucket, "finish", wrong):
+        yield
 
 
 SUM, WHOLE = Transition(Partial(), Replicate()), Transition(Replicate(), Replicate())
