@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import torch
 
 import tp_planner
 from tests.models import CASES, building, randomize
@@ -90,6 +91,13 @@ def heads_from_shapes(x: Any, layer: Code, training: bool) -> Any:
 
 
 def scale_of_each(x: Any, layer: Code, training: bool) -> Any:
+    return x * keras.ops.tanh(layer.extra)
+
+
+def scale_of_each_and_places(x: Any, layer: Code, training: bool) -> Any:
+    if layer.flag:  # as code does that writes into a cache
+        places = torch.arange(3) * torch.tensor(2)
+        x = keras.ops.slice_update(x, [0, places[1] * 1, 0], x[:, 2:3])
     return x * keras.ops.tanh(layer.extra)
 
 
@@ -287,6 +295,26 @@ def test_another_path_through_the_code_is_refused(pools: Pools) -> None:
         "the traced call, or tp_planner.restore(model) first"
     )
     assert [message in found for found in pools(2).run(call_by_another_path)] == [True, True]
+
+
+def outputs_by_a_path_with_places() -> list[np.ndarray]:
+    models = [build(scale_of_each_and_places, (2 * WIDTH,), "float64") for _ in range(2)]
+    rules = {f"(.*/)?{pattern}": axes for pattern, axes in DOWN.items()}
+    tp_planner.parallelize(models[1], layout_map(rules))
+    x = np.random.default_rng(0).standard_normal((2, LENGTH, WIDTH))
+    outputs = []
+    for model in models:
+        model.get_layer("code").flag = True
+        outputs.append(keras.ops.convert_to_numpy(model(keras.ops.convert_to_tensor(x))))
+    return outputs
+
+
+def test_what_only_works_out_places_is_not_counted(pools: Pools) -> None:
+    """Code that also multiplies whole numbers, which it did not in the traced call, has its own product changed."""
+    plan = planned(build(scale_of_each_and_places, (2 * WIDTH,)), DOWN)
+    assert changes(plan) == ["mul 1 in R->S(0) S(0)->R"]
+    for one, other in pools(2).run(outputs_by_a_path_with_places):
+        np.testing.assert_allclose(other, one, rtol=1e-12, atol=1e-12)
 
 
 def test_plan_says_what_its_code_is_given() -> None:

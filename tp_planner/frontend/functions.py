@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from tp_planner.ir.graph import FunctionCall
 
 CONSTANT = int | float | str
 _CASTS = frozenset(("to", "float", "half", "bfloat16", "double"))
+_PLACES = frozenset((torch.int32, torch.int64))
 _LEAVES = frozenset((torch.Tensor, torch.nn.Parameter, FakeTensor, torch.dtype, int, float, bool, str, type(None)))
 
 
@@ -74,6 +75,15 @@ def _with_slices(tree: Any) -> Any:
     return tuple(map(_with_slices, tree)) if type(tree) is tuple else tree
 
 
+def computes_places(leaves: Sequence[Any]) -> bool:
+    """Whether a function is called on tensors, all of whole numbers as places are.
+
+    Such calls are not counted: code that writes into a cache makes some, and does not in the traced call.
+    """
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return bool(tensors) and all(tensor.dtype in _PLACES for tensor in tensors)
+
+
 class FunctionRecorder(TorchFunctionMode):
     """Sees every torch function that the layers of a model call while ``recorder`` records their ops."""
 
@@ -90,9 +100,11 @@ class FunctionRecorder(TorchFunctionMode):
         call = self.recorder.running_call
         if call is None:
             return func(*args, **kwargs)
+        leaves = _leaves(args, kwargs)
+        if computes_places(leaves):
+            return func(*args, **kwargs)
         self._counts[call, name] += 1
         number, first = self._counts[call, name], len(self.recorder.ops)
-        leaves = _leaves(args, kwargs)
         before = [self.recorder.known_id(leaf) for leaf in leaves]
         result = func(*args, **kwargs)
         ops = self.recorder.ops[first:]

@@ -18,7 +18,13 @@ import keras
 import torch
 from torch.overrides import TorchFunctionMode
 
-from tp_planner.frontend.functions import flatten_arguments, function_name, is_elementwise, put_arguments_together
+from tp_planner.frontend.functions import (
+    computes_places,
+    flatten_arguments,
+    function_name,
+    is_elementwise,
+    put_arguments_together,
+)
 from tp_planner.ir.errors import ParallelRuntimeError
 from tp_planner.ir.placement import Shape, Shard
 from tp_planner.ir.plan import Boundary, FunctionPlan, LayerPlan
@@ -98,7 +104,7 @@ class FunctionCalls(TorchFunctionMode):
             return func(*args, **kwargs)
         if self.seen_whole and func in _READS_SIZES:
             return self._size(func, *args, **kwargs)
-        if name in self.names:
+        if name in self.names and not computes_places(flatten_arguments(args, kwargs)[0]):
             self.counts[name] += 1
             function = self.planned.get((name, self.counts[name]))
             if function is not None:
