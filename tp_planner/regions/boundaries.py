@@ -24,8 +24,9 @@ from tp_planner.regions.collectives import (
     begin_all_gather,
     begin_all_reduce,
     begin_reduce_scatter,
+    is_alone_in_memory,
 )
-from tp_planner.regions.left_out import LeftOut, can_be_made_again
+from tp_planner.regions.left_out import LeftOut, can_be_made_again, cannot_be_made_again
 from tp_planner.regions.parts_side_by_side import in_stored_order, in_whole_order
 
 
@@ -77,6 +78,18 @@ def _change(tensor: torch.Tensor, transition: Transition, axis: Axis, length: in
         case Replicate(), Partial():
             return tensor if axis.rank == 0 else torch.zeros_like(tensor)
     raise AssertionError(f"no boundary changes {transition}")
+
+
+def sum_in_place(summand: torch.Tensor, axis: Axis, site: Site) -> torch.Tensor:
+    """Return the sum of all ranks' tensors in the memory of this one, which nothing else reads; not tracked."""
+    cannot_be_made_again(summand)  # nor what lies there from now on
+    with standing_at(site):
+        return arrived(begin_all_reduce(summand.detach(), axis, in_place=True))
+
+
+def is_sum(transition: Transition) -> bool:
+    """Whether what comes across is the sum of what all ranks have."""
+    return isinstance(transition.source, Partial) and isinstance(transition.target, Replicate)
 
 
 def unequal_length(boundary: Boundary, transition: Transition, axis: Axis) -> int | None:
@@ -192,11 +205,13 @@ class _OnItsWay:
             self._begun = left_out
             _shards_of(left_out).begin()
 
-    def begin(self, gradient: torch.Tensor, transition: Transition, axis: Axis, site: Site) -> torch.Tensor:
+    def begin(
+        self, gradient: torch.Tensor, transition: Transition, axis: Axis, site: Site, in_place: bool
+    ) -> torch.Tensor:
         """Begin to change a summand as ``change`` does, and return what will hold the result."""
         with standing_at(site):
             if not isinstance(transition.target, Shard):
-                return begin_all_reduce(gradient.contiguous(), axis)
+                return begin_all_reduce(gradient.contiguous(), axis, in_place)
             shards, dim = transition.target, transition.target.dim
             self._sent = _stacked(in_stored_order(gradient, shards, axis.size).contiguous(), dim, axis)
             return begin_reduce_scatter(self._sent, axis)
@@ -243,9 +258,11 @@ class _Boundary(torch.autograd.Function):
         axis: Axis,
         site: Site,
         on_its_way: _OnItsWay | None,
+        alone: bool,
     ) -> torch.Tensor:
         ctx.boundary, ctx.axis, ctx.site, ctx.on_its_way = boundary, axis, site, on_its_way  # type: ignore[attr-defined]
-        changed = change(tensor, boundary.forward, axis, site, unequal_length(boundary, boundary.forward, axis))
+        ctx.alone = alone and is_sum(boundary.backward)  # type: ignore[attr-defined]
+        changed = _forward(tensor, boundary, axis, site, alone)
         ctx.again = _nothing  # type: ignore[attr-defined]
         if boundary.again and not running.recomputable:  # or the shards would be kept, which run again
             left_out = LeftOut(_Shards(tensor.detach(), boundary.forward, axis, site))
@@ -260,40 +277,57 @@ class _Boundary(torch.autograd.Function):
     @without_gradients
     def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None, None, None]:
+    ) -> tuple[torch.Tensor, None, None, None, None, None]:
         left_out: LeftOut | None = ctx.again()  # type: ignore[attr-defined]
         if left_out is not None:
             left_out.let_go()
         boundary, axis, site = ctx.boundary, ctx.axis, ctx.site  # type: ignore[attr-defined]
         on_its_way: _OnItsWay | None = ctx.on_its_way  # type: ignore[attr-defined]
+        # One of autograd's own, that no other node waits for.
+        in_place: bool = ctx.alone and gradient._use_count() == 1 and is_alone_in_memory(gradient)  # type: ignore[attr-defined]
         if on_its_way is not None:
-            begun = on_its_way.begin(gradient, boundary.backward, axis, replace(site, early=True))
-            return begun, None, None, None, None
+            begun = on_its_way.begin(gradient, boundary.backward, axis, replace(site, early=True), in_place)
+            return begun, None, None, None, None, None
+        if in_place:
+            return sum_in_place(gradient, axis, site), None, None, None, None, None
         length = unequal_length(boundary, boundary.backward, axis)
-        return change(gradient, boundary.backward, axis, site, length), None, None, None, None
+        return change(gradient, boundary.backward, axis, site, length), None, None, None, None, None
 
 
-def _enter(tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site) -> torch.Tensor:
+def _forward(tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site, alone: bool) -> torch.Tensor:
+    if alone and is_sum(boundary.forward) and is_alone_in_memory(tensor):
+        return sum_in_place(tensor, axis, site)
+    return change(tensor, boundary.forward, axis, site, unequal_length(boundary, boundary.forward, axis))
+
+
+def _enter(tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site, alone: bool) -> torch.Tensor:
     """Return the tensor across the boundary; where its gradient comes back behind others, these wait for it."""
     if not boundary.behind:
-        across: torch.Tensor = _Boundary.apply(tensor, boundary, axis, site, None)
+        across: torch.Tensor = _Boundary.apply(tensor, boundary, axis, site, None, alone)
         return across
     on_its_way = _OnItsWay()
     before = _Arriving.apply(tensor, on_its_way)
     between = before.view_as(before).grad_fn  # for its number, which what runs between the other two gets
-    across = _Boundary.apply(before, boundary, axis, site, on_its_way)
+    across = _Boundary.apply(before, boundary, axis, site, on_its_way, alone)
     on_its_way.number = between._sequence_nr()
     return across
 
 
 def cross(tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site) -> torch.Tensor:
     """Return this rank's tensor on the other side of the boundary, gradients flowing back as it says."""
-    across: torch.Tensor = running.run(_cross, tensor, boundary, axis, site)
+    across: torch.Tensor = running.run(cross_at_once, tensor, boundary, axis, site)
     return across
 
 
-def _cross(tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site) -> torch.Tensor:
+def cross_at_once(
+    tensor: torch.Tensor, boundary: Boundary, axis: Axis, site: Site, alone: bool = False
+) -> torch.Tensor:
+    """Return what ``cross`` does.
+
+    ``alone`` says that nobody reads the tensor later, nor holds the gradient that comes back: sums are made in their
+    place where autograd has no use for them either.
+    """
     with running.converting():
         if not (tensor.requires_grad and torch.is_grad_enabled()):
-            return change(tensor, boundary.forward, axis, site, unequal_length(boundary, boundary.forward, axis))
-        return _enter(tensor, boundary, axis, site)
+            return _forward(tensor, boundary, axis, site, alone)
+        return _enter(tensor, boundary, axis, site, alone)

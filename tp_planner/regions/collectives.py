@@ -13,6 +13,7 @@ from tp_planner.job.axes import Axis
 
 _OPS = torch.ops._c10d_functional
 _ALL_REDUCE, _WAIT = _OPS.all_reduce.default, _OPS.wait_tensor.default
+_ALL_REDUCE_IN_PLACE = _OPS.all_reduce_.default
 
 
 def all_reduce(summand: torch.Tensor, axis: Axis, operation: str = "sum") -> torch.Tensor:
@@ -22,11 +23,17 @@ def all_reduce(summand: torch.Tensor, axis: Axis, operation: str = "sum") -> tor
     return result
 
 
-def begin_all_reduce(summand: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Return what will hold the sum of what all ranks of the axis have."""
+def begin_all_reduce(summand: torch.Tensor, axis: Axis, in_place: bool = False) -> torch.Tensor:
+    """Return what will hold the sum of what all ranks of the axis have, which may be the summand's own memory."""
     with torch._C._AutoDispatchBelowAutograd():
-        result: torch.Tensor = _ALL_REDUCE(summand, "sum", axis.group)
+        result: torch.Tensor = (_ALL_REDUCE_IN_PLACE if in_place else _ALL_REDUCE)(summand, "sum", axis.group)
     return result
+
+
+def is_alone_in_memory(tensor: torch.Tensor) -> bool:
+    """Whether no other tensor lies where this one does: no view, and nothing that autograd keeps."""
+    uses: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return uses == 2 and tensor.is_contiguous()  # the tensor's, and that of the question
 
 
 def begin_all_gather(shard: torch.Tensor, axis: Axis) -> torch.Tensor:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 
 from tp_planner.regions.left_out import watching
 from tp_planner.replay.automatic import Automatic, State, foreign_code
+from tp_planner.replay.in_place import with_sums_in_place
 from tp_planner.replay.once import once_without_gradients
-from tp_planner.replay.program import Writing, compiled
-from tp_planner.replay.rewrites import rewritten, with_the_same_bits
+from tp_planner.replay.program import Step, Writing, compiled
+from tp_planner.replay.rewrites import Rewriting, rewritten, with_the_same_bits
 from tp_planner.replay.taped_calls import Given, Programs
 from tp_planner.replay.what_stays import Attributes, look_for_what_stays
 from tp_planner.storage.log import logger
@@ -51,6 +52,8 @@ def replaying(
     what = f"model {model.name!r}" if method == "call" else f"{method} of model {model.name!r}"
     asked = "auto" if automatic else model.jit_compile  # which Keras changes while it calls models
     rewrite = once_without_gradients if in_parts else with_the_same_bits if automatic else rewritten
+    if write is compiled:  # others hold what they will read again where nobody sees it
+        rewrite = functools.partial(_and_sums_in_place, rewrite)
     programs = Programs(asked, what, logger.info if automatic else logger.warning, write, rewrite)
     unasked = _unasked(what, layers, programs) if automatic else None
 
@@ -69,6 +72,10 @@ def replaying(
         return programs.tape(sort, given, plain, lambda tape, output: look_for_what_stays(tape, before, layers, output))
 
     return call
+
+
+def _and_sums_in_place(rewrite: Rewriting, steps: Sequence[Step], output: Any) -> list[Step]:
+    return with_sums_in_place(rewrite(steps, output), output)
 
 
 def _unasked(what: str, layers: Mapping[str, keras.Layer], programs: Programs) -> Automatic:
