@@ -14,10 +14,11 @@ from typing import Any
 import keras
 import numpy as np
 import torch
+from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
-from tp_planner.frontend.calling import in_layer_call, leaves_no_trace
+from tp_planner.frontend.calling import in_layer_call, is_symbolic, leaves_no_trace
 from tp_planner.frontend.keras_internals import convert_to_numpy, to_torch_dtype
 from tp_planner.job.rendezvous import meet
 from tp_planner.keras_distribution.backend import BackendLayout, own_part, scatter_from_rank_zero, whole_of
@@ -41,8 +42,11 @@ class UnplannedVariable(BackendVariable):
             return super().value
         if self._gathering is not None:
             return self._gathering(self)
-        if leaves_no_trace():
+        if is_symbolic():
             return self._maybe_autocast(torch.empty(self._shape, dtype=to_torch_dtype(self._dtype), device="meta"))
+        if in_stateless_scope():  # where Keras cannot infer shapes on meta tensors it calls on others
+            scoped = get_stateless_scope().get_current_value(self)
+            return self._maybe_autocast(value.full_tensor() if scoped is None else scoped)
         return self._maybe_autocast(value.full_tensor()) if in_layer_call() else value
 
     def assign(self, value: Any) -> Any:

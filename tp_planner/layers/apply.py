@@ -14,12 +14,11 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Shard as TorchShard
 from torch.distributed.tensor.parallel import parallelize_module
 
 from tp_planner.frontend.layer_tree import named_layers, named_variables, own_variables
 from tp_planner.ir.mesh import Mesh
-from tp_planner.ir.placement import Replicate, Shard, parts_of
+from tp_planner.ir.placement import Replicate, Shard
 from tp_planner.ir.plan import Boundary, Gathering, LayerPlan, Plan, VariablePlan
 from tp_planner.job.axes import Axes, Axis
 from tp_planner.job.scattering import scatter_parts
@@ -35,7 +34,7 @@ from tp_planner.regions.summands import Summands
 from tp_planner.storage.forwarding import Content, forward, revive
 from tp_planner.storage.parts import ReadTogether, Turn
 from tp_planner.storage.regularization import parallel_constraint, parallel_regularizer
-from tp_planner.storage.sharding import Sharding
+from tp_planner.storage.sharding import Sharding, part_of_shards
 from tp_planner.storage.torch_modules import follow_variables
 from tp_planner.storage.variables import (
     make_parallel,
@@ -380,7 +379,7 @@ def _gradient_in_shards(parameter: torch.nn.Parameter, sharding: Sharding) -> to
     gradient = parameter.grad
     if not isinstance(gradient, DTensor):
         return gradient
-    local = _part_of_shards(gradient, sharding)
+    local = part_of_shards(gradient, sharding)
     return sharded_parameter(local, tuple(gradient.shape), sharding, requires_grad=False).detach()
 
 
@@ -393,7 +392,7 @@ def scatter_from_rank_zero(device: torch.device, mesh: Mesh) -> Scatter:
 
     def scatter(variable: Any, sharding: Sharding) -> torch.Tensor:
         if isinstance(variable._value, DTensor):
-            return _part_of_shards(variable._value, sharding)
+            return part_of_shards(variable._value, sharding)
         value = variable._value.detach()
         shape = sharding.local_shape(tuple(variable.shape))
         local = torch.empty(shape, dtype=variable._value.dtype, device=device)
@@ -412,24 +411,6 @@ def scatter_from_rank_zero(device: torch.device, mesh: Mesh) -> Scatter:
         return scatter_parts(local, part_of)
 
     return scatter
-
-
-def _part_of_shards(value: DTensor, sharding: Sharding) -> torch.Tensor:
-    """Return this rank's part of a value that is stored in shards; nothing moves where these are the wanted ones."""
-    wanted = {axis.name: placement.dim for placement, axis in sharding.cuts}
-    names = value.device_mesh.mesh_dim_names or ()
-    stored = {
-        name: placement.dim
-        for name, size, placement in zip(names, value.device_mesh.shape, value.placements, strict=True)
-        if size > 1 and isinstance(placement, TorchShard)
-    }
-    # Of a dim that both axes cut, the order of the cuts may be another; what is stored is never in parts yet.
-    packed = any(parts_of(placement) for placement, _ in sharding.cuts)
-    if wanted and not packed and stored == wanted and len(set(wanted.values())) == len(wanted):
-        return value._local_tensor
-    with torch.no_grad():
-        part: torch.Tensor = sharding.own(value.full_tensor())
-        return part.clone()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as TorchShard
 
 from tp_planner.ir.placement import (
     WHOLE,
@@ -22,6 +24,7 @@ from tp_planner.ir.placement import (
     Shard,
     chunk_sizes,
     local_shape,
+    parts_of,
 )
 from tp_planner.job.axes import Axes, Axis
 from tp_planner.regions.boundaries import gather
@@ -122,6 +125,28 @@ def _runs(indices: torch.Tensor) -> list[tuple[Span, Span]]:
     ends = [*starts[1:], indices.numel()]
     first = indices[starts].tolist()
     return [((whole, whole + b - a), (a, b)) for whole, a, b in zip(first, starts, ends, strict=True)]
+
+
+def part_of_shards(value: DTensor, sharding: Sharding) -> torch.Tensor:
+    """Return this rank's part of a value that is stored in shards; nothing moves where it lies in this rank's shard."""
+    wanted = {axis.name: placement.dim for placement, axis in sharding.cuts}
+    names = value.device_mesh.mesh_dim_names or ()
+    stored = {
+        name: placement.dim
+        for name, size, placement in zip(names, value.device_mesh.shape, value.placements, strict=True)
+        if size > 1 and isinstance(placement, TorchShard)
+    }
+    # Of a dim that both axes cut, the order of the cuts may be another; what is stored is never in parts yet.
+    in_order = len(set(wanted.values())) == len(wanted) or set(stored) == {sharding.axes.model.name}
+    packed = any(parts_of(placement) for placement, _ in sharding.cuts)
+    with torch.no_grad():
+        if stored and not packed and in_order and stored.items() <= wanted.items():
+            part = value._local_tensor
+            for placement, axis in sharding.cuts:
+                part = part if axis.name in stored else own_shard(part, placement, axis).clone()
+            return part
+        whole: torch.Tensor = sharding.own(value.full_tensor())
+        return whole.clone()
 
 
 def own_shard(value: Any, placement: Placement, axis: Axis) -> Any:

@@ -26,7 +26,7 @@ from tp_planner.job.axes import Axes, Axis
 from tp_planner.patches import wrap_for_good
 from tp_planner.regions.boundaries import change
 from tp_planner.regions.calls import Site, reading_local_values, running, standing_at
-from tp_planner.storage.sharding import Sharding
+from tp_planner.storage.sharding import Sharding, part_of_shards
 from tp_planner.storage.variables import (
     is_sharded,
     local_tensor,
@@ -284,17 +284,17 @@ def adopt_optimizer(optimizer: Any, axes: Axes, puts_averaging_off: bool = False
         for variable, slot in slots_of(optimizer, optimizer._trainable_variables):
             sharding = optimizer._sharding_of_slot(variable, id(slot) in sums)
             if sharding is not None:
-                local = _part_of_slot(slot._value.detach(), variable, sharding)
+                local = _part_of_slot(slot._value.detach(), sharding)
                 bind_slot(optimizer, variable, slot, local.to(local_tensor(variable).device), sharding)
 
 
-def _part_of_slot(value: torch.Tensor, variable: Any, sharding: Sharding) -> torch.Tensor:
-    """Return this rank's part of a slot; one that was created in shards is stored as its variable is."""
-    share = share_of(variable)
+def _part_of_slot(value: torch.Tensor, sharding: Sharding) -> torch.Tensor:
+    """Return this rank's part of a slot, which may have been created in shards; of a sum the first replica has all."""
+    part: torch.Tensor
     if isinstance(value, DTensor):
-        local = value._local_tensor if sharding.is_first_summand else torch.zeros_like(value._local_tensor)
-        return local if share is None else share.of_gradient(local).clone()
-    part: torch.Tensor = sharding.own(value)
+        part = part_of_shards(value, sharding)
+        return part if sharding.is_first_summand else torch.zeros_like(part)
+    part = sharding.own(value)
     return part.clone()
 
 
