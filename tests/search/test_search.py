@@ -163,6 +163,17 @@ def test_what_no_op_reads_has_no_update() -> None:
     assert abs(found.error) < 0.001
 
 
+@pytest.mark.parametrize("recurrent", [keras.layers.LSTM, keras.layers.GRU])
+def test_recurrent_layers_that_read_masks_are_searched(recurrent: type[keras.layers.Layer]) -> None:
+    """Their code looks at a mask, of which no tensor comes, and has ops outside of torch's functions."""
+    tokens = keras.Input((6,), dtype="int32", name="tokens")
+    hidden = recurrent(64, name="recurrent")(keras.layers.Embedding(512, 256, mask_zero=True, name="embedding")(tokens))
+    model = built(lambda: keras.Model(tokens, keras.layers.Dense(32, name="head")(hidden), name="recurring"))
+    found = search(model, parse_mesh("model=2"), H100, batch_of(model, 64), keras.optimizers.Adam())
+    assert abs(found.error) < ERROR
+    assert found.gap < 1e-6
+
+
 def test_no_bound_is_known_that_a_plan_is_below() -> None:
     """Where the program asks more for a layout than its plan takes, no gap is said."""
     model = built(two_dense)

@@ -275,6 +275,9 @@ class _Placer:
         self.names = {id(layer): name for name, layer in named_layers(model).items()}
         self.variables = named_variables(model)
         self.keys = {id(variable): key for key, variable in self.variables.items()}
+        self.reads: dict[str, set[str]] = {}  # by layer, what replicas store in parts
+        for read in (read for each in applied.plan.gatherings for read in each.reads):
+            self.reads.setdefault(read.layer, set()).add(read.variable)
         self.converted = {
             use.variable
             for layer in applied.plan.layers
@@ -285,8 +288,8 @@ class _Placer:
     def readers(self, layer: keras.Layer, modes: dict[str, LayerPlan]) -> dict[str, dict[int, Reader]]:
         """Return, by mode, how each parallel variable is read in the layer's calls."""
         variables = self.variables
-        keys = {id(variable): self.keys[id(variable)] for variable in own_variables(layer)}
-        in_parts = [(each, key) for each, key in keys.items() if self._in_parts(key)]
+        own = {self.keys[id(variable)] for variable in own_variables(layer)}
+        in_parts = [(id(variables[key]), key) for key in sorted(own | self.read_in(layer)) if self._in_parts(key)]
         return {
             mode: {each: functools.partial(read_whole, site=Site(plan.layer, key)) for each, key in in_parts}
             | {
@@ -296,6 +299,10 @@ class _Placer:
             }
             for mode, plan in modes.items()
         }
+
+    def read_in(self, layer: keras.Layer) -> set[str]:
+        """Return what replicas store in parts and this layer's own code reads, though it may be another layer's."""
+        return self.reads.get(self.names[id(layer)], set())
 
     def _reader(self, boundary: Boundary, site: Site) -> Reader:
         if boundary.is_on_stream:
@@ -316,11 +323,10 @@ class _Placer:
 
     def layers_with_parts(self) -> list[keras.Layer]:
         """Return the layers that read variables which replicas store in parts."""
-        used = {plan.layer for plan in self.applied.plan.layers for use in plan.uses if self._in_parts(use.variable)}
         return [
             layer
             for layer in self.layers
-            if self.names[id(layer)] in used or any(self._in_parts(self.keys[id(v)]) for v in own_variables(layer))
+            if self.read_in(layer) or any(self._in_parts(self.keys[id(v)]) for v in own_variables(layer))
         ]
 
     def place(self, layer: keras.Layer) -> None:

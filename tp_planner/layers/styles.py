@@ -166,7 +166,7 @@ class LayerCalls:
         if planned is None:
             if self.in_shards:
                 self._begin_unplanned(layer)
-            elif running.watching:  # what it does is not done by the code around it
+            elif running.watching or not running.frames:  # what it does is not done by the code around it
                 running.frames.append(Frame(self, {}))
             return None
         plan = planned.plan

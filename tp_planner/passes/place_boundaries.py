@@ -144,7 +144,7 @@ def write_layer_plans(
     closings: Closings,
     again: Set[LayerMode] = frozenset(),
 ) -> tuple[LayerPlan, ...]:
-    """Return one LayerPlan for every (layer, mode) that has variables or boundaries, in order of execution.
+    """Return one LayerPlan for each (layer, mode) with boundaries or variables, its own or read, in order of execution.
 
     So has one that is in ``again``: it makes again what its code has made element by element.
     """
@@ -168,6 +168,7 @@ def _plans_of_graph(
     scopes = _scope_of_layers(graph, region_scopes(graph, walk))
     plans: dict[LayerMode, LayerPlan] = {}
     inside: dict[int, list[LayerPlan]] = {repeat.twin: [] for repeat in graph.repeats.values()}
+    reading = {op.call for op in graph.ops if any(graph.tensors[tensor].variable for tensor in op.inputs)}
     for call in graph.calls.values():
         new = []
         if call.id in graph.repeats:
@@ -176,7 +177,8 @@ def _plans_of_graph(
             boundaries, record = by_call.get(call.id, []), walk.records.get(call.id)
             functions = walk.functions.get(call.id, ())
             key = call.layer, call.mode
-            if boundaries or record or functions or graph.layers[call.layer].variables or key in again:
+            has_variables = graph.layers[call.layer].variables or call.id in reading
+            if boundaries or record or functions or has_variables or key in again:
                 plan = _layer_plan(graph, call, boundaries, record, styles.get(key), closings, scopes.get(key, ""))
                 plan = replace(plan, makes_again=True) if key in again else plan
                 new = [_with_functions(plan, functions, closings) if functions else plan]

@@ -186,7 +186,7 @@ class Formulation:
         if step.layer_call is not None:
             return call.layer, call.mode
         piece = step.pieces[0]
-        return call.layer, call.mode, piece.name, getattr(piece, "number", piece)
+        return call.layer, call.mode, piece.name, piece.number if isinstance(piece, FunctionCall) else piece.id
 
     def _tie_calls(self, plans: Iterable[Sequence[Mapping[str, Sequence[int]]]]) -> None:
         """Let a layer that is called several times have one plan."""

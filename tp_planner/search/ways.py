@@ -325,7 +325,9 @@ class Walker:
         placed = self._read(step)
         needed = [op for op in self._ops(step) if not self._is_left_out(op, placed)]
         reshaped = (
-            self._gradients.reshaped(op, placed[op.inputs[0]], placed[op.outputs[0]]) for op in needed if op.inputs
+            self._gradients.reshaped(op, placed[op.inputs[0]], placed[op.outputs[0]])
+            for op in needed
+            if op.inputs and op.outputs
         )
         work = sum((self._work_followed(op, notes) for op in needed), self._work_of_sums(notes))
         return work + sum(reshaped, gradients)
