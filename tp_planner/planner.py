@@ -13,7 +13,7 @@ from tp_planner.dryrun.collector import without_collector
 from tp_planner.dryrun.prove import prove
 from tp_planner.dryrun.sharding_rules import DTensorRules
 from tp_planner.dryrun.simulate import simulate
-from tp_planner.frontend.blocks import Blocks, Signatures, find_alike, find_blocks
+from tp_planner.frontend.blocks import Blocks, Signatures, find_alike, find_blocks, find_of_one_class
 from tp_planner.frontend.cuda_kernels import kernels_of
 from tp_planner.frontend.fingerprint import fingerprint
 from tp_planner.frontend.inputs import CallArguments, known_inputs
@@ -132,6 +132,11 @@ class _Job:
         """For each layer those that the rules shard alike and whose code is the same, with all layers below each."""
         return find_alike(self.model, self.planned_alike)
 
+    @functools.cached_property
+    def _of_one_class(self) -> Mapping[str, Sequence[Sequence[str]]]:
+        """For each layer those of the same classes, with all layers below each."""
+        return find_of_one_class(self.model)
+
     @property
     def _trained(self) -> set[str]:
         return {key for key, variable in self.variables.items() if variable.trainable}
@@ -202,7 +207,7 @@ class _Job:
                             kinds = {blocks.signatures[block]: block for block in sorted(crossed)}
                             return self.plan(functools.reduce(Blocks.without, kinds.values(), blocks))
                         return self._simulated(plan, graphs[0], axes)
-                    conflicts = spread_conflicts(conflicts, self._alike, graphs, walks)
+                    conflicts = spread_conflicts(conflicts, self._alike, self._of_one_class, graphs, walks)
                 if graphs[0].functions is not None:
                     if must_walk_all_blocks(conflicts, graphs, walks):
                         return None

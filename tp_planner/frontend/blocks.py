@@ -135,7 +135,16 @@ def find_alike(model: keras.Model, distinguish: Callable[[str], Hashable]) -> Ma
 
     Each is there with all layers below it, the layer itself included. ``distinguish`` is as for ``Signatures``.
     """
-    layers, signatures = named_layers(model), Signatures(model, distinguish, _without_attributes)
+    return _by_signature(model, Signatures(model, distinguish, _without_attributes))
+
+
+def find_of_one_class(model: keras.Model) -> Mapping[str, tuple[tuple[str, ...], ...]]:
+    """Return for each layer those of its class, with inner layers of the same classes, as ``find_alike`` does."""
+    return _by_signature(model, Signatures(model, signature=type))
+
+
+def _by_signature(model: keras.Model, signatures: Signatures) -> Mapping[str, tuple[tuple[str, ...], ...]]:
+    layers = named_layers(model)
     names = {id(layer): name for name, layer in layers.items()}
     alike: dict[int, list[tuple[str, ...]]] = {}
     for name, layer in layers.items():

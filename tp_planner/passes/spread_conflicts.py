@@ -7,59 +7,84 @@ own, if what is found in one of them were not said of the others.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from tp_planner.ir.graph import ModelGraph
-from tp_planner.passes.walk.facts import Conflict, LayerMode, Walk
+from tp_planner.passes.walk.facts import Conflict, LayerMode, NumberedFunction, Walk
 
+Alike = Mapping[str, Sequence[Sequence[str]]]  # for each layer: names of each that is, and of all below it
 _QUOTED = re.compile(r"'([^']*)'")
 
 
 def spread_conflicts(
     conflicts: Sequence[Conflict],
-    alike: Mapping[str, Sequence[Sequence[str]]],
+    alike: Alike,
+    of_one_class: Alike,
     graphs: Sequence[ModelGraph],
     walks: Sequence[Walk],
 ) -> list[Conflict]:
     """Return the conflicts, and those that layers alike have.
 
     Only a layer whose code writes or reads sizes is the cause of its own conflict, and can be judged by its class and
-    its call.
+    its call; one whose code writes them by its class and the functions for which it does.
 
     Args:
         conflicts: what a proof found.
-        alike: for each layer those of the same code and variables: names of each and of all below it, itself included.
+        alike: for each layer those of the same code and variables, itself included.
+        of_one_class: for each layer those of the same code.
         graphs: the traces of the model.
         walks: the placements found on them.
     """
     found = list(conflicts)
     for conflict in conflicts:
         for kind, key in conflict.origins:
-            if (kind == "sizes" or kind == "sees") and len(conflict.origins) == 1:
-                found += _in_layers_alike(conflict, kind, (key[0], key[1]), alike[key[0]], graphs, walks)
+            if kind in ("sizes", "sees") and len(conflict.origins) == 1:
+                layer = key[0], key[1]
+                found += _where_called_alike(conflict, kind, layer, alike[layer[0]], graphs, walks)
+                known = {each for other in found for each in other.origins}
+                others = _where_sizes_are_written(layer, of_one_class[layer[0]], walks) if kind == "sizes" else ()
+                reason = f"as in {layer[0]!r}: {conflict.reason}"
+                found += [
+                    Conflict(other[0], frozenset({(kind, other)}), reason, conflict.in_code)
+                    for other in others
+                    if (kind, other) not in known
+                ]
     return found
 
 
-def _in_layers_alike(
+def _where_called_alike(
     conflict: Conflict,
     kind: Literal["sizes", "sees"],
     key: LayerMode,
     alike: Sequence[Sequence[str]],
     graphs: Sequence[ModelGraph],
     walks: Sequence[Walk],
-) -> list[Conflict]:
-    (layer, mode), found = key, []
-    own = next(names for names in alike if names[0] == layer)
+) -> Iterator[Conflict]:
+    """Yield the conflict as it is in the other layers that are called with equal tensors."""
+    own = next(names for names in alike if names[0] == key[0])
     called = _calls(key, graphs, walks)
     for names in alike:
-        other = names[0], mode
+        other = names[0], key[1]
         has_sizes = kind == "sees" or any(other in walk.writes_sizes for walk in walks)
         if other != key and has_sizes and _calls(other, graphs, walks) == called:
             renamed = dict(zip(own, names, strict=True))
             reason = _QUOTED.sub(lambda quoted, new=renamed: repr(new.get(quoted[1], quoted[1])), conflict.reason)  # type: ignore[misc]
-            found.append(Conflict(names[0], frozenset({(kind, other)}), reason, conflict.in_code))
-    return found
+            yield Conflict(names[0], frozenset({(kind, other)}), reason, conflict.in_code)
+
+
+def _where_sizes_are_written(
+    key: LayerMode, of_one_class: Sequence[Sequence[str]], walks: Sequence[Walk]
+) -> Iterator[LayerMode]:
+    """Yield the other layers whose code writes sizes for a function for which that of this one does."""
+    for names in of_one_class:
+        other = names[0], key[1]
+        if other != key and any(_functions(other, walk) & _functions(key, walk) for walk in walks):
+            yield other
+
+
+def _functions(key: LayerMode, walk: Walk) -> frozenset[NumberedFunction]:
+    return walk.writes_sizes.get(key, frozenset())
 
 
 def _calls(key: LayerMode, graphs: Sequence[ModelGraph], walks: Sequence[Walk]) -> list[set[Any]]:

@@ -8,6 +8,7 @@ from tp_planner.ir.graph import REPEAT, FunctionCall, Op, Repeat
 from tp_planner.ir.placement import WHOLE, Partial, Placement, SequencePartial, SequenceShard
 from tp_planner.passes.follow_ops import Followed, FunctionFollowed, Refused, follow_function, sizes_in_arguments
 from tp_planner.passes.walk.crossings import cut, entering, gathered, summed
+from tp_planner.passes.walk.cutting import cut_arguments
 from tp_planner.passes.walk.facts import Origins, is_mixed, on_stream
 from tp_planner.passes.walk.known import JOINED, OWN_GRADIENT, Known, as_shards, as_stream, in_other_order
 from tp_planner.passes.walk.notes import Notes
@@ -150,7 +151,9 @@ def _gather_ends(
 
 def _change_ends(function: FunctionCall, found: FunctionFollowed, origins: Origins, known: Known, notes: Notes) -> None:
     """Write down the inputs that are cut and the outputs that are summed."""
-    cuts = {tensor: as_stream(shard) if on_stream(origins) else shard for tensor, shard in found.cuts.items()}
+    early = frozenset[int]() if on_stream(origins) else cut_arguments(function, found.cuts, origins, known, notes)
+    late = {tensor: shard for tensor, shard in found.cuts.items() if tensor not in early}
+    cuts = {tensor: as_stream(shard) if on_stream(origins) else shard for tensor, shard in late.items()}
     for position, tensor in function.inputs:
         if tensor in cuts:
             notes.cross_into(function, position, tensor, cut(WHOLE, cuts[tensor]))
@@ -171,4 +174,4 @@ def _change_sizes(function: FunctionCall, found: FunctionFollowed, known: Known,
     if sizes and (key in known.closings.sizes or key in known.closings.sees):
         notes.resize(function, sizes)
     elif sizes:
-        notes.writes_sizes.add(key)
+        notes.writes_sizes.setdefault(key, set()).add((function.name, function.number))

@@ -13,6 +13,7 @@ from tp_planner.passes.follow_ops import Followed
 
 LayerMode = tuple[str, str]  # layer name, mode
 VariableRead = tuple[str, str]  # name of the layer in whose call it is read, variable key
+NumberedFunction = tuple[str, int]  # name of a torch function, and which of the calls of it in a layer's code
 Argument = tuple[str, str, str, int, int]  # layer, mode, name of a torch function, which of its calls, position
 Packed = tuple[str, str, tuple[int, ...]]  # layer, key of its weight, parts
 # What a conflict can change: sharding ends where it comes from, at a layer's output or a variable's use, or in all of
@@ -151,7 +152,7 @@ class Walk:
     cut_for: Mapping[tuple[int, int], Placement]  # (op, tensor): read or made as this, and not as it is placed
     taken: Mapping[tuple[int, int], Placement]  # (call, tensor): arrives as this, and not as it is placed
     reads: Mapping[VariableRead, Placement]  # of variables that ops read sharded
-    writes_sizes: frozenset[LayerMode]  # layers that could be given the sizes of shards
+    writes_sizes: Mapping[LayerMode, frozenset[NumberedFunction]]  # where layers could be given the sizes of shards
     skipped_ops: frozenset[int]  # of calls that are one step
     blocks_differ: bool  # a block is given other shards than the one that it repeats
     regions_cross_blocks: bool  # a region reaches into a block that others repeat, or out of it

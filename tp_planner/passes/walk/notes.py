@@ -11,7 +11,16 @@ from tp_planner.ir.placement import WHOLE, Partial, Placement, SequenceShard
 from tp_planner.ir.plan import FunctionPlan
 from tp_planner.passes.follow_ops import Followed
 from tp_planner.passes.walk.crossings import Crossing, boundary_of_tensor, boundary_of_variable, used, used_on_stream
-from tp_planner.passes.walk.facts import CallRecord, Conflict, LayerMode, Origins, Placed, VariableRead, Walk
+from tp_planner.passes.walk.facts import (
+    CallRecord,
+    Conflict,
+    LayerMode,
+    NumberedFunction,
+    Origins,
+    Placed,
+    VariableRead,
+    Walk,
+)
 from tp_planner.passes.walk.known import Known
 
 Read = tuple[int, int]  # call, tensor
@@ -40,7 +49,7 @@ class Notes:
     cut_for: dict[tuple[int, int], Placement] = field(default_factory=dict)
     taken: dict[tuple[int, int], Placement] = field(default_factory=dict)
     function_origins: dict[int, Origins] = field(default_factory=dict)
-    writes_sizes: set[LayerMode] = field(default_factory=set)
+    writes_sizes: dict[LayerMode, set[NumberedFunction]] = field(default_factory=dict)
     reads: dict[VariableRead, Placement] = field(default_factory=dict)
     skipped_ops: set[int] = field(default_factory=set)
     blocks_differ: bool = False
@@ -148,7 +157,7 @@ class Notes:
             cut_for=self.cut_for,
             taken=self.taken,
             reads=self.reads,
-            writes_sizes=frozenset(self.writes_sizes),
+            writes_sizes={key: frozenset(functions) for key, functions in self.writes_sizes.items()},
             skipped_ops=frozenset(self.skipped_ops),
             blocks_differ=self.blocks_differ,
             regions_cross_blocks=self.regions_cross_blocks,

@@ -1,0 +1,68 @@
+"""Convolutions over sharded channels: their inputs are cut where they are called, for their code counts groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from unittest import mock
+
+import keras
+import numpy as np
+import pytest
+import torch
+from keras import layers
+
+import tp_planner
+from tests.test_uses import built, check, step
+from tests.workers import WorkerPool, layout_map
+from tp_planner import planner
+from tp_planner.ir.layout import Layout, LayoutRule
+from tp_planner.ir.mesh import Mesh
+from tp_planner.ir.placement import Shard
+
+IN, OUT, VECTOR = (None, None, "model", None), (None, None, None, "model"), ("model",)
+RULES = {
+    "(first|half|narrow|narrower|depth|last)/kernel": IN,
+    "(wide|wider)/kernel": OUT,
+    "(wide|wider|depth)/bias": VECTOR,
+}
+
+
+def pictures() -> keras.Model:
+    """Convolutions of whole inputs, cut over the channels that they take, and two regions of other widths."""
+    images = keras.Input((6, 6, 8))
+    x = layers.Conv2D(8, 3, padding="same", name="first")(images)
+    x = layers.Conv2D(16, 3, strides=2, padding="same", name="half")(x)
+    x = layers.Conv2D(8, 1, activation="relu", name="wide")(x)
+    x = layers.Conv2D(8, 1, name="narrow")(x)
+    x = layers.Conv2D(16, 1, activation="tanh", name="wider")(x)
+    x = layers.Conv2D(8, 1, name="narrower")(x)
+    x = layers.DepthwiseConv2D(2, padding="same", name="depth")(x)
+    return keras.Model(images, layers.Conv2D(4, 1, name="last")(x), name="pictures")
+
+
+def both() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    models = [built(pictures) for _ in range(2)]
+    x = np.random.default_rng(0).standard_normal((3, 6, 6, 8))
+    tp_planner.parallelize(models[1], layout_map(RULES), torch.tensor(x))
+    single, sharded = (step(model, torch.tensor(x, requires_grad=True)) for model in models)
+    return single, sharded
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_convolutions_of_cut_inputs(pools: Callable[[int], WorkerPool], ranks: int) -> None:
+    """Output and every gradient, those of the inputs too, are those of the single device."""
+    check(pools(ranks).run(both))
+
+
+def test_inputs_are_cut_where_a_convolution_is_called() -> None:
+    """All at once, and sizes in code of one class are given to all layers of it: a second proof finds no more."""
+    layout = Layout(Mesh((("model", 2),)), tuple(LayoutRule(*each) for each in RULES.items()))
+    with mock.patch.object(planner, "prove", wraps=planner.prove) as proofs:
+        plan = planner.make_plan(built(pictures), layout, keras.InputSpec(shape=(3, 6, 6, 8), dtype="float64"))
+    assert proofs.call_count == 2
+    plans = {each.layer: each for each in plan.layers}
+    for name in ("first", "half", "depth"):
+        assert [boundary.forward.target for _, boundary in plans[name].inputs] == [Shard(3)]
+        assert not any(function.inputs for function in plans[name].functions)
+    given = [each.layer for each in plan.layers if any(function.sizes for function in each.functions)]
+    assert given == ["wide", "wider"]
