@@ -66,3 +66,17 @@ def test_inputs_are_cut_where_a_convolution_is_called() -> None:
         assert not any(function.inputs for function in plans[name].functions)
     given = [each.layer for each in plan.layers if any(function.sizes for function in each.functions)]
     assert given == ["wide", "wider"]
+
+
+def test_a_vector_is_gathered_before_the_kernel_that_its_shards_meet() -> None:
+    """A scale in shards of a whole tensor makes shards, with which no convolution makes shards; whole, it does."""
+    images = keras.Input((6, 6, 8))
+    x = layers.BatchNormalization(name="norm")(images)
+    x = layers.Conv2D(8, 1, use_bias=False, name="wide")(x)
+    model = keras.Model(images, layers.Conv2D(8, 1, use_bias=False, name="narrow")(x), name="normalized")
+    rules = {"norm/.*": VECTOR, "wide/kernel": OUT, "narrow/kernel": IN}
+    layout = Layout(Mesh((("model", 2),)), tuple(LayoutRule(*each) for each in rules.items()))
+    plan = planner.make_plan(model, layout, keras.InputSpec(shape=(3, 6, 6, 8), dtype="float32"))
+    gathered = {each.layer for each in plan.layers if each.style == "gathered"}
+    assert gathered == {"norm"}
+    assert [each.kind for each in plan.collectives if each.layer == "narrow"] == ["all_reduce"]

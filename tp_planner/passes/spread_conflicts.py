@@ -27,7 +27,7 @@ def spread_conflicts(
     """Return the conflicts, and those that layers alike have.
 
     Only a layer whose code writes or reads sizes is the cause of its own conflict, and can be judged by its class and
-    its call; one whose code writes them by its class and the functions for which it does.
+    its call: by the functions for which it writes them, or by how the tensors are placed of which it reads them.
 
     Args:
         conflicts: what a proof found.
@@ -43,7 +43,10 @@ def spread_conflicts(
                 layer = key[0], key[1]
                 found += _where_called_alike(conflict, kind, layer, alike[layer[0]], graphs, walks)
                 known = {each for other in found for each in other.origins}
-                others = _where_sizes_are_written(layer, of_one_class[layer[0]], walks) if kind == "sizes" else ()
+                if kind == "sizes":
+                    others = _where_sizes_are_written(layer, of_one_class[layer[0]], walks)
+                else:
+                    others = _where_sizes_are_read(layer, of_one_class[layer[0]], graphs, walks)
                 reason = f"as in {layer[0]!r}: {conflict.reason}"
                 found += [
                     Conflict(other[0], frozenset({(kind, other)}), reason, conflict.in_code)
@@ -81,6 +84,25 @@ def _where_sizes_are_written(
         other = names[0], key[1]
         if other != key and any(_functions(other, walk) & _functions(key, walk) for walk in walks):
             yield other
+
+
+def _where_sizes_are_read(
+    key: LayerMode, of_one_class: Sequence[Sequence[str]], graphs: Sequence[ModelGraph], walks: Sequence[Walk]
+) -> Iterator[LayerMode]:
+    """Yield the other layers that are called with shards as this one is, whatever their lengths."""
+    called = _ranks(_calls(key, graphs, walks))
+    for names in of_one_class:
+        other = names[0], key[1]
+        if other != key and _ranks(_calls(other, graphs, walks)) == called:
+            yield other
+
+
+def _ranks(calls: list[set[Any]]) -> list[set[Any]]:
+    """Return with which tensors a layer is called, but for the lengths of their dims."""
+    return [
+        {tuple((position, len(shape), *others) for position, shape, *others in call) for call in in_graph}
+        for in_graph in calls
+    ]
 
 
 def _functions(key: LayerMode, walk: Walk) -> frozenset[NumberedFunction]:

@@ -14,11 +14,8 @@ from tp_planner.ir.placement import WHOLE, Partial, Placement, Shard, divides, i
 from tp_planner.passes.follow_ops import Followed
 from tp_planner.passes.walk.crossings import cut
 from tp_planner.passes.walk.facts import Origins
-from tp_planner.passes.walk.known import Known
+from tp_planner.passes.walk.known import CONVOLUTION, Known
 from tp_planner.passes.walk.notes import Notes
-
-# Ops that take a number which is counted from the sizes of what they take.
-COUNTED_FOR = {"aten.convolution.default"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +31,7 @@ def cut_arguments(
 ) -> frozenset[int]:
     """Cut what a function takes as shards where its layer is called, if that is wanted and can be; return what is."""
     graph, call = known.graph, known.graph.calls[function.call]
-    if call.id in known.parents or all(op.name not in COUNTED_FOR for op in graph.ops[slice(*function.ops)]):
+    if call.id in known.parents or all(op.name != CONVOLUTION for op in graph.ops[slice(*function.ops)]):
         return frozenset()
     found = set()
     for tensor, shard in cuts.items():

@@ -17,6 +17,7 @@ SAME_VALUES = {
     f"aten.{name}"
     for name in ("_to_copy.default", "_unsafe_view.default", "alias.default", "clone.default", "detach.default")
 } | {f"aten.{name}" for name in ("permute.default", "t.default", "transpose.int", "unsqueeze.default", "view.default")}
+CONVOLUTION = "aten.convolution.default"
 OWN_GRADIENT = "runs in a function that says what its gradient is, which may mix the shards"
 
 
@@ -93,7 +94,12 @@ class Known:
         return placement if isinstance(placement, SequenceShard) else WHOLE
 
     def outside_of_sum(self, tensor: int, call: Call) -> Placement:
-        """Return the placement in which a sum over the ranks leaves its region, that of the stream where it can."""
+        """Return the placement in which a sum over the ranks leaves its region, that of the stream where it can.
+
+        What a convolution makes has its channels where the stream has its sequence.
+        """
+        if tensor in self.makers and self.makers[tensor].name == CONVOLUTION:
+            return WHOLE
         wanted = self.sequence_parallel or call.layer in self.on_sequence
         closed = (call.layer, call.mode) in self.closings.streams
         return SequenceShard(SEQUENCE) if wanted and not closed and self.can_be_on_stream(tensor) else WHOLE

@@ -76,14 +76,19 @@ def note_refusal(
     if packed:
         notes.conflict(call, packed, reason)
     else:
-        ends = gather_around(call, _first_to_end(origins), known)
+        ends = gather_around(call, _first_to_end(origins, known), known)
         notes.conflict(call, ends, f"{reason}; {why}" if why else reason, in_code)
 
 
-def _first_to_end(origins: Origins) -> Origins:
-    """Return where sharding ends first: variables are gathered before what layers make is, which may go on then."""
-    reads = frozenset(origin for origin in origins if origin[0] == "read")
-    return reads if all(kind in ("read", "layer") for kind, _ in origins) and reads else origins
+def _first_to_end(origins: Origins, known: Known) -> Origins:
+    """Return where sharding ends first: variables are gathered before what layers make is, which may go on then.
+
+    Of variables vectors are first, whose shards alone may be what a matrix met.
+    """
+    reads = {origin: known.graph.variables[origin[1][1]].shape for origin in origins if origin[0] == "read"}
+    if not reads or any(kind not in ("read", "layer") for kind, _ in origins):
+        return origins
+    return frozenset(origin for origin, shape in reads.items() if len(shape) < 2) or frozenset(reads)
 
 
 def _is_taken_apart(refused: Refused, op: Op, known: Known) -> bool:
