@@ -151,20 +151,7 @@ def _photographs(rng: np.random.Generator, size: int) -> Batch:
     return _pictures(rng, size, 64)
 
 
-OUT, IN, VECTOR = (None, None, None, "model"), (None, None, "model", None), ("model",)
-EFFICIENTNET_B0 = Case(
-    "efficientnet_b0",
-    efficientnet_b0,
-    _photographs,
-    "SparseCategoricalCrossentropy",
-    {
-        "block[2-7]._(expand_conv|se_expand)/kernel": OUT,
-        "block[2-7]._(dwconv|se_reduce|project_conv)/kernel": IN,
-        "block[2-7]._(expand_)?bn/(gamma|beta|moving_mean|moving_variance)": VECTOR,
-        "block[2-7]._se_expand/bias": VECTOR,
-    },
-    None,
-)
+EFFICIENTNET_B0 = Case("efficientnet_b0", efficientnet_b0, _photographs, "SparseCategoricalCrossentropy", {}, None)
 
 MODELS: dict[str, Case] = {
     "unet": Case("unet", unet, _images, "MeanSquaredError", {}, None),
@@ -239,17 +226,14 @@ def test_found_layout_trains_as_one_device(workers: WorkerPool, name: str) -> No
 
 @pytest.mark.slow
 def test_efficientnet_trains_as_one_device(pools: Pools) -> None:
-    """All its blocks in shards, their normalizations and what weighs their channels too: an all-reduce where each ends.
-
-    By rules that are written: with what a search plans its code has to be proven some hundred times.
-    """
+    """With what is found, as any model: almost all of its convolutions and normalizations are in shards."""
+    found = found_for(EFFICIENTNET_B0)
+    assert abs(found.error) < ERROR
+    assert found.gap < 0.01
     inputs, _ = make_batches(EFFICIENTNET_B0)[0]
-    rules = tuple(LayoutRule(pattern, axes) for pattern, axes in EFFICIENTNET_B0.rules.items())
-    mesh = Mesh((("batch", 1), ("model", 2)))
-    plan = make_plan(EFFICIENTNET_B0.build("float64"), Layout(mesh, rules), inputs)
-    blocks = {each.layer.partition("_")[0] for each in plan.collectives}
-    assert len(blocks) == 15
-    assert [each.kind for each in plan.collectives] == ["all_reduce"] * 4 * len(blocks)
+    plan = make_plan(EFFICIENTNET_B0.build("float64"), found.layout, inputs)
+    kernels = [each for each in plan.variables if each.path.endswith("/kernel")]
+    assert sum(each.is_sharded for each in kernels) > 0.9 * len(kernels)
     # Rounding grows through 81 convolutions, normalized over few samples: it ends 1.5e-12 apart.
     assert_trains_as_one_device(pools(2), EFFICIENTNET_B0, plan, 1e-11)
 

@@ -47,9 +47,8 @@ def spread_conflicts(
                     others = _where_sizes_are_written(layer, of_one_class[layer[0]], walks)
                 else:
                     others = _where_sizes_are_read(layer, of_one_class[layer[0]], graphs, walks)
-                reason = f"as in {layer[0]!r}: {conflict.reason}"
                 found += [
-                    Conflict(other[0], frozenset({(kind, other)}), reason, conflict.in_code)
+                    Conflict(other[0], frozenset({(kind, other)}), conflict.reason, conflict.in_code)
                     for other in others
                     if (kind, other) not in known
                 ]
