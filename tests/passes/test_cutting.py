@@ -80,3 +80,19 @@ def test_a_vector_is_gathered_before_the_kernel_that_its_shards_meet() -> None:
     gathered = {each.layer for each in plan.layers if each.style == "gathered"}
     assert gathered == {"norm"}
     assert [each.kind for each in plan.collectives if each.layer == "narrow"] == ["all_reduce"]
+
+
+def test_sizes_that_code_of_one_class_reads_are_mended_at_once() -> None:
+    """Reshapes of shards of other lengths take one proof that finds the first of them, as one reshape does."""
+    x = images = keras.Input((6, 6, 8))
+    for number, width in enumerate((8, 16, 32)):
+        x = layers.Conv2D(width, 1, use_bias=False, name=f"wide_{number}")(x)
+        x = layers.Reshape((1, 1, width), name=f"again_{number}")(layers.GlobalAveragePooling2D()(x))
+        x = layers.Conv2D(8, 1, use_bias=False, name=f"narrow_{number}")(x)
+    rules = LayoutRule("wide_[0-9]/kernel", OUT), LayoutRule("narrow_[0-9]/kernel", IN)
+    inputs = keras.InputSpec(shape=(3, 6, 6, 8), dtype="float32")
+    with mock.patch.object(planner, "prove", wraps=planner.prove) as proofs:
+        plan = planner.make_plan(keras.Model(images, x, name="reshaped"), Layout(Mesh((("model", 2),)), rules), inputs)
+    assert proofs.call_count == 3
+    assert [each.layer for each in plan.layers if each.sees_whole] == ["again_0", "again_1", "again_2"]
+    assert {each.kind for each in plan.collectives} == {"all_reduce"}
