@@ -52,6 +52,7 @@ PROGRAMS: dict[str, tuple[list[Step], Any, list[bool]]] = {
     "read again": ([step(torch.exp, B, A), crossing(B, C, LEAVE), step(torch.add, D, B, C)], D, [False]),
     "returned, too": ([step(torch.exp, B, A), crossing(B, C, LEAVE)], (B, C), [False]),
     "gradients of products": ([crossing(A, B, ENTER), step(torch.matmul, C, B, A)], C, [True]),
+    "gradients of a view": ([crossing(A, B, ENTER), Step(C, torch.einsum, ("ab->ba", B), {})], C, [False]),
     "gradients of a sum": ([crossing(A, B, ENTER), step(torch.add, C, B, A)], C, [False]),
     "gradients of a product and a sum": (
         [crossing(A, B, ENTER), step(torch.matmul, C, B, A), step(torch.add, D, B, C)],
@@ -112,10 +113,17 @@ def crossed(case: str) -> tuple[bool, list[np.ndarray], list[np.ndarray]]:
             given = given.T
         elif case == "gradient of two":
             other_view = other.view(2, 2)  # made before: its gradient waits for that of the boundary
+        elif case == "gradient of two views":
+            other_row = other.view(1, 4)
         before = given.data_ptr()
         result = cross_at_once(given, boundary, axis, Site("", "test"), alone)
         place.append(result.data_ptr() == before)
-        if case == "gradient of two":
+        if case == "gradient of a linear layer":
+            torch.nn.functional.linear(result[None], torch.ones(2, 2)).square().sum().backward()
+        elif case == "gradient of two views":
+            summed = result.view(1, 4) + other_row
+            (summed @ torch.ones(4, 4)).square().sum().backward()
+        elif case == "gradient of two":
             back = torch.full((2, 2), 2.0)
             (result + other_view).matmul(torch.eye(2)).backward(back)
             more.append(back)
@@ -188,7 +196,9 @@ def trained(jit_compile: Any, way: str) -> tuple[dict[str, int], list[np.ndarray
         ("a view is there", False),
         ("in another order", False),
         ("gradient of products", True),
+        ("gradient of a linear layer", True),
         ("gradient of two", True),
+        ("gradient of two views", True),
         ("gradient from outside", True),
     ],
 )

@@ -25,6 +25,7 @@ from tp_planner.regions.collectives import (
     begin_all_reduce,
     begin_reduce_scatter,
     is_alone_in_memory,
+    is_nobodys,
 )
 from tp_planner.regions.left_out import LeftOut, can_be_made_again, cannot_be_made_again
 from tp_planner.regions.parts_side_by_side import in_stored_order, in_whole_order
@@ -283,8 +284,7 @@ class _Boundary(torch.autograd.Function):
             left_out.let_go()
         boundary, axis, site = ctx.boundary, ctx.axis, ctx.site  # type: ignore[attr-defined]
         on_its_way: _OnItsWay | None = ctx.on_its_way  # type: ignore[attr-defined]
-        # One of autograd's own, that no other node waits for.
-        in_place: bool = ctx.alone and gradient._use_count() == 1 and is_alone_in_memory(gradient)  # type: ignore[attr-defined]
+        in_place: bool = ctx.alone and is_nobodys(gradient)  # type: ignore[attr-defined]
         if on_its_way is not None:
             begun = on_its_way.begin(gradient, boundary.backward, axis, replace(site, early=True), in_place)
             return begun, None, None, None, None, None

@@ -32,8 +32,23 @@ def begin_all_reduce(summand: torch.Tensor, axis: Axis, in_place: bool = False) 
 
 def is_alone_in_memory(tensor: torch.Tensor) -> bool:
     """Whether no other tensor lies where this one does: no view, and nothing that autograd keeps."""
+    return _uses_of_memory(tensor) == 2 and tensor.is_contiguous()  # the tensor's, and that of the question
+
+
+def is_nobodys(gradient: torch.Tensor) -> bool:
+    """Whether a gradient on its way is one that no other node of autograd waits for, nor lies where another does.
+
+    It may be a view of what it was computed as, which nothing else knows. What code holds it does not see.
+    """
+    if gradient._use_count() != 1 or not gradient.is_contiguous():  # type: ignore[attr-defined]
+        return False
+    uses, base = _uses_of_memory(gradient), gradient._base
+    return uses == 2 if base is None else uses == 3 and base._use_count() == 2  # type: ignore[attr-defined]
+
+
+def _uses_of_memory(tensor: torch.Tensor) -> int:
     uses: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-    return uses == 2 and tensor.is_contiguous()  # the tensor's, and that of the question
+    return uses
 
 
 def begin_all_gather(shard: torch.Tensor, axis: Axis) -> torch.Tensor:

@@ -45,6 +45,10 @@ def _is_alone(step: Step, steps: Sequence[Step], uses: Counter[Name], made: set[
 def _makes_gradients_for(name: Name, steps: Sequence[Step], uses: Counter[Name]) -> bool:
     """Whether all that reads a tensor is products, whose gradients are new; sums hand on one that others may hold."""
     readers = [step for step in steps if name in step.uses()]
-    return len(readers) == uses[name] and all(
-        step.function in _MAKING_GRADIENTS or function_name(step.function) in PRODUCTS for step in readers
-    )
+    return len(readers) == uses[name] and all(map(_makes_gradients, readers))
+
+
+def _makes_gradients(step: Step) -> bool:
+    name = function_name(step.function)
+    is_product = name in PRODUCTS and len(step.args) == (3 if name == "einsum" else 2)  # an einsum of one is a view
+    return is_product or step.function in _MAKING_GRADIENTS
