@@ -84,7 +84,7 @@ class Between(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result, name = func(*args, **(kwargs or {})), func.__name__.partition(".")[0]
-        if name in ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor_out"):
+        if name in ("all_reduce", "all_reduce_", "reduce_scatter_tensor", "all_gather_into_tensor_out"):
             self._open[result.untyped_storage()._cdata] = len(self.products)
             self.products.append((name, 0))
         elif name == "wait_tensor":
