@@ -88,7 +88,7 @@ class OpMeter:
         placed: Mapping[int, Placement],
         made: Sequence[int],
         arguments: Mapping[int, Sequence[Any]],
-        summed: Set[int] = frozenset(),
+        sent: Set[int] = frozenset(),
     ) -> OpWork:
         """Return what ops compute that run one after the other, with the gradients that autograd leaves in weights.
 
@@ -98,21 +98,20 @@ class OpMeter:
             placed: the placement of every tensor that the ops take, summands for whole ones.
             made: which of the tensors that they make are read elsewhere.
             arguments: as for ``work``, by the ids of ops.
-            summed: tensors that ranks sum up where the ops make them, or of which they sum up the gradient where the
-                ops take them: what is sent is copied to be in the order of its dims.
+            sent: tensors that are sent to other ranks where the ops make them, or of which the gradient is where the
+                ops take them: it is copied to be in the order of its dims.
         """
         numbers: dict[int, int] = {}
         wiring = tuple(
             tuple(numbers.setdefault(each, len(numbers)) for each in (*op.inputs, *op.outputs)) for op in ops
         )
         questions = tuple(self._rules.question(op, tensors) for op in ops)
-        described = tuple(
-            (placed.get(each), tensors[each].has_gradient, tensors[each].variable is None) for each in numbers
-        )
-        ends = tuple(tuple(sorted(numbers[each] for each in those if each in numbers)) for those in (made, summed))
+        infos = ((placed.get(each), tensors[each]) for each in numbers)
+        described = tuple((placement, of.stride, of.has_gradient, of.variable is None) for placement, of in infos)
+        ends = tuple(tuple(sorted(numbers[each] for each in those if each in numbers)) for those in (made, sent))
         key = questions, wiring, described, ends
         if key not in self._known:
-            together = self._measure_together(ops, tensors, placed, made, arguments, summed)
+            together = self._measure_together(ops, tensors, placed, made, arguments, sent)
             self._known[key] = together or self._measure_each(ops, tensors, placed, arguments)
         return self._known[key]
 
@@ -149,7 +148,7 @@ class OpMeter:
         placed: Mapping[int, Placement],
         made: Sequence[int],
         arguments: Mapping[int, Sequence[Any]],
-        summed: Set[int],
+        sent: Set[int],
     ) -> OpWork | None:
         meter = _Meter()
         known: dict[int, torch.Tensor] = {}
@@ -166,7 +165,7 @@ class OpMeter:
                     with meter:
                         result = resolve_op(op.name)(*args, **kwargs)
                         for each, value in zip(op.outputs, tensors_in(result), strict=True):
-                            known[each] = value.contiguous() if each in summed else value
+                            known[each] = value.contiguous() if each in sent else value
                 ends = [known[each] for each in made if known[each].requires_grad]
                 wanted = {each: known[each] for each in outside if known[each].requires_grad}
                 if ends:
@@ -174,7 +173,7 @@ class OpMeter:
                     with meter:
                         found = torch.autograd.grad(ends, list(wanted.values()), gradients, allow_unused=True)
                         for each, gradient in zip(wanted, found, strict=True):
-                            if each in summed and gradient is not None:
+                            if each in sent and gradient is not None:
                                 gradient.contiguous()
                             if tensors[each].variable is not None and gradient is not None:
                                 _lay_out(gradient, known[each], placed[each])

@@ -15,8 +15,8 @@ from typing import Any
 
 from tp_planner.dryrun.op_work import NO_WORK, OpMeter, OpWork, is_copy_in_order, is_in_place, is_view
 from tp_planner.dryrun.sharding_rules import DTensorRules
-from tp_planner.ir.graph import REPEAT, FunctionCall, ModelGraph, Op
-from tp_planner.ir.placement import WHOLE, Partial, Placement, in_parts, local_shape, without_parts
+from tp_planner.ir.graph import REPEAT, FunctionCall, ModelGraph, Op, TensorInfo
+from tp_planner.ir.placement import WHOLE, Partial, Placement, Shard, in_parts, local_shape, without_parts
 from tp_planner.ir.plan import Boundary, Transition
 from tp_planner.passes.choose_styles import StyleChoice, choose_styles, input_placement, output_dim, weight_uses
 from tp_planner.passes.follow_ops import Followed
@@ -320,10 +320,10 @@ class Walker:
             placement = next(iter(taken.values()), WHOLE)
             return sum((self._work_of(op, [placement] * len(op.inputs), None) for op in self._ops(step)), NO_WORK)
         gradients = self._work_of_gradients(step, self._known.placements)
-        if self._trains_matrices(step) and not notes.cut_for:
+        if self._trains_matrices(step):
             return self._work_followed_together(step, notes) + gradients
         placed = self._read(step)
-        needed = [op for op in self._ops(step) if not self._is_left_out(op, placed)]
+        needed = [op for op in self._ops(step) if not self._is_left_out(op, placed, self.graph.tensors)]
         reshaped = (
             self._gradients.reshaped(op, placed[op.inputs[0]], placed[op.outputs[0]])
             for op in needed
@@ -338,12 +338,17 @@ class Walker:
         return step.layer_call is not None and any(each.trainable and len(each.shape) > 1 for each in read)
 
     def _work_followed_together(self, step: Step, notes: Notes) -> OpWork:
-        """Return the work of a layer's ops one after the other."""
-        ops, placed = self._ops(step), self._read(step)
+        """Return the work of a layer's ops one after the other; what is cut for them is a tensor of its own."""
+        ops, cut = _name_what_is_cut(self._ops(step), notes)
+        placed = self._read(step) | {own: shard for (_, shard), own in cut.items()}
+        tensors = {tensor: self.graph.tensors[tensor] for op in self._ops(step) for tensor in (*op.inputs, *op.outputs)}
+        tensors |= {own: _as_copied(tensors[tensor], own) for (tensor, _), own in cut.items()}
         arguments = {op.id: notes.followed[op.id].arguments for op in ops if op.id in notes.followed}
-        needed = self._without_copies(ops, placed)
-        summed = {*self._summed(notes), *self._summed_on_the_way_back(notes)}
-        return self.meter.work_together(needed, self.graph.tensors, placed, step.makes, arguments, summed)
+        needed = self._without_copies(ops, placed, tensors)
+        made = {tensor for op in ops for tensor in op.outputs}
+        ends = dict.fromkeys((*step.makes, *(tensor for tensor, _ in cut if tensor in made)))
+        sent = {*self._summed(notes), *(cut.get(each, each[0]) for each in self._sent_on_the_way_back(notes))}
+        return self.meter.work_together(needed, tensors, placed, tuple(ends), arguments, sent)
 
     def _summed(self, notes: Notes) -> Iterator[int]:
         """Yield what functions make that is summed over the ranks."""
@@ -352,8 +357,8 @@ class Walker:
                 if plan.output is not None and _is_summed(plan.output.forward):
                     yield from self._functions[first].outputs
 
-    def _summed_on_the_way_back(self, notes: Notes) -> Iterator[int]:
-        """Yield what is taken of which the gradient is summed over the ranks, and is of one op alone."""
+    def _sent_on_the_way_back(self, notes: Notes) -> Iterator[tuple[int, Placement]]:
+        """Yield what is taken, and as what, of which the gradient is sent to the ranks, and is of one op alone."""
         taken = [
             (dict(self.graph.calls[placed.call].inputs)[placed.position], placed.boundary)
             for placed in notes.boundaries
@@ -364,8 +369,8 @@ class Walker:
                 arguments = dict(self._functions[first].inputs)
                 taken += [(arguments[position], boundary) for position, boundary in plan.inputs]
         for tensor, boundary in taken:
-            if boundary.has_gradient and _is_summed(boundary.backward) and self._gradients.is_of_one_op(tensor):
-                yield tensor
+            if boundary.has_gradient and boundary.backward.collective and self._gradients.is_of_one_op(tensor):
+                yield tensor, boundary.forward.target
 
     def _work_of_sums(self, notes: Notes) -> OpWork:
         """Return the work of copying what functions make to be summed, where it is not in the order of its dims."""
@@ -373,13 +378,15 @@ class Walker:
         copied = (each for each in made if not self.meter.is_contiguous(each, WHOLE))
         return sum((OpWork((), 2 * math.prod(each.shape) * each.itemsize, 1) for each in copied), NO_WORK)
 
-    def _without_copies(self, ops: Sequence[Op], placed: Mapping[int, Placement]) -> list[Op]:
+    def _without_copies(
+        self, ops: Sequence[Op], placed: Mapping[int, Placement], tensors: Mapping[int, TensorInfo]
+    ) -> list[Op]:
         """Return the ops but for copies that shards do not need; what reads these reads what they were made of."""
         made_of: dict[int, int] = {}
         needed = []
         for op in ops:
             inputs = tuple(made_of.get(each, each) for each in op.inputs)
-            if self._is_left_out(op, placed):
+            if self._is_left_out(op, placed, tensors):
                 made_of[op.outputs[0]] = inputs[0]
             else:
                 needed.append(op if inputs == op.inputs else replace(op, inputs=inputs))
@@ -400,24 +407,24 @@ class Walker:
     def _ops(self, step: Step) -> Sequence[Op]:
         return self.graph.ops[slice(*step.ops)]
 
-    def _is_left_out(self, op: Op, placed: Mapping[int, Placement]) -> bool:
+    def _is_left_out(self, op: Op, placed: Mapping[int, Placement], tensors: Mapping[int, TensorInfo]) -> bool:
         """Whether an op is a copy for an order in memory that shards have: with one head left, say.
 
         Or one that autograd makes of what the next op writes into: it is made, and measured, with that op.
         """
         following = self.graph.ops[op.id + 1 : op.id + 2]
         if op.name == _COPY and op.outputs[0] not in self._read_by_ops:
-            return any(is_in_place(each.name) and each.inputs[:1] == op.inputs for each in following)
+            written = self.graph.ops[op.id].inputs
+            return any(is_in_place(each.name) and each.inputs[:1] == written for each in following)
         if not is_copy_in_order(op):
             return False
         taken = op.inputs[0]
         if (placement := placed.get(taken, WHOLE)) == WHOLE:
             return False
-        tensors = self.graph.tensors
         reshaped = [each.outputs[0] for each in following if each.name == _RESHAPED and each.inputs == op.outputs]
         if not reshaped:
             return self.meter.is_contiguous(tensors[taken], placement)
-        local = local_shape(tensors[reshaped[0]].shape, placed.get(reshaped[0], WHOLE), self.parts)
+        local = local_shape(self.graph.tensors[reshaped[0]].shape, placed.get(reshaped[0], WHOLE), self.parts)
         return self.meter.is_view(tensors[taken], placement, local)
 
     def _work_followed(self, op: Op, notes: Notes) -> OpWork:
@@ -466,7 +473,7 @@ class Walker:
                     arguments[op.id] = followed.arguments
                 for each, made in zip(op.outputs, outputs, strict=True):
                     placed[each] = WHOLE if isinstance(made, Partial) else made
-        needed = self._without_copies(self._ops(step), placed)
+        needed = self._without_copies(self._ops(step), placed, self.graph.tensors)
         work = self.meter.work_together(needed, self.graph.tensors, placed, step.makes, arguments)
         if choice is not None and choice.style == "vocabulary":
             work += self._work_of_own_rows(step, choice)
@@ -479,6 +486,26 @@ class Walker:
         made = call.outputs[0] if call.core_output is None else call.core_output
         rows = self.graph.variables[choice.contraction.main_weight].shape[0]
         return self.meter.of_own_rows(self.graph.tensors[call.inputs[0][1]], self.graph.tensors[made], rows)
+
+
+def _name_what_is_cut(ops: Sequence[Op], notes: Notes) -> tuple[list[Op], dict[tuple[int, Placement], int]]:
+    """Return ops that read what is cut for them under a number of its own, and that by tensor and shard."""
+    reading: list[Op] = []
+    cut: dict[tuple[int, Placement], int] = {}
+    for op in ops:
+        read = ((tensor, notes.cut_for.get((op.id, tensor))) for tensor in op.inputs)
+        inputs = (
+            cut.setdefault((tensor, shard), -len(cut) - 1) if isinstance(shard, Shard) else tensor
+            for tensor, shard in read
+        )
+        reading.append(replace(op, inputs=tuple(inputs)))
+    return reading, cut
+
+
+def _as_copied(info: TensorInfo, number: int) -> TensorInfo:
+    """Return a tensor that is copied in the order of its dims, as shards are that are cut."""
+    strides = tuple(math.prod(info.shape[dim + 1 :]) for dim in range(len(info.shape)))
+    return replace(info, id=number, stride=strides)
 
 
 def _is_summed(change: Transition) -> bool:
