@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 from unittest import mock
@@ -127,6 +128,15 @@ def plan_in_a_job_on_gpus(name: str, replicas: int) -> tuple[str, str]:
 
 
 # In the parent
+
+
+def test_planning_leaves_the_process_as_it_was() -> None:
+    """No process group, and no rank before each line of an error that the process ends with."""
+    before = sys.excepthook
+    with planning_axes(Mesh((("model", 2),))):
+        assert dist.get_backend() == "fake"
+    assert not dist.is_initialized()
+    assert sys.excepthook is before
 
 
 def test_running_group_has_the_meshs_devices(pools: Pools) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 
 import tp_planner
-from tests.models import CASES, randomize
+from tests.models import CASES, building, randomize
 from tests.replicas import MODELS, share
 from tests.replicas import layout as replicas_layout
 from tests.workers import WorkerPool, layout_map
@@ -240,6 +240,23 @@ def on_rank_0_alone(rules: str, shape: tuple[int, int]) -> tuple[dict[str, Any],
     return plain, mixed
 
 
+def both_with_functions_of_its_own(rules: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train a model that adds what two layers make, behind a layer that adds, with and without jit_compile=True."""
+    rng = np.random.default_rng(5)
+    batches = [(rng.standard_normal((BATCH_SIZE, 6, 8)), rng.standard_normal((BATCH_SIZE, 6, 5))) for _ in range(STEPS)]
+
+    def build() -> keras.Model:
+        with building("float64"):
+            inputs = keras.Input((6, 8))
+            x = layers.Add(name="sum")([inputs, layers.Dense(8, "tanh", name="before")(inputs)])
+            x = layers.Dense(8, "tanh", name="left")(x) + layers.Dense(8, name="right")(x)
+            return randomize(keras.Model(inputs, layers.Dense(5, name="head")(x), name="model"))
+
+    loss = keras.losses.MeanSquaredError(dtype="float64")
+    plain, jit = (trained(build(), loss, batches, layout_map(rules), jit) for jit in (False, True))
+    return plain, jit
+
+
 def both_with(middle: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Train an MLP whose middle layer does what a program does not do."""
     case = CASES["mlp"]
@@ -416,6 +433,16 @@ def check(results: list[tuple[dict[str, Any], dict[str, Any]]], replayed: int) -
 def test_replayed_steps_are_those_of_the_layers(pools: Callable[[int], WorkerPool], name: str) -> None:
     """The same losses, weights, predictions and collectives, and the layers' code does not run."""
     results = pools(2).run(both, name)
+    check(results, replayed=STEPS - 1)
+    assert [jit["warnings"] for _, jit in results] == [[], []]
+
+
+@pytest.mark.parametrize("column", ["left", "right"])
+def test_functions_that_a_model_itself_calls_are_replayed(pools: Callable[[int], WorkerPool], column: str) -> None:
+    """A program knows which sums were those of the model's own code, which the plan changes, and which of layers."""
+    results = pools(2).run(
+        both_with_functions_of_its_own, {f"{column}/kernel": (None, "model"), "head/kernel": ("model", None)}
+    )
     check(results, replayed=STEPS - 1)
     assert [jit["warnings"] for _, jit in results] == [[], []]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -213,12 +214,14 @@ def planning_axes(mesh: Mesh) -> Iterator[Axes]:
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    prints_errors = sys.excepthook  # torch puts a rank before each line, and leaves that behind
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=mesh.size)
     try:
         yield _as_rank_zero(mesh, _renamed(_device_mesh(mesh)))
     finally:
         _made.clear()
         dist.destroy_process_group()
+        sys.excepthook = prints_errors
 
 
 def _renamed(device_mesh: DeviceMesh) -> DeviceMesh:

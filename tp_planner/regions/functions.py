@@ -10,7 +10,8 @@ made element by element.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,3 +178,37 @@ class FunctionCalls(TorchFunctionMode):
 def _value(given: Any) -> Any:
     """Return what a function is given, read now if it is a variable."""
     return given.value if isinstance(given, keras.Variable) else given
+
+
+@contextmanager
+def beneath_the_calls(mode: TorchFunctionMode) -> Iterator[None]:
+    """Inside, the mode sees what becomes of the functions that the running call's own code calls.
+
+    Entered behind it, it would see the code's.
+    """
+    functions = running.frames[-1].functions if running.frames else None
+    if functions is None:
+        with mode:
+            yield
+        return
+    functions.__exit__(None, None, None)
+    try:
+        with mode, functions:
+            yield
+    finally:
+        functions.__enter__()
+
+
+@contextmanager
+def changed_already() -> Iterator[None]:
+    """Inside, functions are called into which those of the running call's code have been changed before."""
+    frame = running.frames[-1] if running.frames else None
+    if frame is None or frame.functions is None:
+        yield
+        return
+    functions, frame.functions = frame.functions, None  # for good: this call makes none that could be counted
+    functions.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        functions.__enter__()

@@ -14,6 +14,7 @@ from typing import Any
 
 import keras
 
+from tp_planner.regions.functions import changed_already
 from tp_planner.regions.left_out import watching
 from tp_planner.replay.automatic import Automatic, State, foreign_code
 from tp_planner.replay.in_place import with_sums_in_place
@@ -66,7 +67,7 @@ def replaying(
         if unasked is not None and (model.run_eagerly or not unasked.lets(sort)):
             return plain(*args, **kwargs)
         if programs.has(sort):
-            with watching() if makes_again or in_parts else contextlib.nullcontext():
+            with changed_already(), watching() if makes_again or in_parts else contextlib.nullcontext():
                 return programs.run(sort, given.tensors)
         before = Attributes(layers)
         return programs.tape(sort, given, plain, lambda tape, output: look_for_what_stays(tape, before, layers, output))

@@ -27,6 +27,7 @@ from tp_planner.frontend.functions import function_name
 from tp_planner.frontend.keras_internals import core
 from tp_planner.patches import replaced, wrapped
 from tp_planner.regions.calls import run_at_once, running
+from tp_planner.regions.functions import beneath_the_calls
 from tp_planner.regions.made_again import made_again
 from tp_planner.replay.program import Name, Program, Step, Writing, compiled
 from tp_planner.replay.rewrites import Rewriting, rewritten
@@ -70,7 +71,7 @@ class Tape:
             for module, name in SEEDING:
                 stack.enter_context(wrapped(module, name, self._refused, "no program may do this"))
             stack.enter_context(self._made)
-            stack.enter_context(self._functions)
+            stack.enter_context(beneath_the_calls(self._functions))
             self._stack = stack.pop_all()
         return self
 

@@ -1,0 +1,157 @@
+"""Random models, with random layouts and ways of use, train as on one device."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import keras
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+import tp_planner
+from tests.random_models import random_batch, random_model
+from tests.replicas import Shape, relative, share, weights
+from tests.workers import Pools
+from tp_planner.frontend.layer_tree import named_layers
+from tp_planner.ir.layout import AxisSpec, Layout, LayoutRule
+from tp_planner.ir.mesh import Mesh
+from tp_planner.replay import automatic
+
+Rules = dict[str, tuple[AxisSpec, ...]]
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a model is sharded and trained."""
+
+    seed: int
+    shape: Shape
+    rules: Rules
+    zero: int
+    ahead: int
+    stream: bool
+    distributed: bool
+    jit_compile: Any
+    optimizer: dict[str, Any]
+    sizes: tuple[int, ...]  # of global batches
+    frozen: float  # share of layers
+    decayed: bool  # by regularizers
+
+
+def random_use(seed: int, ranks: int) -> Use:
+    rng = random.Random(1000 + seed)
+    shape = rng.choice({2: [(1, 2), (2, 1)], 4: [(1, 4), (2, 2), (2, 2), (4, 1)]}[ranks])
+    distributed = rng.random() < 0.3
+    optimizer = rng.choice([{}, {}, {"gradient_accumulation_steps": 2}, {"global_clipnorm": 0.1}, {"use_ema": True}])
+    return Use(
+        seed=seed,
+        shape=shape,
+        rules=_rules(random_model(seed), rng, shape[0] > 1, not distributed) if rng.random() < 0.8 else {},
+        zero=rng.choice([0, 0, 1, 3]) if shape[0] > 1 else 0,
+        ahead=rng.choice([0, 1, 1, 2]),
+        stream=rng.random() < 0.2,
+        distributed=distributed,
+        jit_compile=rng.choice([False, "auto", "auto", "auto" if distributed else True]),
+        optimizer=optimizer,
+        sizes=tuple(rng.choice([[8, 8, 8, 8], [8, 5, 8, 3], [4, 4, 1, 4, 7]])),
+        frozen=rng.choice([0.0, 0.0, 0.3]),
+        decayed=rng.random() < 0.2,
+    )
+
+
+def _rules(model: keras.Model, rng: random.Random, replicas: bool, pairs: bool) -> Rules:
+    """Return rules for a random share of the weights: a random dim of each, with ``replicas`` two, or one over both."""
+    chance, both, rules = rng.choice([0.4, 0.7, 1.0]), rng.random() < 0.3 and replicas, {}
+    for variable in model.variables:
+        if len(variable.shape) and rng.random() < chance:
+            axes: list[AxisSpec] = [None] * len(variable.shape)
+            dims = rng.sample(range(len(axes)), min(len(axes), 2))
+            axes[dims[0]] = "model"
+            if both and len(dims) == 2 and rng.random() < 0.5:
+                axes[dims[1]] = "batch"
+            elif both and pairs and rng.random() < 0.3:
+                axes[dims[0]] = ("batch", "model")
+            rules[re.escape(variable.path)] = tuple(axes)
+    return rules
+
+
+# On the ranks
+
+
+def build(use: Use, seed: int) -> keras.Model:
+    model, rng = random_model(use.seed), random.Random(use.seed)
+    if seed:  # another start than rank 0's, whose weights are those that count
+        noise = np.random.default_rng(seed)
+        for variable in model.trainable_variables:
+            variable.assign(noise.standard_normal(variable.shape))
+    for name, layer in named_layers(model).items():
+        if name and rng.random() < use.frozen and name != "head":
+            layer.trainable = False
+        if use.decayed and isinstance(layer, keras.layers.Dense) and layer.built:
+            layer.kernel.regularizer = keras.regularizers.L2(0.01)
+    return model
+
+
+def compiled(use: Use, model: keras.Model) -> keras.Model:
+    optimizer = keras.optimizers.AdamW(0.01, weight_decay=0.1, epsilon=1e-2, **use.optimizer)
+    model.compile(optimizer, keras.losses.MeanSquaredError(dtype="float64"), jit_compile=use.jit_compile)
+    return model
+
+
+def trained(use: Use) -> dict[str, float]:
+    """Return how far weights and losses are from those of one process on the whole batches."""
+    rng = np.random.default_rng(use.seed)
+    alone = compiled(replace(use, jit_compile=False), build(use, 0))
+    batches = [random_batch(alone, rng, size) for size in use.sizes]
+    expected = [alone.train_on_batch(x, y) for x, y in batches]
+    with mock.patch.object(automatic, "PATIENCE", 1):
+        model, found = _distributed(use, batches) if use.distributed else _parallelized(use, batches)
+    end, own_end = weights(alone), weights(model)
+    errors = {key: relative(own_end[key], end[key]) for key in end if "seed_generator" not in key}
+    outputs = [np.asarray(each.predict_on_batch(batches[0][0])) for each in (alone, model)]
+    errors["outputs"] = relative(outputs[1][: len(outputs[0])], outputs[0])
+    errors["losses"] = relative(np.array(found), np.array(expected)) * 1e-6  # Keras adds them in float32
+    return errors
+
+
+def _parallelized(use: Use, batches: Any) -> tuple[keras.Model, list[float]]:
+    replicas = use.shape[0]
+    shares = [share(batch, dist.get_rank() // use.shape[1], replicas) for batch in batches]
+    rules = tuple(LayoutRule(pattern, axes) for pattern, axes in use.rules.items())
+    mesh = Mesh((("batch", replicas), ("model", use.shape[1])))
+    layout = Layout(mesh, rules, sequence_parallel=use.stream, gathers_ahead=use.ahead, zero=use.zero)
+    model = compiled(use, build(use, dist.get_rank()))
+    tp_planner.parallelize(model, layout, shares[0][0], batch_axis="batch")
+    model.compile(model.optimizer, model.loss, jit_compile=use.jit_compile)  # which is noted from now on
+    return model, [model.train_on_batch(x, y) for x, y in shares]
+
+
+def _distributed(use: Use, batches: Any) -> tuple[keras.Model, list[float]]:
+    devices = [f"cpu:{rank}" for rank in range(dist.get_world_size())]
+    layout_map = keras.distribution.LayoutMap(keras.distribution.DeviceMesh(use.shape, ("batch", "model"), devices))
+    for pattern, axes in use.rules.items():
+        layout_map[pattern] = axes
+    layout_map.zero = use.zero
+    tp_planner.enable_keras_distribution()
+    try:
+        with keras.distribution.ModelParallel(layout_map=layout_map, batch_dim_name="batch").scope():
+            model = compiled(use, build(use, 0))
+            return model, [model.train_on_batch(x, y) for x, y in batches]
+    finally:
+        tp_planner.disable_keras_distribution()
+
+
+# In the parent
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(each, marks=pytest.mark.slow) for each in range(1, 30))])
+def test_random_models_train(pools: Pools, ranks: int, seed: int) -> None:
+    """Losses, and weights after steps of AdamW on uneven batches, are those of one process."""
+    for errors in pools(ranks).run(trained, random_use(seed, ranks)):
+        assert {key: error for key, error in errors.items() if not error < 1e-10} == {}
