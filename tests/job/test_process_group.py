@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 
 import tp_planner
-from tests.models import CASES
+from tests.models import CASES, building
+from tests.random_models import Heads
 from tests.workers import Pools, layout_map
 from tp_planner.frontend.layout_map import device_type_of
 from tp_planner.ir.errors import PlanError
-from tp_planner.ir.layout import DeviceType
+from tp_planner.ir.layout import DeviceType, Layout, LayoutRule
 from tp_planner.ir.mesh import Mesh
 from tp_planner.job import process_group
 from tp_planner.job.process_group import device_type, planning_axes, require_process_group
@@ -127,7 +128,22 @@ def plan_in_a_job_on_gpus(name: str, replicas: int) -> tuple[str, str]:
     return plans[0], plans[1]
 
 
+def plan_of_uneven_shards() -> str:
+    """Return the plan of three heads, which a layer's own code tells from each other, on all ranks of the job."""
+    with building("float64"):
+        inputs = keras.Input((6, 8), name="x")
+        model = keras.Model(inputs, Heads(3, 4, causal=True, name="heads")(inputs), name="model")
+    rules = {"heads/packed": (None, "model"), "heads/out": ("model", None)}
+    layout = Layout(Mesh((("model", 4),)), tuple(LayoutRule(pattern, axes) for pattern, axes in rules.items()))
+    return tp_planner.plan(model, layout).to_json()
+
+
 # In the parent
+
+
+def test_every_rank_plans_for_rank_0(pools: Pools) -> None:
+    """Uneven shards are others on each rank, and yet all ranks make the plan that is made without a job."""
+    assert pools(4).run(plan_of_uneven_shards) == [plan_of_uneven_shards()] * 4
 
 
 def test_planning_leaves_the_process_as_it_was() -> None:

@@ -234,7 +234,9 @@ def _renamed(device_mesh: DeviceMesh) -> DeviceMesh:
 
 
 def _as_rank_zero(mesh: Mesh, device_mesh: DeviceMesh) -> Axes:
+    """Return the axes of a mesh of planning's own, of which DTensor is to see rank 0's shards on every rank."""
     assert device_mesh.mesh_dim_names is not None
+    device_mesh._rank, device_mesh._coordinate_on_dim = 0, (0,) * device_mesh.ndim
     if device_mesh.ndim == 1:
         return Axes(device_mesh, Axis(device_mesh, mesh.model_axis, device_mesh.size(), 0))
     model, batch = (device_mesh[name] for name in device_mesh.mesh_dim_names)
