@@ -269,6 +269,31 @@ class Half(keras.layers.Layer):
         return self.activation(self.dense(x))
 
 
+class Scaled(keras.layers.Layer):
+    """Scales its input by a number that it learns: as well a shard of it."""
+
+    def build(self, shape: Any) -> None:
+        self.factor = self.add_weight(shape=(), name="factor")
+
+    def call(self, x: Any) -> Any:
+        return keras.ops.tanh(x * self.factor)
+
+
+class Twice(keras.layers.Layer):
+    """Two of them."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.first, self.second = Scaled(name="first"), Scaled(name="second")
+
+    def build(self, shape: Any) -> None:
+        self.first.build(shape)
+        self.second.build(shape)
+
+    def call(self, x: Any) -> Any:
+        return self.second(self.first(x))
+
+
 class Pair(keras.layers.Layer):
     """Two equal blocks inside a block."""
 
@@ -324,6 +349,14 @@ def regions_across_blocks() -> keras.Model:
     for index in range(3):
         x = Half(16, name=f"half_down_{index}")(Half(32, name=f"half_up_{index}")(x))
     return keras.Model(inputs, x)
+
+
+def blocks_of_which_one_is_given_shards() -> keras.Model:
+    inputs = keras.Input((5, 16))
+    x = keras.layers.Dense(32, name="up")(inputs)
+    x = sums = keras.layers.Dense(16, name="down")(Twice(name="block_0")(x))
+    x = Twice(name="block_1")(keras.layers.Dense(32, name="whole")(x))
+    return keras.Model(inputs, keras.layers.Concatenate()([x, sums]))
 
 
 def parts_from_outside() -> keras.Model:
@@ -439,6 +472,7 @@ RULES = {
         two_towers,
         one_block_three_times,
         regions_across_blocks,
+        blocks_of_which_one_is_given_shards,
         parts_from_outside,
         blocks_with_losses,
         blocks_that_hand_on,

@@ -76,11 +76,11 @@ def place_boundaries(
         conflicts = [conflict for walk in walks for conflict in walk.conflicts]
         conflicts = _of_packing(conflicts) or conflicts or _disagreements(graphs, walks)
         met += conflicts
-        apart = (
-            any(walk.blocks_differ for walk in walks)
-            if not conflicts
-            else must_walk_all_blocks(conflicts, graphs, walks)
-        )
+        differ = any(walk.blocks_differ for walk in walks)
+        if differ and not all(conflict.origins for conflict in conflicts):  # of shards that only the other block made
+            apart = True
+        else:
+            apart = must_walk_all_blocks(conflicts, graphs, walks) if conflicts else differ
         if apart or not conflicts:
             return Placing(walks, closings, tuple(met), apart)
         closings = close(closings, conflicts)
