@@ -93,6 +93,12 @@ def is_sum(transition: Transition) -> bool:
     return isinstance(transition.source, Partial) and isinstance(transition.target, Replicate)
 
 
+def _is_sum_alone(boundary: Boundary) -> bool:
+    """Whether a boundary is a sum, and nothing on the way back."""
+    on_the_way_back = boundary.backward.source != boundary.backward.target or boundary.behind or boundary.again
+    return is_sum(boundary.forward) and not on_the_way_back
+
+
 def unequal_length(boundary: Boundary, transition: Transition, axis: Axis) -> int | None:
     """Return how long a dim is whose unequal shards one of the boundary's transitions gathers; None for equal ones.
 
@@ -330,4 +336,7 @@ def cross_at_once(
     with running.converting():
         if not (tensor.requires_grad and torch.is_grad_enabled()):
             return _forward(tensor, boundary, axis, site, alone)
+        if alone and _is_sum_alone(boundary) and is_alone_in_memory(tensor):
+            sum_in_place(tensor, axis, site)
+            return tensor  # as autograd knows it: the sum's gradient is that of each summand
         return _enter(tensor, boundary, axis, site, alone)

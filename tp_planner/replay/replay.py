@@ -20,6 +20,7 @@ from tp_planner.replay.automatic import Automatic, State, foreign_code
 from tp_planner.replay.in_place import with_sums_in_place
 from tp_planner.replay.once import once_without_gradients
 from tp_planner.replay.program import Step, Writing, compiled
+from tp_planner.replay.reads import with_reads_together
 from tp_planner.replay.rewrites import Rewriting, rewritten, with_the_same_bits
 from tp_planner.replay.taped_calls import Given, Programs
 from tp_planner.replay.what_stays import Attributes, look_for_what_stays
@@ -54,7 +55,7 @@ def replaying(
     asked = "auto" if automatic else model.jit_compile  # which Keras changes while it calls models
     rewrite = once_without_gradients if in_parts else with_the_same_bits if automatic else rewritten
     if write is compiled:  # others hold what they will read again where nobody sees it
-        rewrite = functools.partial(_and_sums_in_place, rewrite)
+        rewrite = functools.partial(_with_less_to_do_on_the_way_back, rewrite)
     programs = Programs(asked, what, logger.info if automatic else logger.warning, write, rewrite)
     unasked = _unasked(what, layers, programs) if automatic else None
 
@@ -75,8 +76,8 @@ def replaying(
     return call
 
 
-def _and_sums_in_place(rewrite: Rewriting, steps: Sequence[Step], output: Any) -> list[Step]:
-    return with_sums_in_place(rewrite(steps, output), output)
+def _with_less_to_do_on_the_way_back(rewrite: Rewriting, steps: Sequence[Step], output: Any) -> list[Step]:
+    return with_sums_in_place(with_reads_together(rewrite(steps, output)), output)
 
 
 def _unasked(what: str, layers: Mapping[str, keras.Layer], programs: Programs) -> Automatic:

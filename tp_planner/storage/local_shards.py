@@ -5,6 +5,7 @@ Both are on the way of each weight in each step, so what autograd and DTensor wo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,13 +24,27 @@ class LocalShard(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> DTensor | None:
-        whole = _gradient_of_shard(ctx, gradient)
-        node = ctx.next_functions[0][0]
-        return None if not torch.is_grad_enabled() and _leave(whole, ctx.parameter, node) else whole
+        return _hand_on(gradient, ctx.parameter, ctx.next_functions[0][0])
+
+
+class LocalShards(torch.autograd.Function):
+    """The shards of several DTensor parameters, whose gradients come back together: one call each way for all."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: DTensor) -> tuple[torch.Tensor, ...]:
+        ctx.parameters = parameters
+        ctx.set_materialize_grads(False)  # of a shard that nothing has read there is none
+        return tuple([parameter._local_tensor.detach() for parameter in parameters])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[DTensor | None, ...]:
+        nodes = [node for node, _ in ctx.next_functions]
+        return tuple(map(_hand_on, gradients, ctx.parameters, nodes))
 
 
 # What ``apply`` adds to it is for transforms of torch.func, and takes as long.
 _at_once = super(torch.autograd.Function, LocalShard).apply
+_all_at_once = super(torch.autograd.Function, LocalShards).apply
 
 
 def local_shard(parameter: DTensor) -> torch.Tensor:
@@ -41,15 +56,32 @@ def local_shard(parameter: DTensor) -> torch.Tensor:
     return shard
 
 
+def local_shards(parameters: Sequence[DTensor]) -> Sequence[torch.Tensor]:
+    """Return what ``local_shard`` does of each parameter; gradients flow back once all of them have come."""
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed or not torch.is_grad_enabled() or not all(each.requires_grad for each in parameters):
+        return list(map(local_shard, parameters))
+    shards: Sequence[torch.Tensor] = _all_at_once(*parameters)
+    return shards
+
+
+def _hand_on(gradient: torch.Tensor | None, parameter: Any, node: Any) -> DTensor | None:
+    """Return a shard's gradient as that of its parameter, for ``node``; None if it is left there already."""
+    if gradient is None:
+        return None
+    whole = _gradient_of_shard(parameter, gradient)
+    return None if not torch.is_grad_enabled() and _leave(whole, parameter, node) else whole
+
+
 @without_gradients
-def _gradient_of_shard(ctx: Any, gradient: torch.Tensor) -> DTensor:
+def _gradient_of_shard(parameter: Any, gradient: torch.Tensor) -> DTensor:
     # What DTensor.from_local does without its checks, which cost more than a small layer's matmul. Autograd lays out a
     # gradient as its parameter, and copies one that is somebody else's, too, but asks this of the DTensor; kernels of
     # updates look at the shard's strides, and some write into it.
     local = gradient.contiguous()
     if local is gradient and gradient._use_count() > 1:  # type: ignore[attr-defined]
         local = gradient.clone()
-    return DTensor.__new__(DTensor, local, ctx.parameter._spec, requires_grad=False)
+    return DTensor.__new__(DTensor, local, parameter._spec, requires_grad=False)
 
 
 def _leave(gradient: DTensor, parameter: Any, node: Any) -> bool:

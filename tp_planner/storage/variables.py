@@ -13,8 +13,9 @@ replicas may hold summands there, which are added wherever the whole value is re
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,7 +50,7 @@ from tp_planner.regions.calls import Reader, Site, running, standing_at
 from tp_planner.regions.replicas import Replicas
 from tp_planner.regions.summands import Summands
 from tp_planner.storage.casts import cast_again
-from tp_planner.storage.local_shards import local_shard
+from tp_planner.storage.local_shards import local_shard, local_shards
 from tp_planner.storage.parts import ReadTogether
 from tp_planner.storage.sharding import Sharding, own_shard
 from tp_planner.storage.unequal_parts import has_unequal_parts, mesh_of_parts
@@ -282,7 +283,7 @@ def read_as(boundary: Boundary, axis: Axis, site: Site) -> Reader:
     stored, used = boundary.forward.source, boundary.forward.target
     partial = isinstance(boundary.backward.source, Partial)
     if isinstance(stored, Shard) and used == stored:
-        return lambda variable: read_shard(variable, site)
+        return functools.partial(read_shard, site=site)  # which programs know
     if isinstance(stored, Shard) and used == Replicate():
         return lambda variable: read_whole(variable, site, gradient_is_partial=partial)
     if isinstance(stored, Shard):
@@ -333,6 +334,20 @@ def read_shard(variable: Any, site: Site | None) -> torch.Tensor:
     if cast is not value:
         cast_again(cast, local_tensor(variable), variable.path)
     return cast
+
+
+def read_shards(variables: Sequence[Any]) -> Sequence[torch.Tensor]:
+    """Return what ``read_shard`` does of each variable, of those that a program may read together."""
+    with running.converting():
+        return local_shards([variable._value for variable in variables])
+
+
+def may_be_read_together(variable: Any, dtype: torch.dtype | None) -> bool:
+    """Whether to read a variable in shards is but to take this rank's, where it is read in a dtype."""
+    if isinstance(variable._stored.sharding.batch_placement, Shard):
+        return False
+    value = variable._value
+    return isinstance(value, DTensor) and value.dtype == dtype and value.requires_grad
 
 
 def _read_parts(variable: Any, stored: Stored, site: Site | None) -> torch.Tensor:
