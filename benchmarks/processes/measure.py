@@ -6,6 +6,7 @@ Prints nothing; rank 0 writes the raw times to a JSON file.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -27,6 +28,7 @@ from peers.handwritten import AdamW, Gpt, make_all_dtensors, parallelize_with_st
 from showing.report import (
     AUTOMATIC,
     DTENSORS,
+    FITTED,
     HANDWRITTEN,
     KERAS_SHARD,
     ON_STREAM,
@@ -96,6 +98,7 @@ def versions(size: Size, shard_floor: bool) -> Iterator[Version]:
     yield Version(PLANNED, keras_steps(planned_gpt(size, weights), batch))
     yield Version(REPLAYED, keras_steps(planned_gpt(size, weights), batch, jit_compile=True))
     yield Version(AUTOMATIC, keras_steps(planned_gpt(size, weights, of_libraries=True), batch, jit_compile="auto"))
+    yield Version(FITTED, fit_steps(planned_gpt(size, weights, of_libraries=True), batch))
     for name, replayed in {ON_STREAM: False, ON_STREAM_REPLAYED: True}.items():
         on_stream = planned_gpt(size, weights, sequence_parallel=True)
         yield Version(name, keras_steps(on_stream, batch, jit_compile=replayed))
@@ -138,6 +141,20 @@ def keras_steps(model: keras.Model, batch: Batch, jit_compile: Any = False) -> M
         return loss.detach()
 
     return {"step": step, **inference(lambda given: model(given, training=False), tokens)}
+
+
+def fit_steps(model: keras.Model, batch: Batch) -> Mapping[str, Step]:
+    """Return the works of the Keras GPT, training as ``fit`` does by Keras's default, with its mean loss."""
+    works = keras_steps(model, batch, jit_compile="auto")
+    data, numbers = tuple(map(torch.from_numpy, batch)), itertools.count()
+
+    def step() -> torch.Tensor:
+        if next(numbers) < CHECKED_STEPS:
+            model.reset_metrics()  # so that the mean is this step's loss
+        loss: torch.Tensor = model.train_step(data)["loss"]
+        return loss
+
+    return {**works, "step": step}
 
 
 def torch_steps(

@@ -12,6 +12,7 @@ from unittest import mock
 import keras
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from keras.src.losses.losses import LossFunctionWrapper
 from keras.src.metrics.reduction_metrics import Mean
@@ -111,6 +112,8 @@ def trained(change: str, jit_compile: Any, replicas: str = "") -> tuple[str, dic
             rows = given.get("rows", BATCH)
             weights = given["sample_weight"]
             batch = share([each[:rows] for each in (x, y, weights) if each is not None], replica, shape[0])
+            if not replicas:  # of tensors steps are replayed as a whole
+                batch = list(map(torch.from_numpy, batch))
             results.append(np.asarray(model.train_on_batch(*batch)))
             if replicas:
                 results.append(np.asarray(model.test_on_batch(*batch)))

@@ -13,7 +13,7 @@ import itertools
 import operator
 import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import keras
@@ -32,14 +32,13 @@ LIBRARIES = frozenset({"keras", "keras_hub", "torch", "tp_planner", "numpy"}) | 
 _STEPS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics", "metrics")
 _PHASES = ("compile", "fit", "evaluate", "predict", "get_config", "from_config", "__init__")
 AROUND_CALLS = frozenset({*vars(type("Empty", (), {})), *_STEPS, *_PHASES})
-_OF_CALLS = (
+OF_CALLS = (
     "_trainable",
     "_dtype_policy",
     "autocast",
     "activity_regularizer",
 )  # bookkeeping of Keras's that changes what a call does
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_FOR_MISSING = itertools.repeat(object())  # in the place of what is not there
 
 
 def foreign_code(layers: Mapping[str, keras.Layer]) -> str:
@@ -48,7 +47,7 @@ def foreign_code(layers: Mapping[str, keras.Layer]) -> str:
     Args:
         layers: the model and all layers below it, by name.
     """
-    if any(map(len, _global_hooks())):
+    if any(map(len, hooks_of_all_modules())):
         return "torch calls hooks for all modules"
     for name, layer in layers.items():
         if isinstance(layer, keras.layers.TorchModuleWrapper):
@@ -59,7 +58,7 @@ def foreign_code(layers: Mapping[str, keras.Layer]) -> str:
             own = set() if is_of_a_library(kind) else set(vars(kind))
             if own and not (isinstance(layer, keras.Model) and own <= AROUND_CALLS):
                 return f"layer {name!r} has code of {kind.__qualname__}"
-        if any(is_foreign(hook) for hooks in _hooks_of(layer) for hook in hooks.values()):
+        if any(is_foreign(hook) for hooks in hooks_of(layer) for hook in hooks.values()):
             return f"layer {name!r} has a hook"
         for key, value in _entries(layer):
             if is_foreign(value):
@@ -91,11 +90,13 @@ def _entries(layer: keras.Layer) -> Iterator[tuple[Any, Any]]:
         yield from ((key, value) for key, value in items if key not in BOOKKEEPING)
 
 
-def _hooks_of(layer: keras.Layer) -> Iterator[dict[int, Any]]:
+def hooks_of(layer: keras.Layer) -> Iterator[dict[int, Any]]:
+    """Yield the hooks of a layer, by kind."""
     yield from (getattr(layer, name) for name in _HOOKS)
 
 
-def _global_hooks() -> Iterator[dict[int, Any]]:
+def hooks_of_all_modules() -> Iterator[dict[int, Any]]:
+    """Yield the hooks that torch calls for any module, by kind."""
     yield from (getattr(torch.nn.modules.module, f"_global{name}") for name in _HOOKS)
 
 
@@ -151,6 +152,11 @@ class Automatic:
             self._begin()
         return not self._is_off
 
+    def lets_all(self) -> bool:
+        """Whether calls of which there are programs may be replayed now; it is no call more."""
+        state = self._state
+        return not (self._is_off or state is None or state.is_set_aside() or state.is_another())
+
     def has_changed(self) -> bool:
         """Whether what programs have written into them is something else now."""
         return self._state is not None and self._state.is_another()
@@ -178,11 +184,16 @@ class State:
     """What layers hold, and which hooks they have, as it is now."""
 
     def __init__(self, layers: Mapping[str, keras.Layer]) -> None:
-        self._hooks = [*_global_hooks(), *(hooks for layer in layers.values() for hooks in _hooks_of(layer))]
+        self._hooks = [*hooks_of_all_modules(), *(hooks for layer in layers.values() for hooks in hooks_of(layer))]
         self._numbers = list(map(len, self._hooks))
         self._kinds = [type(layer) for layer in layers.values()]
         self._calls = [kind.call for kind in self._kinds]
-        self._held = [held for layer in layers.values() for held in _held_by(layer)]
+        held = [each for layer in layers.values() for each in _held_by(layer)]
+        self._wholes = [holder for holder, keys in held if keys is None]
+        self._sizes = list(map(len, self._wholes))
+        self._getters = [(_getter(present), holder) for holder, present in _with_keys(held, True) if present]
+        self._missing = [(holder, key) for holder, absent in _with_keys(held, False) for key in absent]
+        self._values = list(self._now())
 
     def is_set_aside(self) -> bool:
         """Whether there are other hooks, for as long as there are."""
@@ -192,33 +203,38 @@ class State:
         """Whether a layer has something in another's place, or its class another call."""
         if any(kind.call is not call for kind, call in zip(self._kinds, self._calls, strict=True)):
             return True
-        return any(held.is_another() for held in self._held)
-
-
-class _Held:
-    """What a dict or a list holds under these keys; all keys, for a list or where ``keys`` is None."""
-
-    def __init__(self, holder: dict[Any, Any] | list[Any], keys: list[Any] | None = None) -> None:
-        self._holder, self._keys = holder, keys
-        self._values = list(self._now())
-
-    def _now(self) -> Iterable[Any]:
-        if isinstance(self._holder, list):
-            return self._holder
-        return self._holder.values() if self._keys is None else map(self._holder.get, self._keys, _FOR_MISSING)
-
-    def is_another(self) -> bool:
-        if self._keys is None and len(self._holder) != len(self._values):
+        if list(map(len, self._wholes)) != self._sizes or any(key in holder for holder, key in self._missing):
             return True
-        return any(map(operator.is_not, self._now(), self._values))
+        try:
+            return any(map(operator.is_not, self._now(), self._values))
+        except KeyError:  # of what is there no more
+            return True
+
+    def _now(self) -> Iterator[Any]:
+        wholes = (each.values() if isinstance(each, dict) else each for each in self._wholes)
+        return itertools.chain.from_iterable([*wholes, *(get(holder) for get, holder in self._getters)])
 
 
-def _held_by(layer: keras.Layer) -> Iterator[_Held]:
+Holder = dict[Any, Any] | list[Any]
+
+
+def _getter(keys: Sequence[Any]) -> Callable[[Holder], tuple[Any, ...]]:
+    """Return what gets the values under some keys, which takes less time than to ask for one after the other."""
+    return operator.itemgetter(*keys, keys[0])  # always several, so that it is a tuple
+
+
+def _with_keys(held: Iterable[tuple[Any, Sequence[Any] | None]], present: bool) -> Iterator[tuple[Any, list[Any]]]:
+    """Yield holders with those of the keys looked at that are there, or are not."""
+    yield from ((holder, [key for key in keys if (key in holder) == present]) for holder, keys in held if keys)
+
+
+def _held_by(layer: keras.Layer) -> Iterator[tuple[Holder, Sequence[Any] | None]]:
+    """Yield dicts and lists, and the keys under which it matters what is there; None for all of them."""
     own = vars(layer)
     inner = [key for key, module in own["_modules"].items() if not isinstance(module, torch.nn.ParameterDict)]
-    yield _Held(own["_modules"], inner)  # layers that are attributes, and the graph of a Sequential
+    yield own["_modules"], inner  # layers that are attributes, and the graph of a Sequential
     if isinstance(layer, keras.Model):  # what its trainer holds changes all the time
-        yield _Held(own, list(_OF_CALLS))
+        yield own, OF_CALLS
         return
-    yield _Held(own, [*_OF_CALLS, "call", *(key for key in own if key not in BOOKKEEPING)])
-    yield from (_Held(holder) for holder in holders(layer) if holder is not own)
+    yield own, [*OF_CALLS, "call", *(key for key in own if key not in BOOKKEEPING)]
+    yield from ((holder, None) for holder in holders(layer) if holder is not own)

@@ -6,13 +6,15 @@ very functions that the code made, so that results are the same to the bit, whoe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
+
+import torch
 
 from tp_planner.replay.automatic import Automatic, Written
 from tp_planner.replay.once import once_without_gradients
 from tp_planner.replay.tape import Tape
-from tp_planner.replay.taped_calls import Given, Programs
+from tp_planner.replay.taped_calls import Given, Programs, Run, Sort
 from tp_planner.storage.log import logger
 
 
@@ -36,8 +38,20 @@ class Piece:
         if sort is None or not self._programs.may_have(sort) or not self._automatic.lets(sort):
             return function(*args)
         if self._programs.has(sort):
-            return self._programs.run(sort, given.tensors)
+            return self.run(sort, given.tensors)
         return self._programs.tape(sort, given, function, self._look_for_what_stays)
+
+    def run(self, sort: Sort, tensors: Sequence[torch.Tensor]) -> Any:
+        """Return what the program of a sort makes of these tensors."""
+        return self._programs.run(sort, tensors)
+
+    def has_run(self, run: Run) -> bool:
+        """Whether a run of a program is of a call."""
+        return run.programs is self._programs
+
+    def may_run(self) -> bool:
+        """Whether programs that there are may run now."""
+        return self._automatic.lets_all()
 
     def _look_for_what_stays(self, tape: Tape, output: Any) -> None:
         if self._automatic.has_changed():

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
+import torch
 
 from tp_planner.regions.functions import changed_already
 from tp_planner.regions.left_out import watching
@@ -22,7 +23,7 @@ from tp_planner.replay.once import once_without_gradients
 from tp_planner.replay.program import Step, Writing, compiled
 from tp_planner.replay.reads import with_reads_together
 from tp_planner.replay.rewrites import Rewriting, rewritten, with_the_same_bits
-from tp_planner.replay.taped_calls import Given, Programs
+from tp_planner.replay.taped_calls import Given, Programs, Run, Sort
 from tp_planner.replay.what_stays import Attributes, look_for_what_stays
 from tp_planner.storage.log import logger
 
@@ -58,6 +59,7 @@ def replaying(
         rewrite = functools.partial(_with_less_to_do_on_the_way_back, rewrite)
     programs = Programs(asked, what, logger.info if automatic else logger.warning, write, rewrite)
     unasked = _unasked(what, layers, programs) if automatic else None
+    replayed = Replayed(programs, unasked, watches=makes_again or in_parts)
 
     @functools.wraps(plain)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -68,12 +70,38 @@ def replaying(
         if unasked is not None and (model.run_eagerly or not unasked.lets(sort)):
             return plain(*args, **kwargs)
         if programs.has(sort):
-            with changed_already(), watching() if makes_again or in_parts else contextlib.nullcontext():
-                return programs.run(sort, given.tensors)
+            return replayed.run(sort, given.tensors)
         before = Attributes(layers)
         return programs.tape(sort, given, plain, lambda tape, output: look_for_what_stays(tape, before, layers, output))
 
+    call.replayed = replayed  # type: ignore[attr-defined]
     return call
+
+
+class Replayed:
+    """The programs of one method of a model.
+
+    Args:
+        programs: these.
+        unasked: says when they may run; None if somebody has asked for it.
+        watches: whether what can be made again is not to be kept for the backward pass.
+    """
+
+    def __init__(self, programs: Programs, unasked: Automatic | None, watches: bool) -> None:
+        self._programs, self._unasked, self._watches = programs, unasked, watches
+
+    def run(self, sort: Sort, tensors: Sequence[torch.Tensor]) -> Any:
+        """Return what the program of a sort makes of these tensors."""
+        with changed_already(), watching() if self._watches else contextlib.nullcontext():
+            return self._programs.run(sort, tensors)
+
+    def has_run(self, run: Run) -> bool:
+        """Whether a run of a program is of this method."""
+        return run.programs is self._programs
+
+    def may_run(self) -> bool:
+        """Whether programs that there are may run now."""
+        return self._unasked is None or self._unasked.lets_all()
 
 
 def _with_less_to_do_on_the_way_back(rewrite: Rewriting, steps: Sequence[Step], output: Any) -> list[Step]:

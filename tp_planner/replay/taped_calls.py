@@ -6,7 +6,10 @@ tape's program, if code did the same in both, and left nothing behind that it di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -81,6 +84,34 @@ class Given:
         return tuple(leaves[:given]), dict(zip(self._names, leaves[given:], strict=True))
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run of a program: whose it is, of which sort, what it was given and has made, the dtype in which it reads."""
+
+    programs: Programs
+    sort: Sort
+    given: Sequence[torch.Tensor]
+    output: Any
+    autocast: str | None
+
+
+class _Noted(threading.local):
+    runs: list[Run] | None = None
+
+
+_noted = _Noted()
+
+
+@contextlib.contextmanager
+def noting_runs() -> Iterator[list[Run]]:
+    """Inside, runs of programs are added to a list."""
+    before, _noted.runs = _noted.runs, []
+    try:
+        yield _noted.runs
+    finally:
+        _noted.runs = before
+
+
 class Programs:
     """The programs of one function.
 
@@ -122,10 +153,14 @@ class Programs:
         """Return what the program of a sort makes of these tensors."""
         gradients = torch.is_grad_enabled()
         try:
-            return self._programs[sort](*tensors)
+            output = self._programs[sort](*tensors)
         except BaseException:
             torch._C._set_grad_enabled(gradients)  # the program may have switched them off
             raise
+        if _noted.runs is not None:
+            scope = get_autocast_scope()
+            _noted.runs.append(Run(self, sort, tensors, output, None if scope is None else scope.dtype))
+        return output
 
     def tape(self, sort: Sort, given: Given, function: Callable[..., Any], look: Callable[[Tape, Any], None]) -> Any:
         """Return what the function makes of a call; if it is not the first of its sort, write its program.

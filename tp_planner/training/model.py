@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +11,6 @@ from keras.src.models.model import Trainer  # that of the backend
 
 from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.ir.placement import Shard
-from tp_planner.job.process_group import device_type
 from tp_planner.layers.apply import Applied
 from tp_planner.layers.generation import generating_together
 from tp_planner.patches import wrap_for_good
@@ -29,7 +27,6 @@ from tp_planner.training.averaging import Averaging
 from tp_planner.training.buckets import Bucket, SharedBucket
 from tp_planner.training.changing import refuse_changes
 from tp_planner.training.compiling import is_left_open, note_how_models_are_compiled
-from tp_planner.training.constants import constants_without_waiting
 from tp_planner.training.draws import OwnDraws, follow_seeds
 from tp_planner.training.entries import PHASES, entering
 from tp_planner.training.exporting import refuse_export
@@ -44,6 +41,7 @@ from tp_planner.training.optimizer import (
 from tp_planner.training.replayed import StepPieces
 from tp_planner.training.same_data import SameData, has_to_be_fed_alike
 from tp_planner.training.shares import Shares, share_of, shares_in
+from tp_planner.training.step import training_step
 from tp_planner.training.torch_helpers import help_with_parameters_of
 from tp_planner.training.torch_optimizers import follow_parameters
 from tp_planner.training.totals import logs_of_all, results_of_all
@@ -78,7 +76,7 @@ def take_over(model: keras.Model, applied: Applied) -> None:
     _override(model, "_clear_losses", clearing_losses(model, layers), applied)
     _override(model, "compile", _compiling(model, applied, pieces), applied)
     if type(model).train_step is Trainer.train_step:
-        _override(model, "train_step", _training_step(model), applied)
+        _override(model, "train_step", training_step(model, pieces), applied)
     if any(layer.into_loss for layer in applied.plan.layers):
         _keep_logits_in_shards(model, applied)
     _let_pieces_be_replayed(model, applied, pieces)
@@ -245,27 +243,6 @@ def let_go(model: keras.Model, applied: Applied) -> None:
 def _override(model: keras.Model, name: str, function: Callable[..., Any], applied: Applied) -> None:
     model.__dict__[name] = function
     applied.undo.append(lambda: model.__dict__.pop(name, None))
-
-
-def _training_step(model: keras.Model) -> Callable[..., Any]:
-    """Return Keras's training step, with gradients where they take least memory and are averaged, waiting for no GPU.
-
-    Keras lets go of the gradients of the step before only when activations are there. And of a model that is compiled
-    with jit_compile=True Keras 3.16 asks autograd for gradients by name, of which hooks on parameters do not hear.
-    """
-    plain = type(model).train_step
-
-    @functools.wraps(plain)
-    def train_step(data: Any) -> Any:
-        model.zero_grad()
-        jit_compile, model.jit_compile = model.jit_compile, False
-        try:
-            with constants_without_waiting() if device_type() == "cuda" else contextlib.nullcontext():
-                return plain(model, data)
-        finally:
-            model.jit_compile = jit_compile
-
-    return train_step
 
 
 def _compiling(model: keras.Model, applied: Applied, pieces: StepPieces) -> Callable[..., Any]:

@@ -39,6 +39,7 @@ class StepPieces:
         self._model, self._layers = model, layers
         self._loss: Piece | None = None
         self._metrics: Piece | None = None
+        self._tracker: tuple[Any, Piece] | None = None  # of the mean loss, and its updates
 
     def begin(self, asked: bool) -> None:
         """Replay what can be, of a model that was compiled."""
@@ -46,6 +47,10 @@ class StepPieces:
         optimizer = getattr(optimizer, "inner_optimizer", None) or optimizer  # what scales a loss looks at gradients
         self._loss = Piece(f"the loss of model {name!r}", self._what_losses_read, asked)
         self._metrics = Piece(f"the metrics of model {name!r}", self._what_metrics_read, asked)
+        tracker = getattr(self._model, "_loss_tracker", None)
+        if tracker is not None:
+            look = functools.partial(_what_objects_hold, tracker)
+            self._tracker = tracker, Piece(f"the mean loss of model {name!r}", look, asked)
         if optimizer is not None:
             look = functools.partial(_what_updates_read, weakref.ref(optimizer))
             piece = Piece(f"the update of optimizer {optimizer.name!r}", look, asked)
@@ -53,9 +58,15 @@ class StepPieces:
 
     def end(self) -> None:
         """Replay nothing."""
-        self._loss = self._metrics = None
+        self._loss = self._metrics = self._tracker = None
         for optimizer in [each for each, (_, model) in _of_updates.items() if model() is self._model]:
             del _of_updates[optimizer]
+
+    def of_a_step(self) -> tuple[Piece, ...]:
+        """Return the pieces of a training step, in their order: the loss, its mean, the update and the metrics."""
+        update, _ = _of_updates.get(getattr(self._model, "optimizer", None), (None, None))
+        found = (self._loss, self._tracker and self._tracker[1], update, self._metrics)
+        return tuple(each for each in found if each is not None)
 
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
@@ -69,6 +80,14 @@ class StepPieces:
         if self._loss is None or self._model.run_eagerly:
             return plain(*given)
         return self._loss.call(plain, *given, other=other)
+
+    def track_loss(self, loss: torch.Tensor, samples: int) -> None:
+        """Let the mean loss that Keras reports know of a step's loss."""
+        tracker, piece = self._tracker or (None, None)
+        if piece is None or tracker is not self._model._loss_tracker or self._model.run_eagerly:
+            self._model._loss_tracker.update_state(loss, sample_weight=samples)
+        else:
+            piece.call(tracker.update_state, loss, samples)
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """Return what Keras's method of the name does, which makes nothing of ``x``."""
@@ -118,6 +137,10 @@ def update(optimizer: Any, plain: Callable[..., Any], gradients: Sequence[Any], 
         return plain(optimizer, gradients, variables)
 
     return piece.call(apply, *gradients, other=(*map(id, known), running.values))
+
+
+def _what_objects_hold(*objects: Any) -> Held | str:
+    return foreign_code_of(objects_in(*objects)) or Held(*objects)
 
 
 def _what_updates_read(reference: Callable[[], Any]) -> Held | str:
