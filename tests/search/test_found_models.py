@@ -318,6 +318,14 @@ def test_convolutions_are_priced_as_they_are_summed() -> None:
     assert abs(found.error) < ERROR
 
 
+def test_gradients_in_another_order_are_priced_as_they_are_copied() -> None:
+    """What comes back through heads that are turned, and through experts, is copied where it is multiplied."""
+    found = found_for(MODELS["handwritten"])
+    assert any(variable.is_sharded for variable in found.best.proven.plan.variables)
+    assert abs(found.error) < 1e-4
+    assert found.gap < 1e-6
+
+
 def test_what_autograd_copies_before_it_is_written_into_is_priced_once() -> None:
     """Batch normalization writes into its output, which autograd copies: that is a part of the op that writes."""
     images = keras.Input((32, 32, 8), name="images")
@@ -335,7 +343,7 @@ def test_what_autograd_copies_before_it_is_written_into_is_priced_once() -> None
 def test_regions_end_where_the_program_says(name: str) -> None:
     """Planning keeps what reads sizes of shards, and the program leaves plain what not all calls of a layer do."""
     found = found_for_family(name)
-    assert abs(found.error) < ERROR
+    assert abs(found.error) < 0.002
     assert found.gap == 0
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -23,9 +23,8 @@ from tp_planner.ir.graph import Op, TensorInfo, TensorRef
 from tp_planner.ir.placement import WHOLE, Placement, Shape, local_shape
 from tp_planner.layers.own_rows import own_rows, without_others
 
-# Views whose gradients are views.
-_VIEWS = {f"aten.{name}.default" for name in ("view", "_unsafe_view", "t", "permute", "unsqueeze", "alias", "detach")}
-_VIEWS |= {"aten.transpose.int", "aten.squeeze.dim", "aten.squeeze.dims"}
+Strides = Mapping[int, Shape]  # of a rank's gradients, by tensor; others are in memory as the tensors are
+_AS_TENSORS: Strides = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +43,14 @@ class OpWork:
 NO_WORK = OpWork()
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What ops compute, and the strides in which they leave the gradients of what they take, where there are any."""
+
+    work: OpWork
+    strides: Strides
+
+
 class OpMeter:
     """Measures each distinct op once for each placement of its inputs.
 
@@ -54,7 +61,7 @@ class OpMeter:
 
     def __init__(self, rules: DTensorRules, parts: int) -> None:
         self._rules, self._parts, self._fake = rules, parts, FakeCpuMode()
-        self._known: dict[Any, OpWork] = {}
+        self._known: dict[Any, Measured] = {}
 
     def work(
         self,
@@ -63,7 +70,9 @@ class OpMeter:
         placements: Sequence[Placement],
         arguments: Sequence[Any] | None = None,
         into_view: bool = False,
-    ) -> OpWork:
+        gradients: Strides = _AS_TENSORS,
+        kept: Set[int] = frozenset(),
+    ) -> Measured:
         """Return what ``op`` computes of inputs placed so.
 
         Args:
@@ -72,14 +81,21 @@ class OpMeter:
             placements: one for each of the op's inputs.
             arguments: its arguments that are no tensors, as they are on shards; those that were traced by default.
             into_view: whether it writes into a view: the gradient of what that views is copied around the op.
+            gradients: in which strides gradients come of what it makes.
+            kept: those of its inputs that are variables of which it leaves the whole gradient.
         """
-        if op.name in _VIEWS:
-            return NO_WORK
-        trained = tuple(tensors[tensor].has_gradient for tensor in op.inputs)
-        key = self._rules.question(op, tensors), tuple(placements), trained, into_view
+        infos = [tensors[tensor] for tensor in op.inputs]
+        trained = tuple(info.has_gradient for info in infos)
+        if is_view(op.name) and not any(trained):
+            return Measured(NO_WORK, {})
+        strides = tuple(map(gradients.get, op.outputs))
+        ends = tuple(tensor in kept for tensor in op.inputs)
+        inputs = tuple((info.stride, placement) for info, placement in zip(infos, placements, strict=True))
+        key = self._rules.question(op, tensors), inputs, trained, into_view, strides, ends
         if key not in self._known:
-            self._known[key] = self._measure(op, tensors, placements, trained, arguments, into_view)
-        return self._known[key]
+            self._known[key] = self._measure(op, tensors, placements, trained, arguments, into_view, strides, ends)
+        known = self._known[key]
+        return Measured(known.work, {op.inputs[position]: each for position, each in known.strides.items()})
 
     def work_together(
         self,
@@ -89,7 +105,8 @@ class OpMeter:
         made: Sequence[int],
         arguments: Mapping[int, Sequence[Any]],
         sent: Set[int] = frozenset(),
-    ) -> OpWork:
+        gradients: Strides = _AS_TENSORS,
+    ) -> Measured:
         """Return what ops compute that run one after the other, with the gradients that autograd leaves in weights.
 
         Args:
@@ -100,6 +117,7 @@ class OpMeter:
             arguments: as for ``work``, by the ids of ops.
             sent: tensors that are sent to other ranks where the ops make them, or of which the gradient is where the
                 ops take them: it is copied to be in the order of its dims.
+            gradients: in which strides gradients come of what is read elsewhere.
         """
         numbers: dict[int, int] = {}
         wiring = tuple(
@@ -109,11 +127,13 @@ class OpMeter:
         infos = ((placed.get(each), tensors[each]) for each in numbers)
         described = tuple((placement, of.stride, of.has_gradient, of.variable is None) for placement, of in infos)
         ends = tuple(tuple(sorted(numbers[each] for each in those if each in numbers)) for those in (made, sent))
-        key = questions, wiring, described, ends
+        key = questions, wiring, described, ends, tuple(map(gradients.get, made))
         if key not in self._known:
-            together = self._measure_together(ops, tensors, placed, made, arguments, sent)
-            self._known[key] = together or self._measure_each(ops, tensors, placed, arguments)
-        return self._known[key]
+            together = self._measure_together(ops, tensors, placed, made, arguments, sent, gradients)
+            together = together or Measured(self._measure_each(ops, tensors, placed, arguments), {})
+            self._known[key] = replace(together, strides={numbers[at]: each for at, each in together.strides.items()})
+        known, names = self._known[key], list(numbers)
+        return replace(known, strides={names[number]: each for number, each in known.strides.items()})
 
     def of_own_rows(self, ids: TensorInfo, looked_up: TensorInfo, rows: int) -> OpWork:
         """Return what a lookup in a rank's own rows, of so many in all, computes besides the lookup."""
@@ -149,8 +169,10 @@ class OpMeter:
         made: Sequence[int],
         arguments: Mapping[int, Sequence[Any]],
         sent: Set[int],
-    ) -> OpWork | None:
+        gradients: Strides,
+    ) -> Measured | None:
         meter = _Meter()
+        strides: dict[int, Shape] = {}
         known: dict[int, torch.Tensor] = {}
         outside = dict.fromkeys(each for op in ops for each in op.inputs)
         outside = {each: None for each in outside if not any(each in op.outputs for op in ops)}
@@ -166,20 +188,22 @@ class OpMeter:
                         result = resolve_op(op.name)(*args, **kwargs)
                         for each, value in zip(op.outputs, tensors_in(result), strict=True):
                             known[each] = value.contiguous() if each in sent else value
-                ends = [known[each] for each in made if known[each].requires_grad]
+                ends = {each: known[each] for each in made if known[each].requires_grad}
                 wanted = {each: known[each] for each in outside if known[each].requires_grad}
                 if ends:
-                    gradients = [torch.empty_like(each) for each in ends]
+                    given = [_gradient_of(end, gradients.get(each)) for each, end in ends.items()]
                     with meter:
-                        found = torch.autograd.grad(ends, list(wanted.values()), gradients, allow_unused=True)
+                        found = torch.autograd.grad([*ends.values()], [*wanted.values()], given, allow_unused=True)
                         for each, gradient in zip(wanted, found, strict=True):
+                            if gradient is not None:
+                                strides[each] = gradient.stride()
                             if each in sent and gradient is not None:
                                 gradient.contiguous()
                             if tensors[each].variable is not None and gradient is not None:
                                 _lay_out(gradient, known[each], placed[each])
             except (RuntimeError, ValueError, TypeError, NotImplementedError):
                 return None
-        return meter.work
+        return Measured(meter.work, strides)
 
     def _measure_each(
         self,
@@ -189,8 +213,8 @@ class OpMeter:
         arguments: Mapping[int, Sequence[Any]],
     ) -> OpWork:
         """Return what the ops compute of inputs that they do not take from each other."""
-        work = (self.work(op, tensors, [placed[each] for each in op.inputs], arguments.get(op.id)) for op in ops)
-        return sum(work, NO_WORK)
+        each = (self.work(op, tensors, [placed[each] for each in op.inputs], arguments.get(op.id)) for op in ops)
+        return sum((measured.work for measured in each), NO_WORK)
 
     def _measure(
         self,
@@ -200,8 +224,11 @@ class OpMeter:
         trained: Sequence[bool],
         arguments: Sequence[Any] | None,
         into_view: bool,
-    ) -> OpWork:
+        strides: Sequence[Shape | None],
+        ends: Sequence[bool],
+    ) -> Measured:
         meter = _Meter()
+        left: dict[int, Shape] = {}
         with self._fake, quiet_torch(), torch.enable_grad():
             given = [
                 self._shard(tensors[tensor], placement, gradient)
@@ -215,21 +242,37 @@ class OpMeter:
                 args, kwargs = _with_tensors(op.arguments, taken, arguments)
                 with meter:
                     result = resolve_op(op.name)(*args, **kwargs)
-                made = [each for each in tensors_in(result) if each.requires_grad]
-                wanted = [each for each in given if each.requires_grad]
-                gradients = [torch.empty_like(each) for each in made]
+                made = [each for each in zip(tensors_in(result), strides, strict=True) if each[0].requires_grad]
+                wanted = [position for position, each in enumerate(given) if each.requires_grad]
                 if made:
                     with meter:
-                        torch.autograd.grad(made, wanted, gradients, allow_unused=True)
+                        found = torch.autograd.grad(
+                            [each for each, _ in made],
+                            [given[position] for position in wanted],
+                            [_gradient_of(*each) for each in made],
+                            allow_unused=True,
+                        )
+                        for position, gradient in zip(wanted, found, strict=True):
+                            if gradient is not None:
+                                left[position] = gradient.stride()
+                            if gradient is not None and ends[position]:
+                                _lay_out(gradient, given[position], placements[position])
             except (RuntimeError, ValueError, TypeError, NotImplementedError):
-                return meter.work  # an op that a shard's sizes do not suit: the walk never runs it so
-        return meter.work
+                return Measured(meter.work, {})  # a shard's sizes do not suit the op: the walk never runs it so
+        return Measured(meter.work, left)
 
     def _shard(self, info: TensorInfo, placement: Placement, gradient: bool = False) -> torch.Tensor:
         shape = local_shape(info.shape, placement, self._parts)
         strides = local_stride(info, shape)
         shard = torch.empty_strided(shape, strides, dtype=getattr(torch, info.dtype), device="cpu")
         return shard.requires_grad_(gradient and shard.is_floating_point())
+
+
+def _gradient_of(made: torch.Tensor, strides: Shape | None) -> torch.Tensor:
+    """Return a gradient of a tensor in these strides, in those of the tensor if they are not known."""
+    if strides is None:
+        return torch.empty_like(made)
+    return torch.empty_strided(made.shape, strides, dtype=made.dtype, device=made.device)
 
 
 def _lay_out(gradient: torch.Tensor, value: torch.Tensor, placement: Placement) -> None:
@@ -248,21 +291,6 @@ def is_in_place(name: str) -> bool:
 def is_copy_in_order(op: Op) -> bool:
     """Whether an op copies a tensor to have it in the order of its dims, as reshapes and ``contiguous`` do."""
     return op.name == "aten.clone.default" and op.arguments[1].get("memory_format") == torch.contiguous_format
-
-
-@cache
-def has_view(shape: Shape, order: tuple[int, ...], wanted: Shape) -> bool:
-    """Whether a tensor of this shape, in memory in this order of its dims, has a view of the wanted shape."""
-    strides = [0] * len(shape)
-    step = 1
-    for dim in reversed(order):
-        strides[dim] = step
-        step *= shape[dim]
-    try:
-        torch.empty_strided(shape, strides, device="meta").view(wanted)
-    except RuntimeError:
-        return False
-    return True
 
 
 @cache

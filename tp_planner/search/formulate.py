@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
+from tp_planner.dryrun.op_work import OpWork
 from tp_planner.ir.graph import FunctionCall, ModelGraph, VariableInfo
 from tp_planner.ir.placement import WHOLE, Placement
 from tp_planner.ir.plan import Boundary
@@ -20,6 +21,7 @@ from tp_planner.search.prices import Prices
 from tp_planner.search.program import IntegerProgram, Solution
 from tp_planner.search.steps import Again, Step, steps_of
 from tp_planner.search.ways import Crossing, Slot, Walker, Way
+from tp_planner.search.works import works_of
 
 Stored = Mapping[str, Placement]  # by variable key
 
@@ -88,7 +90,7 @@ class Formulation:
                     tensors[tensor] = states
                     self._add_slot(Slot("tensor", tensor), states)
         self._add_used_slots(found)
-        self._add_ways(found)
+        self._add_ways(found, works_of(found, self.graph, walker.meter))
         for tensor in self.graph.outputs:
             if (columns := self.states.get(Slot("tensor", tensor))) is not None:
                 self._whole(columns)
@@ -113,11 +115,11 @@ class Formulation:
             if steps[slot] > 1:
                 self._add_slot(slot, dict.fromkeys(states))
 
-    def _add_ways(self, found: Sequence[tuple[Step, Sequence[Way]]]) -> None:
+    def _add_ways(self, found: Sequence[tuple[Step, Sequence[Way]]], works: Sequence[Sequence[OpWork]]) -> None:
         shared = self._shared_crossings(found)
         plans: dict[object, list[dict[str, list[int]]]] = {}
-        for step, ways in found:
-            columns = [self._add_way(step, way, shared) for way in ways]
+        for (step, ways), computed in zip(found, works, strict=True):
+            columns = [self._add_way(step, way, work, shared) for way, work in zip(ways, computed, strict=True)]
             self.ways.append((step, dict(zip(columns, ways, strict=True))))
             self.constant -= self.program.costs[columns[0]]  # the first is the way of whole tensors
             self.program.equal(dict.fromkeys(columns, 1.0), 1.0)
@@ -144,9 +146,9 @@ class Formulation:
             if len(steps) > 1
         }
 
-    def _add_way(self, step: Step, way: Way, shared: Mapping[object, int]) -> int:
+    def _add_way(self, step: Step, way: Way, work: OpWork, shared: Mapping[object, int]) -> int:
         own = {each.where: each for each in way.crossings if each.where not in shared}
-        cost = step.times * self.prices.of_work(way.work) + sum(self._of_crossing(step, each) for each in own.values())
+        cost = step.times * self.prices.of_work(work) + sum(self._of_crossing(step, each) for each in own.values())
         return self.program.column(cost, integral=True)
 
     def _of_crossing(self, step: Step, crossing: Crossing) -> float:

@@ -7,19 +7,17 @@ remember their answers. So the search knows of no layer and no op; what it sees 
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from tp_planner.dryrun.op_work import NO_WORK, OpMeter, OpWork, is_copy_in_order, is_in_place, is_view
+from tp_planner.dryrun.op_work import OpMeter
 from tp_planner.dryrun.sharding_rules import DTensorRules
-from tp_planner.ir.graph import REPEAT, FunctionCall, ModelGraph, Op, TensorInfo
-from tp_planner.ir.placement import WHOLE, Partial, Placement, Shard, in_parts, local_shape, without_parts
+from tp_planner.ir.graph import FunctionCall, ModelGraph
+from tp_planner.ir.placement import WHOLE, Placement, in_parts, without_parts
 from tp_planner.ir.plan import Boundary, Transition
-from tp_planner.passes.choose_styles import StyleChoice, choose_styles, input_placement, output_dim, weight_uses
-from tp_planner.passes.follow_ops import Followed
+from tp_planner.passes.choose_styles import StyleChoice, choose_styles, output_dim
 from tp_planner.passes.walk.code import follow_op, follow_torch_function
 from tp_planner.passes.walk.entering import Sources, enter_tensors_read_with_shards
 from tp_planner.passes.walk.facts import Closings, LayerMode, Origins, VariableRead, changes_of
@@ -27,12 +25,11 @@ from tp_planner.passes.walk.known import Known
 from tp_planner.passes.walk.layers import follow_contraction, follow_dropout
 from tp_planner.passes.walk.notes import Notes
 from tp_planner.passes.walk.packing import stored_in_parts, weights_in_parts
+from tp_planner.search.computing import Computation, Computing
 from tp_planner.search.gradients import Gradients
-from tp_planner.search.steps import Step, Times, contraction_of
+from tp_planner.search.steps import Step, Times
 
 MOST_COMBINATIONS = 20_000  # of what one step takes; beyond, what it takes is sharded alike or whole
-_COPY = "aten.clone.default"
-_RESHAPED = "aten._unsafe_view.default"  # what reshapes are of a copy, where they are no views
 _SOMEWHERE: Origins = frozenset({("layer", ("", ""))})
 
 
@@ -58,7 +55,7 @@ class Crossing:
 class Way:
     """One way to take a step.
 
-    ``given`` and ``made`` say how it has its slots, ``crossings`` which boundaries it needs, ``work`` what a rank
+    ``given`` and ``made`` say how it has its slots, ``crossings`` which boundaries it needs, ``computed`` what a rank
     computes. ``plan`` is what the plan says of the step's layer: it is one for all calls of the layer. ``is_plain``
     says that this is nothing, ``writes_sizes`` that it would be but for sizes that the layer's code writes.
     """
@@ -66,7 +63,7 @@ class Way:
     given: tuple[tuple[Slot, Placement], ...]
     made: tuple[tuple[Slot, Placement], ...]
     crossings: tuple[Crossing, ...]
-    work: OpWork
+    computed: Computation
     plan: Any
     is_plain: bool
     writes_sizes: bool
@@ -101,7 +98,7 @@ class Walker:
     ) -> None:
         self.graph, self.rules, self.meter, self.parts, self.options = graph, rules, meter, parts, options
         self.packed = packed
-        self._times, self._sources, self._gradients = Times(graph), Sources(graph), Gradients(graph, parts)
+        self._times, self._sources = Times(graph), Sources(graph)
         # What is asked about; the walk is given these same objects each time.
         self._stored: dict[str, Placement] = dict.fromkeys(graph.variables, WHOLE)
         self._styles: dict[LayerMode, StyleChoice] = {}
@@ -109,10 +106,9 @@ class Walker:
         self._gathered: dict[VariableRead, str] = {}
         closings = Closings(layers=self._closed, reads=self._gathered)
         self._known = Known(graph, self._stored, self._styles, closings, rules, parts)
-        self._views = {tensor for op in graph.ops if op.name != REPEAT and is_view(op.name) for tensor in op.outputs}
-        self._read_by_ops = {tensor for op in graph.ops for tensor in op.inputs}
         self._calls = Counter(call.layer for call in graph.calls.values() if call.id not in graph.repeats)
         self._functions = {function.ops[0]: function for function in graph.functions or ()}
+        self._computing = Computing(self._known, meter, rules, Gradients(graph, parts))
 
     def ways(self, step: Step, tensors: Mapping[int, Sequence[Placement]]) -> Iterator[Way]:
         """Yield the ways to take a step whose inputs can be placed as ``tensors`` says, the wholly replicated first."""
@@ -243,7 +239,7 @@ class Walker:
             given=self._given(step, taken, gathered),
             made=made,
             crossings=tuple(self._crossings(step, notes)),
-            work=self._work(step, taken, notes),
+            computed=self._computing.of(step, taken, notes),
             plan=self._plan(step, notes),
             is_plain=not (notes.boundaries or notes.functions),
             writes_sizes=bool(notes.writes_sizes),
@@ -308,208 +304,6 @@ class Walker:
         ]
         functions = [changes_of(plans) for plans in notes.functions.values()]
         return repr((sorted(map(repr, crossed)), records, functions))
-
-    # --- what it computes ------------------------------------------------------------------------------
-
-    def _work(self, step: Step, taken: Mapping[int, Placement], notes: Notes) -> OpWork:
-        choice = None if step.layer_call is None else self._known.contraction(step.layer_call)
-        if choice is not None or self._is_whole_contraction(step, taken):
-            return self._work_of_contraction(step, choice)
-        dropout = self.graph.layers[self.graph.calls[step.call].layer].is_dropout and step.layer_call is not None
-        if dropout:
-            placement = next(iter(taken.values()), WHOLE)
-            return sum((self._work_of(op, [placement] * len(op.inputs), None) for op in self._ops(step)), NO_WORK)
-        gradients = self._work_of_gradients(step, self._known.placements)
-        if self._trains_matrices(step):
-            return self._work_followed_together(step, notes) + gradients
-        placed = self._read(step)
-        needed = [op for op in self._ops(step) if not self._is_left_out(op, placed, self.graph.tensors)]
-        reshaped = (
-            self._gradients.reshaped(op, placed[op.inputs[0]], placed[op.outputs[0]])
-            for op in needed
-            if op.inputs and op.outputs
-        )
-        work = sum((self._work_followed(op, notes) for op in needed), self._work_of_sums(notes))
-        return work + sum(reshaped, gradients)
-
-    def _trains_matrices(self, step: Step) -> bool:
-        """Whether a step is a layer whose code leaves gradients in matrices, which are laid out as these."""
-        read = (self.graph.variables[key] for key in step.variables)
-        return step.layer_call is not None and any(each.trainable and len(each.shape) > 1 for each in read)
-
-    def _work_followed_together(self, step: Step, notes: Notes) -> OpWork:
-        """Return the work of a layer's ops one after the other; what is cut for them is a tensor of its own."""
-        ops, cut = _name_what_is_cut(self._ops(step), notes)
-        placed = self._read(step) | {own: shard for (_, shard), own in cut.items()}
-        tensors = {tensor: self.graph.tensors[tensor] for op in self._ops(step) for tensor in (*op.inputs, *op.outputs)}
-        tensors |= {own: _as_copied(tensors[tensor], own) for (tensor, _), own in cut.items()}
-        arguments = {op.id: notes.followed[op.id].arguments for op in ops if op.id in notes.followed}
-        needed = self._without_copies(ops, placed, tensors)
-        made = {tensor for op in ops for tensor in op.outputs}
-        ends = dict.fromkeys((*step.makes, *(tensor for tensor, _ in cut if tensor in made)))
-        sent = {*self._summed(notes), *(cut.get(each, each[0]) for each in self._sent_on_the_way_back(notes))}
-        return self.meter.work_together(needed, tensors, placed, tuple(ends), arguments, sent)
-
-    def _summed(self, notes: Notes) -> Iterator[int]:
-        """Yield what functions make that is summed over the ranks."""
-        for plans in notes._functions.values():
-            for first, plan in plans.items():
-                if plan.output is not None and _is_summed(plan.output.forward):
-                    yield from self._functions[first].outputs
-
-    def _sent_on_the_way_back(self, notes: Notes) -> Iterator[tuple[int, Placement]]:
-        """Yield what is taken, and as what, of which the gradient is sent to the ranks, and is of one op alone."""
-        taken = [
-            (dict(self.graph.calls[placed.call].inputs)[placed.position], placed.boundary)
-            for placed in notes.boundaries
-            if placed.place == "input"
-        ]
-        for plans in notes._functions.values():
-            for first, plan in plans.items():
-                arguments = dict(self._functions[first].inputs)
-                taken += [(arguments[position], boundary) for position, boundary in plan.inputs]
-        for tensor, boundary in taken:
-            if boundary.has_gradient and boundary.backward.collective and self._gradients.is_of_one_op(tensor):
-                yield tensor, boundary.forward.target
-
-    def _work_of_sums(self, notes: Notes) -> OpWork:
-        """Return the work of copying what functions make to be summed, where it is not in the order of its dims."""
-        made = (self.graph.tensors[tensor] for tensor in self._summed(notes))
-        copied = (each for each in made if not self.meter.is_contiguous(each, WHOLE))
-        return sum((OpWork((), 2 * math.prod(each.shape) * each.itemsize, 1) for each in copied), NO_WORK)
-
-    def _without_copies(
-        self, ops: Sequence[Op], placed: Mapping[int, Placement], tensors: Mapping[int, TensorInfo]
-    ) -> list[Op]:
-        """Return the ops but for copies that shards do not need; what reads these reads what they were made of."""
-        made_of: dict[int, int] = {}
-        needed = []
-        for op in ops:
-            inputs = tuple(made_of.get(each, each) for each in op.inputs)
-            if self._is_left_out(op, placed, tensors):
-                made_of[op.outputs[0]] = inputs[0]
-            else:
-                needed.append(op if inputs == op.inputs else replace(op, inputs=inputs))
-        return needed
-
-    def _read(self, step: Step) -> dict[int, Placement]:
-        """Return how ops have what they take and make: a sum over the ranks is of the size of the whole."""
-        called = {tensor: op.call for op in self._ops(step) for tensor in (*op.inputs, *op.outputs)}
-        placed = ((tensor, self._known.placement(tensor, call)) for tensor, call in called.items())
-        return {tensor: WHOLE if isinstance(placement, Partial) else placement for tensor, placement in placed}
-
-    def _work_of_gradients(self, step: Step, placed: Mapping[int, Placement]) -> OpWork:
-        """Return the work of adding up the gradients of what the step makes."""
-        made = (tensor for op in self._ops(step) for tensor in op.outputs)
-        added = (self._gradients.added(self.graph.tensors[tensor], placed.get(tensor, WHOLE)) for tensor in made)
-        return sum(added, NO_WORK)
-
-    def _ops(self, step: Step) -> Sequence[Op]:
-        return self.graph.ops[slice(*step.ops)]
-
-    def _is_left_out(self, op: Op, placed: Mapping[int, Placement], tensors: Mapping[int, TensorInfo]) -> bool:
-        """Whether an op is a copy for an order in memory that shards have: with one head left, say.
-
-        Or one that autograd makes of what the next op writes into: it is made, and measured, with that op.
-        """
-        following = self.graph.ops[op.id + 1 : op.id + 2]
-        if op.name == _COPY and op.outputs[0] not in self._read_by_ops:
-            written = self.graph.ops[op.id].inputs
-            return any(is_in_place(each.name) and each.inputs[:1] == written for each in following)
-        if not is_copy_in_order(op):
-            return False
-        taken = op.inputs[0]
-        if (placement := placed.get(taken, WHOLE)) == WHOLE:
-            return False
-        reshaped = [each.outputs[0] for each in following if each.name == _RESHAPED and each.inputs == op.outputs]
-        if not reshaped:
-            return self.meter.is_contiguous(tensors[taken], placement)
-        local = local_shape(self.graph.tensors[reshaped[0]].shape, placed.get(reshaped[0], WHOLE), self.parts)
-        return self.meter.is_view(tensors[taken], placement, local)
-
-    def _work_followed(self, op: Op, notes: Notes) -> OpWork:
-        placed = [notes.cut_for.get((op.id, tensor), self._known.placement(tensor, op.call)) for tensor in op.inputs]
-        followed = notes.followed.get(op.id)
-        return self._work_of(op, placed, followed)
-
-    def _work_of(self, op: Op, placed: Sequence[Placement], followed: Followed | None) -> OpWork:
-        whole = [WHOLE if isinstance(placement, Partial) else placement for placement in placed]
-        arguments = None if followed is None else followed.arguments
-        return self.meter.work(op, self.graph.tensors, whole, arguments, self._writes_into_view(op))
-
-    def _writes_into_view(self, op: Op) -> bool:
-        return is_in_place(op.name) and op.inputs[0] in self._views
-
-    def _is_whole_contraction(self, step: Step, taken: Mapping[int, Placement]) -> bool:
-        """Whether a step is a contraction that takes nothing but whole tensors."""
-        if step.layer_call is None or contraction_of(step.layer_call, self.graph) is None:
-            return False
-        read = (self._known.placement(tensor, op.call) for op in self._ops(step) for tensor in op.inputs)
-        return all(placement == WHOLE for placement in (*taken.values(), *read))
-
-    def _work_of_contraction(self, step: Step, choice: StyleChoice | None) -> OpWork:
-        """Return the work of a contraction's ops, its input and weights placed as the style takes them.
-
-        A sum over the ranks is of the size of the whole, and whole for the ops that follow.
-        """
-        placed: dict[int, Placement] = {}
-        uses: dict[str, Placement] = {}
-        if choice is not None:
-            assert step.layer_call is not None
-            uses = {key: use.placement for key, use in weight_uses(choice).items()}
-            tensor = step.layer_call.inputs[0][1]
-            placed[tensor] = input_placement(choice, len(self.graph.tensors[tensor].shape))
-        arguments: dict[int, Sequence[Any]] = {}
-        for op in self._ops(step):
-            for each in op.inputs:
-                if (key := self.graph.tensors[each].variable) is not None:
-                    placed[each] = uses.get(key, WHOLE)
-            inputs = {each: placed.setdefault(each, WHOLE) for each in op.inputs}
-            if any(placement != WHOLE for placement in inputs.values()):
-                answer = self.rules.follow(op, self.graph.tensors, inputs)
-                followed = answer if isinstance(answer, Followed) else None
-                outputs = followed.outputs if followed else (WHOLE,) * len(op.outputs)
-                if followed is not None:
-                    arguments[op.id] = followed.arguments
-                for each, made in zip(op.outputs, outputs, strict=True):
-                    placed[each] = WHOLE if isinstance(made, Partial) else made
-        needed = self._without_copies(self._ops(step), placed, self.graph.tensors)
-        work = self.meter.work_together(needed, self.graph.tensors, placed, step.makes, arguments)
-        if choice is not None and choice.style == "vocabulary":
-            work += self._work_of_own_rows(step, choice)
-        return work + self._work_of_gradients(step, {each: placed.get(each, WHOLE) for each in step.makes})
-
-    def _work_of_own_rows(self, step: Step, choice: StyleChoice) -> OpWork:
-        """Return the work of finding the ids of a rank's own rows, and of zeros for those of others."""
-        call = step.layer_call
-        assert call is not None and choice.contraction is not None
-        made = call.outputs[0] if call.core_output is None else call.core_output
-        rows = self.graph.variables[choice.contraction.main_weight].shape[0]
-        return self.meter.of_own_rows(self.graph.tensors[call.inputs[0][1]], self.graph.tensors[made], rows)
-
-
-def _name_what_is_cut(ops: Sequence[Op], notes: Notes) -> tuple[list[Op], dict[tuple[int, Placement], int]]:
-    """Return ops that read what is cut for them under a number of its own, and that by tensor and shard."""
-    reading: list[Op] = []
-    cut: dict[tuple[int, Placement], int] = {}
-    for op in ops:
-        read = ((tensor, notes.cut_for.get((op.id, tensor))) for tensor in op.inputs)
-        inputs = (
-            cut.setdefault((tensor, shard), -len(cut) - 1) if isinstance(shard, Shard) else tensor
-            for tensor, shard in read
-        )
-        reading.append(replace(op, inputs=tuple(inputs)))
-    return reading, cut
-
-
-def _as_copied(info: TensorInfo, number: int) -> TensorInfo:
-    """Return a tensor that is copied in the order of its dims, as shards are that are cut."""
-    strides = tuple(math.prod(info.shape[dim + 1 :]) for dim in range(len(info.shape)))
-    return replace(info, id=number, stride=strides)
-
-
-def _is_summed(change: Transition) -> bool:
-    return change.collective == "all_reduce"
 
 
 def _combinations(domains: Sequence[Sequence[Placement]]) -> Iterator[tuple[Placement, ...]]:
