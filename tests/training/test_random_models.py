@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -25,7 +26,7 @@ from tp_planner.replay import automatic
 from tp_planner.search.find import search
 
 ADAPTABLE = keras.layers.Dense | keras.layers.EinsumDense | keras.layers.Embedding
-OF_FLOAT32 = 2e-5  # as adapters are, whatever the model is
+OF_FLOAT32 = 1e-4  # as adapters are, whatever the model is
 Rules = dict[str, tuple[AxisSpec, ...]]
 
 
@@ -47,6 +48,8 @@ class Use:
     decayed: bool  # by regularizers
     adapted: bool  # by LoRA
     found: bool  # the layout, rather than drawn
+    event: str  # what happens between two steps
+    at: int  # before which step
 
 
 def random_use(seed: int, ranks: int) -> Use:
@@ -64,11 +67,13 @@ def random_use(seed: int, ranks: int) -> Use:
         distributed=distributed,
         jit_compile=rng.choice([False, "auto", "auto", "auto" if distributed else True]),
         optimizer=optimizer,
-        sizes=tuple(rng.choice([[8, 8, 8, 8], [8, 5, 8, 3], [4, 4, 1, 4, 7]])),
+        sizes=tuple(rng.choice([[8] * 10, [8] * 10, [8, 5, 8, 3], [4, 4, 1, 4, 7, 4, 4, 4, 4, 4]])),
         frozen=rng.choice([0.0, 0.0, 0.3]),
         decayed=rng.random() < 0.2,
         adapted=rng.random() < 0.15,
         found=not distributed and rng.random() < 0.15,
+        event=rng.choice(sorted(EVENTS)),
+        at=rng.randint(2, 7),
     )
 
 
@@ -91,6 +96,39 @@ def _rules(model: keras.Model, rng: random.Random, replicas: bool, pairs: bool) 
 # On the ranks
 
 
+def _faster(model: keras.Model) -> None:
+    model.optimizer.learning_rate = 0.03
+
+
+def _halved(model: keras.Model) -> None:
+    variable = model.trainable_variables[0]
+    variable.assign(0.5 * np.array(variable))
+
+
+def _set(model: keras.Model) -> None:
+    model.set_weights([0.9 * each if each.dtype.kind == "f" else each for each in model.get_weights()])
+
+
+def _frozen(model: keras.Model) -> None:
+    next(layer for layer in model.layers if layer.trainable_variables).trainable = False
+
+
+def _with_another_loss(model: keras.Model) -> None:
+    model.compile(model.optimizer, keras.losses.MeanAbsoluteError(dtype="float64"), jit_compile=model.jit_compile)
+
+
+EVENTS: dict[str, Callable[[keras.Model], None]] = {
+    "nothing": lambda model: None,
+    "faster": _faster,
+    "halved": _halved,
+    "set": _set,
+    "frozen": _frozen,
+    "with another loss": _with_another_loss,
+    "tested": lambda model: None,
+    "weighted": lambda model: None,
+}
+
+
 def build(use: Use, seed: int) -> keras.Model:
     model, rng = random_model(use.seed), random.Random(use.seed)
     if seed:  # another start than rank 0's, whose weights are those that count
@@ -98,7 +136,7 @@ def build(use: Use, seed: int) -> keras.Model:
         for variable in model.trainable_variables:
             variable.assign(noise.standard_normal(variable.shape))
     for name, layer in named_layers(model).items():
-        if name and rng.random() < use.frozen and name != "head":
+        if layer is not model and rng.random() < use.frozen and name != "head":
             layer.trainable = False
         if use.decayed and isinstance(layer, keras.layers.Dense) and layer.built:
             layer.kernel.regularizer = keras.regularizers.L2(0.01)
@@ -122,7 +160,7 @@ def trained(use: Use) -> dict[str, float]:
     rng = np.random.default_rng(use.seed)
     alone = compiled(replace(use, jit_compile=False), build(use, 0))
     batches = [random_batch(alone, rng, size) for size in use.sizes]
-    expected = [alone.train_on_batch(x, y) for x, y in batches]
+    expected = _steps(use, alone, batches)
     with mock.patch.object(automatic, "PATIENCE", 1):
         model, found = _distributed(use, batches) if use.distributed else _parallelized(use, batches)
     end, own_end = weights(alone), weights(model)
@@ -131,6 +169,20 @@ def trained(use: Use) -> dict[str, float]:
     errors["outputs"] = relative(outputs[1][: len(outputs[0])], outputs[0])
     errors["losses"] = relative(np.array(found), np.array(expected)) * 1e-6  # Keras adds them in float32
     return errors
+
+
+def _steps(use: Use, model: keras.Model, batches: Any) -> list[float]:
+    """Train on batches, of which a rank may have its share, and return the losses that are reported."""
+    losses = []
+    for number, (x, y) in enumerate(batches):
+        if number == use.at:
+            EVENTS[use.event](model)
+        if number >= use.at and use.event == "tested":
+            losses.append(model.test_on_batch(x, y))
+        weights = np.abs(y).sum(axis=-1)
+        weighted = number >= use.at and use.event == "weighted"
+        losses.append(model.train_on_batch(x, y, sample_weight=weights if weighted else None))
+    return losses
 
 
 def _parallelized(use: Use, batches: Any) -> tuple[keras.Model, list[float]]:
@@ -144,7 +196,7 @@ def _parallelized(use: Use, batches: Any) -> tuple[keras.Model, list[float]]:
         layout = search(model, mesh, fast_links(), shares[0][0], model.optimizer).layout
     tp_planner.parallelize(model, layout, shares[0][0], batch_axis="batch")
     model.compile(model.optimizer, model.loss, jit_compile=use.jit_compile)  # which is noted from now on
-    return model, [model.train_on_batch(x, y) for x, y in shares]
+    return model, _steps(use, model, shares)
 
 
 def _distributed(use: Use, batches: Any) -> tuple[keras.Model, list[float]]:
@@ -157,7 +209,7 @@ def _distributed(use: Use, batches: Any) -> tuple[keras.Model, list[float]]:
     try:
         with keras.distribution.ModelParallel(layout_map=layout_map, batch_dim_name="batch").scope():
             model = compiled(use, build(use, 0))
-            return model, [model.train_on_batch(x, y) for x, y in batches]
+            return model, _steps(use, model, batches)
     finally:
         tp_planner.disable_keras_distribution()
 
