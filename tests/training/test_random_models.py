@@ -50,6 +50,7 @@ class Use:
     found: bool  # the layout, rather than drawn
     event: str  # what happens between two steps
     at: int  # before which step
+    tensors: bool  # whether data are, rather than arrays
 
 
 def random_use(seed: int, ranks: int) -> Use:
@@ -74,6 +75,7 @@ def random_use(seed: int, ranks: int) -> Use:
         found=not distributed and rng.random() < 0.15,
         event=rng.choice(sorted(EVENTS)),
         at=rng.randint(2, 7),
+        tensors=rng.random() < 0.6,
     )
 
 
@@ -181,7 +183,10 @@ def _steps(use: Use, model: keras.Model, batches: Any) -> list[float]:
             losses.append(model.test_on_batch(x, y))
         weights = np.abs(y).sum(axis=-1)
         weighted = number >= use.at and use.event == "weighted"
-        losses.append(model.train_on_batch(x, y, sample_weight=weights if weighted else None))
+        data = (x, y, weights) if weighted else (x, y)
+        if use.tensors:
+            data = tuple(map(keras.ops.convert_to_tensor, data))
+        losses.append(model.train_on_batch(*data))
     return losses
 
 

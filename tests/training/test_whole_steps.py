@@ -45,10 +45,10 @@ KINDS: dict[str, type] = {"own step": OwnStep, "own loss": OwnLoss, "own metrics
 
 
 def made(case: str) -> keras.Model:
-    inputs = keras.Input((16,), name="inputs")
+    inputs = keras.Input((6, 16) if case == "stream" else (16,), name="inputs")
     x = layers.Dense(32, "relu", name="up")(inputs)
     x = layers.Dense(16, name="down")(x)
-    x = layers.BatchNormalization(name="norm")(x)
+    x = (layers.LayerNormalization if case == "stream" else layers.BatchNormalization)(name="norm")(x)
     x = layers.Dropout(0.1, seed=3, name="drop")(x)
     outputs: Any = layers.Dense(8, name="head")(x)
     if case == "several":
@@ -75,12 +75,14 @@ def trained(case: str, jit_compile: Any) -> tuple[int, int, dict[str, np.ndarray
         model = made(case)
     finally:
         keras.config.set_dtype_policy("float32")
-    tp_planner.parallelize(model, layout_map(RULES))
+    tp_planner.parallelize(model, layout_map(RULES), sequence_parallel=case == "stream")
     metrics = {} if case == "several" else {"metrics": ["mae"]}
     model.compile(keras.optimizers.AdamW(0.01), "mse", jit_compile=jit_compile, **metrics)
     rng = np.random.default_rng(5)
     x, y, other = (torch.from_numpy(rng.standard_normal((BATCH, size)).astype("float32")) for size in (16, 8, 16))
     data: list[Any] = [x, y]
+    if case == "stream":
+        data = [each[:, None].repeat(1, 6, 1) * torch.arange(1.0, 7.0)[:, None] for each in data]
     if case == "several":
         data = [{"inputs": x, "other": other}, {"head": y, "tail": y + 1}]
     results: dict[str, np.ndarray] = {}
@@ -197,6 +199,7 @@ def compared(case: str) -> tuple[list[tuple[int, int]], list[str], float]:
 CASES: dict[str, tuple[int, int]] = {
     "nothing": (STEPS, STEPS),
     "several": (STEPS, STEPS),
+    "stream": (STEPS, STEPS),
     "mixed": (STEPS, STEPS),
     "gradients are left": (STEPS, STEPS),
     "a hook of a weight": (STEPS, STEPS),

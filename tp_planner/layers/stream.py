@@ -7,7 +7,7 @@ plan without sequence parallelism. So do calls of single layers from outside, as
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -15,7 +15,7 @@ import torch
 
 from tp_planner.frontend.calling import is_symbolic
 from tp_planner.frontend.layer_tree import named_layers
-from tp_planner.regions.calls import running
+from tp_planner.regions.calls import running, stream_in_shards
 from tp_planner.storage.log import logger
 from tp_planner.storage.variables import local_tensor
 
@@ -40,7 +40,7 @@ def shard_stream(model: keras.Model, parts: int) -> Callable[[], None]:
                 whole.clear()
             give_back = _keeper_of_state(model)
             try:
-                with _stream_sharded():
+                with stream_in_shards():
                     result = plain(*args, **kwargs)
                 whole[shapes] = False
                 return result
@@ -50,7 +50,7 @@ def shard_stream(model: keras.Model, parts: int) -> Callable[[], None]:
             _say(model, running.indivisible, parts)
             running.indivisible, whole[shapes] = 0, True
             give_back()
-        with contextlib.nullcontext() if whole[shapes] else _stream_sharded():
+        with contextlib.nullcontext() if whole[shapes] else stream_in_shards():
             return plain(*args, **kwargs)
 
     model.__dict__["_call_impl"] = call
@@ -65,15 +65,6 @@ def _say(model: keras.Model, length: int, parts: int) -> None:
         length,
         parts,
     )
-
-
-@contextlib.contextmanager
-def _stream_sharded() -> Iterator[None]:
-    running.stream_is_whole = False
-    try:
-        yield
-    finally:
-        running.stream_is_whole = True
 
 
 def _keeper_of_state(model: keras.Model) -> Callable[[], None]:

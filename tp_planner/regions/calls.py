@@ -160,6 +160,16 @@ def standing_at(site: Site | None) -> Iterator[None]:
 
 
 @contextmanager
+def stream_in_shards() -> Iterator[None]:
+    """Inside, ranks have shards of the residual stream, where the plan has it so."""
+    running.stream_is_whole = False
+    try:
+        yield
+    finally:
+        running.stream_is_whole = True
+
+
+@contextmanager
 def in_a_step_of(model: object) -> Iterator[None]:
     """Inside, a step of the model runs: what its call returns is for its loss and its metrics."""
     before, running.loss_of = running.loss_of, id(model)

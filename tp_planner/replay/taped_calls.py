@@ -86,13 +86,17 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run of a program: whose it is, of which sort, what it was given and has made, the dtype in which it reads."""
+    """A run of a program: whose it is, of which sort, what it was given and has made.
+
+    ``autocast`` is the dtype in which it reads variables, ``stream_is_whole`` how it has the residual stream.
+    """
 
     programs: Programs
     sort: Sort
     given: Sequence[torch.Tensor]
     output: Any
     autocast: str | None
+    stream_is_whole: bool
 
 
 class _Noted(threading.local):
@@ -159,7 +163,8 @@ class Programs:
             raise
         if _noted.runs is not None:
             scope = get_autocast_scope()
-            _noted.runs.append(Run(self, sort, tensors, output, None if scope is None else scope.dtype))
+            dtype = None if scope is None else scope.dtype
+            _noted.runs.append(Run(self, sort, tensors, output, dtype, running.stream_is_whole))
         return output
 
     def tape(self, sort: Sort, given: Given, function: Callable[..., Any], look: Callable[[Tape, Any], None]) -> Any:

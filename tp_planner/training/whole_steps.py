@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten
 
 from tp_planner.layers import styles
-from tp_planner.regions.calls import reading_local_values
+from tp_planner.regions.calls import reading_local_values, stream_in_shards
 from tp_planner.replay.automatic import OF_CALLS, hooks_of, hooks_of_all_modules
 from tp_planner.replay.pieces import Piece
 from tp_planner.replay.replay import Replayed
@@ -139,11 +139,13 @@ class _Part:
 class _WholeStep:
     """A step's programs; known are the data's tensors, then those that the call has returned, then the loss.
 
-    ``dtype`` is that in which the call reads variables, if it is another than theirs.
+    ``dtype`` is that in which the call reads variables, if it is another than theirs; ``stream_is_whole`` says how the
+    call has the residual stream.
     """
 
     state: _State
     dtype: str | None
+    stream_is_whole: bool
     call: _Part
     loss: _Part
     mean: _Part
@@ -153,7 +155,10 @@ class _WholeStep:
     def run(self, data: Sequence[torch.Tensor]) -> Any:
         """Train on the tensors of a step's data, and return its logs."""
         known = list(data)
-        with contextlib.nullcontext() if self.dtype is None else AutocastScope(self.dtype):
+        with (
+            contextlib.nullcontext() if self.dtype is None else AutocastScope(self.dtype),
+            contextlib.nullcontext() if self.stream_is_whole else stream_in_shards(),
+        ):
             known += _leaves(self.call.of(known))
         loss = self.loss.of(known)
         known.append(loss)
@@ -190,7 +195,7 @@ def _whole_step(state: _State, data: Sequence[torch.Tensor], runs: Sequence[Run]
         _Part(owner.run, run.sort, [(gradients if run is update else places)[id(each)] for each in run.given])
         for owner, run in zip(owners, runs, strict=True)
     ]
-    return _WholeStep(state, call.autocast, *parts)
+    return _WholeStep(state, call.autocast, call.stream_is_whole, *parts)
 
 
 def _has_run(owner: Replayed | Piece, run: Run) -> bool:
