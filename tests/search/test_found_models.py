@@ -147,11 +147,39 @@ def efficientnet_b0(dtype: str = "float32", *, seed: int = 0) -> keras.Model:
     return model
 
 
+def resnet50(dtype: str = "float32", *, seed: int = 0) -> keras.Model:
+    """Return Keras's ResNet50 for small pictures; biases before normalizations, of no gradient, are frozen."""
+    with building(dtype):
+        model = keras.applications.ResNet50(
+            weights=None, input_shape=(64, 64, 3), classes=4, classifier_activation=None, name="resnet50"
+        )
+    randomize(model, seed)
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Conv2D):
+            layer.bias.trainable = False
+    return model
+
+
+def convnext_tiny(dtype: str = "float32", *, seed: int = 0) -> keras.Model:
+    """Return Keras's ConvNeXtTiny for small pictures, no block left out at random."""
+    with building(dtype):
+        model = keras.applications.ConvNeXtTiny(
+            weights=None, input_shape=(64, 64, 3), classes=4, classifier_activation=None, name="convnext_tiny"
+        )
+    for layer in model.layers:
+        if hasattr(layer, "drop_path_rate"):
+            layer.drop_path_rate = 0.0
+    return randomize(model, seed)
+
+
 def _photographs(rng: np.random.Generator, size: int) -> Batch:
     return _pictures(rng, size, 64)
 
 
-EFFICIENTNET_B0 = Case("efficientnet_b0", efficientnet_b0, _photographs, "SparseCategoricalCrossentropy", {}, None)
+APPLICATIONS = {
+    build.__name__: Case(build.__name__, build, _photographs, "SparseCategoricalCrossentropy", {}, None)
+    for build in (efficientnet_b0, resnet50, convnext_tiny)
+}
 
 MODELS: dict[str, Case] = {
     "unet": Case("unet", unet, _images, "MeanSquaredError", {}, None),
@@ -225,17 +253,19 @@ def test_found_layout_trains_as_one_device(workers: WorkerPool, name: str) -> No
 
 
 @pytest.mark.slow
-def test_efficientnet_trains_as_one_device(pools: Pools) -> None:
-    """With what is found, as any model: almost all of its convolutions and normalizations are in shards."""
-    found = found_for(EFFICIENTNET_B0)
+@pytest.mark.parametrize("name", APPLICATIONS)
+def test_applications_train_as_one_device(pools: Pools, name: str) -> None:
+    """With what is found, as any model: most of their kernels are in shards."""
+    case = APPLICATIONS[name]
+    found = found_for(case)
     assert abs(found.error) < ERROR
     assert found.gap < 0.01
-    inputs, _ = make_batches(EFFICIENTNET_B0)[0]
-    plan = make_plan(EFFICIENTNET_B0.build("float64"), found.layout, inputs)
+    inputs, _ = make_batches(case)[0]
+    plan = make_plan(case.build("float64"), found.layout, inputs)
     kernels = [each for each in plan.variables if each.path.endswith("/kernel")]
-    assert sum(each.is_sharded for each in kernels) > 0.9 * len(kernels)
-    # Rounding grows through 81 convolutions, normalized over few samples: it ends 1.5e-12 apart.
-    assert_trains_as_one_device(pools(2), EFFICIENTNET_B0, plan, 1e-11)
+    assert sum(each.is_sharded for each in kernels) > 0.6 * len(kernels)
+    # Rounding grows through many convolutions, normalized over few samples: weights of a ResNet50 end 1.2e-10 apart.
+    assert_trains_as_one_device(pools(2), case, plan, 1e-9)
 
 
 def assert_trains_as_one_device(
