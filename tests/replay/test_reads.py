@@ -12,10 +12,12 @@ import keras
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import tp_planner
 from tests.models import randomize
-from tests.workers import WorkerPool, layout_map
+from tests.replicas import MODELS, layout, share
+from tests.workers import Pools, WorkerPool, layout_map
 from tp_planner.replay import automatic, reads
 from tp_planner.replay.once import SWITCH
 from tp_planner.replay.program import Name, Step
@@ -123,6 +125,20 @@ def gradients(way: str, jit_compile: Any) -> tuple[int, list[np.ndarray]]:
     return count[0], [np.zeros(()) if each is None else _local(each).numpy() for each in (*found, *seen)]
 
 
+def reads_together(shape: tuple[int, int]) -> int:
+    """Return how often a replayed step of a GPT reads shards together, on a mesh of replicas and model."""
+    case, replica = MODELS["gpt"], dist.get_rank() // shape[1]
+    model = case.build("float64")
+    x, y = (share(each, replica, shape[0]) for each in case.batch(np.random.default_rng(1), 8))
+    tp_planner.parallelize(model, layout("gpt", "model axis", shape), x, batch_axis="batch")
+    model.compile(keras.optimizers.AdamW(0.01), case.make_loss("float64"), jit_compile=True)
+    for _ in range(4):
+        model.train_on_batch(x, y)
+    with mock.patch.object(LocalShards, "forward", side_effect=LocalShards.forward) as forward:
+        model.train_on_batch(x, y)
+    return forward.call_count
+
+
 def _local(tensor: Any) -> torch.Tensor:
     local: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
     return local.detach().clone()
@@ -140,3 +156,9 @@ def test_gradients_are_the_same_to_the_bit(workers: WorkerPool, way: str) -> Non
         assert len(found) == len(expected) > 7
         for one, other in zip(expected, found, strict=True):
             np.testing.assert_array_equal(other, one)
+
+
+@pytest.mark.parametrize(("shape", "times"), [((1, 4), 1), ((2, 2), 0)])
+def test_gradients_that_replicas_average_come_one_by_one(pools: Pools, shape: tuple[int, int], times: int) -> None:
+    """So that those of the last layers are on their way while the backward pass is at the first."""
+    assert pools(4).run(reads_together, shape) == [times] * 4

@@ -343,8 +343,11 @@ def read_shards(variables: Sequence[Any]) -> Sequence[torch.Tensor]:
 
 
 def may_be_read_together(variable: Any, dtype: torch.dtype | None) -> bool:
-    """Whether to read a variable in shards is but to take this rank's, where it is read in a dtype."""
-    if isinstance(variable._stored.sharding.batch_placement, Shard):
+    """Whether to read a variable in shards is but to take this rank's, where it is read in a dtype.
+
+    Replicas average gradients while others are computed, so theirs are not to wait for each other.
+    """
+    if isinstance(variable._stored.sharding.batch_placement, Shard) or variable._stored.replicas is not None:
         return False
     value = variable._value
     return isinstance(value, DTensor) and value.dtype == dtype and value.requires_grad

@@ -20,7 +20,7 @@ from tp_planner.training.replayed import StepPieces
 from tp_planner.training.weights import TrainedWeights
 from tp_planner.training.whole_steps import WholeSteps
 
-# Of the source of Keras's step, of the versions in which it is what `_Step.run` does.
+# Of the source of Keras's step, of the versions in which it is what `_run` does.
 _KNOWN = frozenset({"a638d4455d8fced660adaffa6b4240ed0c28f8bd1832684b245466ba7f1694d0"})
 
 
