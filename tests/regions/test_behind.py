@@ -155,7 +155,8 @@ def test_gradients_are_those_of_one_device_and_products_run_behind_their_sums(po
         assert left == asked == {}
         assert said == ""
         sums = [count for kind, count in products if kind != "all_gather_into_tensor_out"]
-        alone = 4 if way == "LoRA" else 2  # where LoRA's products meet, sums are of other gradients, too
+        # where LoRA's products meet, sums are of other gradients, too; blocks that run again sum what they put out
+        alone = {"LoRA": 4, "computed again": 3}.get(way, 2)
         assert sum(count > 0 for count in sums) >= len(sums) - alone > 0
         if way == "heads":
             assert [count for count in sums if count] == [1, 1, 3, 1, 3]  # head, and two blocks
