@@ -154,10 +154,9 @@ class Computing:
         for placed in notes.boundaries:
             if placed.place == "input":
                 yield dict(self._graph.calls[placed.call].inputs)[placed.position], placed.boundary
-        for plans in notes._functions.values():
-            for first, plan in plans.items():
-                arguments = dict(self._functions[first].inputs)
-                yield from ((arguments[position], boundary) for position, boundary in plan.inputs)
+        for _, first, plan in notes.changed_functions():
+            arguments = dict(self._functions[first].inputs)
+            yield from ((arguments[position], boundary) for position, boundary in plan.inputs)
 
     def _returned(self, notes: Notes) -> Iterator[tuple[int, Boundary]]:
         """Yield the tensors that change where they are returned."""
@@ -165,10 +164,9 @@ class Computing:
             if placed.place == "output":
                 call = self._graph.calls[placed.call]
                 yield call.outputs[0] if call.core_output is None else call.core_output, placed.boundary
-        for plans in notes._functions.values():
-            for first, plan in plans.items():
-                if plan.output is not None:
-                    yield from ((tensor, plan.output) for tensor in self._functions[first].outputs)
+        for _, first, plan in notes.changed_functions():
+            if plan.output is not None:
+                yield from ((tensor, plan.output) for tensor in self._functions[first].outputs)
 
     def _copied_on_the_way_back(self, notes: Notes) -> Iterator[tuple[int, Shape]]:
         """Yield the tensors of which the gradient is made anew at a boundary, and its strides from there on."""
@@ -180,10 +178,9 @@ class Computing:
 
     def _summed(self, notes: Notes) -> Iterator[int]:
         """Yield what functions make that is summed over the ranks."""
-        for plans in notes._functions.values():
-            for first, plan in plans.items():
-                if plan.output is not None and _is_summed(plan.output.forward):
-                    yield from self._functions[first].outputs
+        for _, first, plan in notes.changed_functions():
+            if plan.output is not None and _is_summed(plan.output.forward):
+                yield from self._functions[first].outputs
 
     def _sent_on_the_way_back(self, notes: Notes) -> Iterator[tuple[int, Placement]]:
         """Yield what is taken, and as what, of which the gradient is sent to the ranks, and is of one op alone."""

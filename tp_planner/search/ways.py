@@ -283,14 +283,13 @@ class Walker:
                 tensor = dict(self.graph.calls[placed.call].inputs)[placed.position]
                 where, times = tensor, self._times.of_crossing(placed.call, tensor)
             yield from self._crossing(where, placed.boundary, times, placed.variable)
-        for call, plans in notes._functions.items():
-            for first, plan in plans.items():
-                arguments = dict(self._functions[first].inputs)
-                for position, boundary in plan.inputs:
-                    tensor = arguments[position]
-                    yield from self._crossing(tensor, boundary, self._times.of_crossing(call, tensor))
-                if plan.output is not None:
-                    yield from self._crossing((call, first), plan.output, self._times.of(call))
+        for call, first, plan in notes.changed_functions():
+            arguments = dict(self._functions[first].inputs)
+            for position, boundary in plan.inputs:
+                tensor = arguments[position]
+                yield from self._crossing(tensor, boundary, self._times.of_crossing(call, tensor))
+            if plan.output is not None:
+                yield from self._crossing((call, first), plan.output, self._times.of(call))
 
     def _crossing(self, where: Any, boundary: Boundary, times: int, variable: str | None = None) -> Iterator[Crossing]:
         if not boundary.is_identity:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -132,6 +132,11 @@ class Notes:
     def functions(self) -> dict[int, tuple[FunctionPlan, ...]]:
         """The functions at which something changes, in order, by call."""
         return {call: tuple(plans[first] for first in sorted(plans)) for call, plans in self._functions.items()}
+
+    def changed_functions(self) -> Iterator[tuple[int, int, FunctionPlan]]:
+        """Yield each function at which something changes: its call, its first op, and its plan."""
+        for call, plans in self._functions.items():
+            yield from ((call, first, plan) for first, plan in plans.items())
 
     def _plan_of(self, function: FunctionCall) -> FunctionPlan:
         plans = self._functions.get(function.call, {})
