@@ -20,7 +20,7 @@ from tests.workers import Pools
 from tp_planner.dryrun.collector import without_collector
 from tp_planner.dryrun.metering import StepMeter
 from tp_planner.dryrun.repeats import BlockRepeats
-from tp_planner.dryrun.simulate import TrainingStep
+from tp_planner.dryrun.training_step import TrainingStep
 from tp_planner.frontend.inputs import CallArguments
 from tp_planner.frontend.layer_tree import named_layers, named_variables
 from tp_planner.ir.step import Memory
