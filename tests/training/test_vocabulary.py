@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging.handlers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import keras
 import keras_hub
@@ -25,7 +27,7 @@ from tp_planner.job.process_group import job_axes
 from tp_planner.regions.calls import Site, in_a_step_of
 from tp_planner.regions.logits import Logits
 from tp_planner.storage.log import logger
-from tp_planner.training import cross_entropy
+from tp_planner.training import cross_entropy, vocabulary
 from tp_planner.training.model import applied_to
 from tp_planner.training.vocabulary import follow_logits
 
@@ -38,6 +40,11 @@ SPARSE: dict[str, dict[str, Any]] = {
     "sum": {"reduction": "sum"},
     "mean of weights": {"reduction": "mean_with_sample_weight", "ignore_class": 3},
 }
+if "label_smoothing" in inspect.signature(Losses.sparse_categorical_crossentropy).parameters:  # from Keras 3.16 on
+    SPARSE |= {
+        "smoothed indices": {"label_smoothing": 0.125},
+        "smoothed indices, an ignored class": {"label_smoothing": 0.25, "ignore_class": 3},
+    }
 DENSE: dict[str, dict[str, Any]] = {"distributions": {}, "smoothed": {"label_smoothing": 0.1}}
 METRICS: dict[str, Callable[[], Any]] = {
     "accuracy": lambda: "accuracy",
@@ -106,13 +113,11 @@ def losses_and_metrics(dtype: str) -> dict[str, tuple[list[np.ndarray], list[np.
 
 
 def _of_both(name: str, dtype: str, axis: Any) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    rng, whole, last = np.random.default_rng(0), Replicate(), Shard(2)
-    values, y = rng.standard_normal((3, 5, UNEVEN)), torch.as_tensor(targets_for(name, (3, 5), rng, UNEVEN))
-    logits = torch.tensor(np.round(3 * values, 1), dtype=getattr(torch, dtype), requires_grad=True)
-    shard = logits.detach().chunk(axis.size, 2)[axis.rank].clone().requires_grad_()
-    boundary = Boundary("x", tuple(logits.shape), dtype, 8, Transition(last, whole), Transition(whole, last), True)
+    rng = np.random.default_rng(0)
+    logits, shard, in_shards = _logits(dtype, axis, rng)
+    y = torch.as_tensor(targets_for(name, (3, 5), rng, UNEVEN))
     weights, results = torch.as_tensor(rng.uniform(0.5, 1.5, (3, 5))), []
-    for given, leaf in ((logits, logits), (Logits(shard, boundary, axis, Site("head", "output")), shard)):
+    for given, leaf in ((logits, logits), (in_shards, shard)):
         loss = loss_named(name, dtype)(y, given, weights)
         loss.backward()
         gradient = leaf.grad if leaf is logits else torch.cat([*_of_all(leaf.grad, axis)], 2)
@@ -125,6 +130,42 @@ def _of_both(name: str, dtype: str, axis: Any) -> tuple[list[np.ndarray], list[n
         assert not getattr(given, "was_gathered", False)
         results.append([each.double().numpy() for each in found])
     return results[0], results[1]
+
+
+def _logits(dtype: str, axis: Any, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor, Logits]:
+    """Return logits of 3 x 5 tokens, the same ones' shard of this rank, and what a model returns that has this."""
+    whole, last = Replicate(), Shard(2)
+    values = np.round(3 * rng.standard_normal((3, 5, UNEVEN)), 1)
+    logits = torch.tensor(values, dtype=getattr(torch, dtype), requires_grad=True)
+    shard = logits.detach().chunk(axis.size, 2)[axis.rank].clone().requires_grad_()
+    boundary = Boundary("x", tuple(logits.shape), dtype, 8, Transition(last, whole), Transition(whole, last), True)
+    return logits, shard, Logits(shard, boundary, axis, Site("head", "output"))
+
+
+def smoothed_indices() -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return what torch makes of whole logits and indices with smoothing, and what is made of shards; gradients too."""
+    axis, rng = job_axes(Mesh((("model", dist.get_world_size()),))).model, np.random.default_rng(1)
+    whole, shard, in_shards = _logits("float64", axis, rng)
+    y, weights = torch.as_tensor(rng.integers(0, UNEVEN, (3, 5))), torch.as_tensor(rng.uniform(0.5, 1.5, (3, 5)))
+    with InChunks():
+        expected = torch.nn.functional.cross_entropy(whole.movedim(2, 1), y, reduction="none", label_smoothing=0.3)
+        found = cross_entropy.cross_entropy(in_shards, y, 0.3)
+        (expected * weights).sum().backward()
+        (found * weights).sum().backward()
+    gradient = torch.cat(_of_all(shard.grad, axis), 2)
+    return [each.detach().numpy() for each in (expected, whole.grad)], [found.detach().numpy(), gradient.numpy()]
+
+
+def of_an_unknown_option() -> tuple[bool, list[float]]:
+    """Return whether logits are gathered for a loss with an option that no reader knows; it, and Keras's."""
+    follow_logits()
+    axis, rng = job_axes(Mesh((("model", dist.get_world_size()),))).model, np.random.default_rng(2)
+    whole, _, in_shards = _logits("float64", axis, rng)
+    y, loss = torch.as_tensor(rng.integers(0, UNEVEN, (3, 5))), loss_named("ignored class")
+    knows_less: Any = {Losses.sparse_categorical_crossentropy: lambda y_true, logits, from_logits, axis: 0 * logits}
+    with mock.patch.dict(vocabulary._LOSSES, knows_less):
+        values = [loss(y, each).item() for each in (in_shards, whole)]
+    return in_shards.was_gathered, values
 
 
 def _of_all(part: torch.Tensor, axis: Any) -> list[torch.Tensor]:
@@ -273,6 +314,8 @@ def in_one_run() -> dict[str, Any]:
     return {
         "losses": {dtype: losses_and_metrics(dtype) for dtype in ("float64", "float32")},
         "own steps": [own_step(0.0), own_step(1.0)],
+        "smoothed indices": smoothed_indices(),
+        "unknown option": of_an_unknown_option(),
         "unknown": unknown_targets(),
         "metrics": of_whole_logits(),
     }
@@ -283,8 +326,10 @@ def in_one_run() -> dict[str, Any]:
 
 def check_losses(found: Mapping[str, Any], tolerance: float) -> None:
     for name, (single, sharded) in found.items():
+        smoothed = "label_smoothing" in SPARSE.get(name, {})
+        within = 1e-5 if smoothed else tolerance  # Keras smooths indices in float32
         for expected, given in zip(single, sharded, strict=True):
-            np.testing.assert_allclose(given, expected, rtol=tolerance, atol=tolerance / 10, err_msg=name)
+            np.testing.assert_allclose(given, expected, rtol=within, atol=within / 10, err_msg=name)
 
 
 def test_losses_metrics_and_steps_of_ones_own(pools: Pools) -> None:
@@ -296,6 +341,10 @@ def test_losses_metrics_and_steps_of_ones_own(pools: Pools) -> None:
     for found in ranks:
         check_losses(found["losses"]["float64"], 1e-12)
         check_losses(found["losses"]["float32"], 1e-5)
+        check_losses({"beside torch": found["smoothed indices"]}, 1e-12)
+        was_gathered, (given, expected) = found["unknown option"]
+        assert was_gathered
+        assert given == pytest.approx(expected, rel=1e-12)
         for both in found["own steps"]:
             check_equal(both, 1e-12, floor=1e-3)
         ignored, high, low, known = found["unknown"]

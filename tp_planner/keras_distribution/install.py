@@ -13,6 +13,7 @@ from keras.src import backend as keras_backend
 from keras.src.backend import torch as torch_backend
 from keras.src.backend.torch import trainer as torch_trainer
 from keras.src.distribution import distribution_lib
+from keras.src.models.model import Trainer  # that of the backend
 from keras.src.saving import saving_lib
 from keras.src.trainers import data_adapters
 
@@ -78,7 +79,7 @@ def _patches() -> Iterator[Patch]:
     yield wrapped(keras.Model, "export", exporting.exported_whole, "no format holds shards")
     yield wrapped(keras.Model, "_symbolic_build", models.checked_before_training, planned)
     creation = functools.partial(models.with_other_entries, _wrap_too)
-    yield wrapped(torch_trainer.TorchTrainer, "__init__", creation, "models have entries of their own")
+    yield wrapped(Trainer, "__init__", creation, "models have entries of their own")
     for module, name in writing.FUNCTIONS:
         yield wrapped(module, name, writing.written_by_rank_zero, "one rank writes")
     yield wrapped(saving_lib, "is_memory_sufficient", writing.through_the_disk, writing.IN_MEMORY)
@@ -104,4 +105,4 @@ def _keeping_keras_from_distributing() -> Iterator[Patch]:
     why = "what Keras would distribute by itself is distributed here"
     yield replaced(torch_backend.Variable, "_initialize_distributed", lambda self, initializer: None, why)
     yield replaced(torch_trainer, "ModelParallel", (), why)  # no distribution is one of these, so batches stay whole
-    yield wrapped(torch_trainer.Trainer, "_initialize_ddp", models.not_replicated_by_keras, why)
+    yield wrapped(Trainer, "_initialize_ddp", models.not_replicated_by_keras, why)

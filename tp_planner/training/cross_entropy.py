@@ -23,14 +23,15 @@ CHUNK_BYTES = 64 * 2**20
 IGNORED = -100  # torch's cross_entropy gives targets of this number no loss
 
 
-def cross_entropy(logits: Logits, targets: torch.Tensor) -> torch.Tensor:
+def cross_entropy(logits: Logits, targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
     """Return the loss of each token: minus the logarithm of the softmax of its target.
 
     Args:
         logits: (..., vocabulary).
         targets: indices (...). Where one is outside of the vocabulary the loss is not a number.
+        smoothing: how much of a target's weight, which is 1, goes to all of the vocabulary alike.
     """
-    return _apply(logits, targets.to(torch.long), 0.0)
+    return _apply(logits, targets.to(torch.long), smoothing)
 
 
 def cross_entropy_of_distributions(logits: Logits, targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
@@ -130,6 +131,8 @@ class _Picks:
             return (logits * self._weights(tokens, logits.dtype)).sum(-1)
         local, elsewhere = self._local(tokens)
         picked = logits.gather(1, local)[:, 0].masked_fill_(elsewhere, 0)
+        if self.smoothing:
+            picked.mul_(1.0 - self.smoothing).add_(logits.sum(-1), alpha=self.smoothing / self.vocabulary)
         targets = self.targets[tokens]
         unknown = ((targets < 0) | (targets >= self.vocabulary)) & (targets != IGNORED)
         return picked.masked_fill_(unknown, torch.nan)
@@ -140,15 +143,18 @@ class _Picks:
             chunk.sub_(self._weights(tokens, chunk.dtype))
             return
         local, elsewhere = self._local(tokens)
-        chunk.scatter_add_(1, local, (~elsewhere).to(chunk.dtype).neg_()[:, None])
+        chunk.scatter_add_(1, local, (~elsewhere).to(chunk.dtype).mul_(self.smoothing - 1.0)[:, None])
+        if self.smoothing:
+            chunk.sub_(self.smoothing / self.vocabulary)
 
     def total(self, dtype: torch.dtype, tokens: slice = slice(None)) -> Any:
         """Return the sum of a token's weights over the whole vocabulary."""
         if self.of_indices:
-            return torch.ones((), dtype=dtype, device=self.targets.device)
+            total = torch.ones((), dtype=dtype, device=self.targets.device)
+            return torch.where(self.targets[tokens] == IGNORED, self.smoothing, total) if self.smoothing else total
         total = self.targets[tokens].sum(-1, dtype=dtype)
         return total * (1.0 - self.smoothing) + self.smoothing if self.smoothing else total
 
     def without_ignored(self, values: torch.Tensor) -> torch.Tensor:
-        """Return one value for each token, and 0 for those whose target is ignored."""
-        return values.masked_fill(self.targets == IGNORED, 0) if self.of_indices else values
+        """Return one value for each token, and 0 for those whose target is ignored and has no other weights."""
+        return values.masked_fill(self.targets == IGNORED, 0) if self.of_indices and not self.smoothing else values

@@ -21,7 +21,12 @@ from tp_planner.training.weights import TrainedWeights
 from tp_planner.training.whole_steps import WholeSteps
 
 # Of the source of Keras's step, of the versions in which it is what `_run` does.
-_KNOWN = frozenset({"a638d4455d8fced660adaffa6b4240ed0c28f8bd1832684b245466ba7f1694d0"})
+_KNOWN = frozenset(
+    {
+        "a638d4455d8fced660adaffa6b4240ed0c28f8bd1832684b245466ba7f1694d0",  # Keras 3.15.1
+        "5a70c2e70526d53a0b29bbf487867753220ef5b64144102f1f9d437d4f0e63e0",  # the 3.16 nightly of 27 October 2026
+    }
+)
 
 
 def training_step(model: keras.Model, pieces: StepPieces) -> Callable[..., Any]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -95,7 +96,7 @@ def _loss_of_shards(plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def call(self: Any, y_true: Any, y_pred: Any) -> Any:
         if isinstance(y_pred, Logits):
-            read = _LOSSES.get(self.fn)
+            read = _reader(_LOSSES, self.fn, self._fn_kwargs)
             values = None if read is None or y_pred.was_gathered else read(y_true, y_pred, **self._fn_kwargs)
             if values is not None:
                 return values
@@ -107,7 +108,7 @@ def _loss_of_shards(plain: Callable[..., Any]) -> Callable[..., Any]:
 def _metric_of_shards(plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def update_state(self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        read = _METRICS.get(self._fn)
+        read = _reader(_METRICS, self._fn, self._fn_kwargs)
         if not isinstance(y_pred, Logits) or read is None:
             return plain(self, y_true, y_pred, sample_weight)
         fn = self._fn
@@ -122,19 +123,30 @@ def _metric_of_shards(plain: Callable[..., Any]) -> Callable[..., Any]:
     return update_state
 
 
+def _reader(readers: Mapping[Any, Reader], function: Any, options: Mapping[str, Any]) -> Reader | None:
+    """Return what reads logits as a function of Keras's does; None if that has options which no reader knows."""
+    read = readers.get(function)
+    return read if read is not None and options.keys() <= inspect.signature(read).parameters.keys() else None
+
+
 # Each returns one number for each token, as Keras's function of the name does of whole logits; None if it cannot.
 
 
 def _sparse_categorical_crossentropy(
-    y_true: Any, logits: Logits, from_logits: bool = False, ignore_class: int | None = None, axis: int = -1
+    y_true: Any,
+    logits: Logits,
+    from_logits: bool = False,
+    ignore_class: int | None = None,
+    axis: int = -1,
+    label_smoothing: float = 0.0,  # from Keras 3.16 on
 ) -> Any:
     targets = _indices(y_true, logits)
-    if targets is None or not from_logits or axis not in (-1, logits.ndim - 1):
+    if targets is None or not from_logits or axis not in (-1, logits.ndim - 1) or not 0 <= label_smoothing <= 1:
         return None
     if ignore_class is None:
-        return cross_entropy(logits, targets)
+        return cross_entropy(logits, targets, label_smoothing)
     valid = ops.not_equal(targets, ops.cast(ignore_class, logits.dtype))
-    values = ops.where(valid, cross_entropy(logits, ops.where(valid, targets, 0)), 0.0)
+    values = ops.where(valid, cross_entropy(logits, ops.where(valid, targets, 0), label_smoothing), 0.0)
     set_keras_mask(values, valid)
     return values
 
@@ -144,7 +156,7 @@ def _categorical_crossentropy(
 ) -> Any:
     targets = ops.cast(y_true, keras.backend.standardize_dtype(logits.dtype))
     fits = targets.shape == logits.shape and not targets.requires_grad
-    if not from_logits or not fits or axis not in (-1, logits.ndim - 1):
+    if not from_logits or not fits or axis not in (-1, logits.ndim - 1) or not 0 <= label_smoothing <= 1:
         return None
     return cross_entropy_of_distributions(logits, targets, label_smoothing)
 
