@@ -170,7 +170,7 @@ def test_plain_keras_reads_the_files(saved: Path) -> None:
 def test_training_goes_on(workers: WorkerPool, saved: Path) -> None:
     """A model loaded with its optimizer gives the same losses sharded as on one device."""
     single, sharded = (workers.run(resume, str(saved), sharded)[0] for sharded in (False, True))
-    np.testing.assert_allclose(sharded, single, rtol=1e-6)  # Keras reports losses in float32
+    np.testing.assert_allclose(sharded, single, rtol=1e-5)  # a loss from a file computes in float32
 
 
 def test_load_weights_spreads_a_file(workers: WorkerPool, saved: Path) -> None:
