@@ -81,7 +81,8 @@ def test_memory_of_updates(name: str) -> None:
     memory = plan.step.memory
     assert plan.step.whole_update
     assert memory.largest.parameters == 256 * 2**20
-    assert memory.largest.temporaries < (2**20 if name in WITHOUT_TEMPORARIES else 64 * 2**20)
+    none = name in WITHOUT_TEMPORARIES and (name != "sgd" or keras.__version__.startswith("3.15."))
+    assert memory.largest.temporaries < (2**20 if none else 64 * 2**20)
 
 
 def test_shards_whose_gradients_are_laid_out_in_another_way_are_updated_by_the_kernel_too() -> None:

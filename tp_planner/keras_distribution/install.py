@@ -80,6 +80,9 @@ def _patches() -> Iterator[Patch]:
     yield wrapped(keras.Model, "_symbolic_build", models.checked_before_training, planned)
     creation = functools.partial(models.with_other_entries, _wrap_too)
     yield wrapped(Trainer, "__init__", creation, "models have entries of their own")
+    for name in ("train", "test", "predict"):
+        asking = functools.partial(models.asking_for_its_step, f"{name}_step")
+        yield wrapped(Trainer, f"make_{name}_function", asking, "steps are those of planned models")
     for module, name in writing.FUNCTIONS:
         yield wrapped(module, name, writing.written_by_rank_zero, "one rank writes")
     yield wrapped(saving_lib, "is_memory_sufficient", writing.through_the_disk, writing.IN_MEMORY)

@@ -29,6 +29,7 @@ from tp_planner.frontend.layout_map import read_device_mesh, read_layout_map, re
 from tp_planner.ir.errors import PlanError
 from tp_planner.ir.layout import Layout, LayoutRule
 from tp_planner.keras_distribution.births import UnplannedVariable, is_unplanned, not_sharding, paths_born_under
+from tp_planner.patches import replaced
 from tp_planner.storage.log import logger
 from tp_planner.training.entries import PHASES, entered
 from tp_planner.training.model import STEPS, applied_to, let_go
@@ -151,6 +152,22 @@ def _refuse_jit(model: keras.Model) -> None:
             f"model {model.name!r} is compiled with jit_compile={model.jit_compile!r} before it is planned; "
             f"call it once and compile it then, or call model.compile(..., jit_compile=False)"
         )
+
+
+def asking_for_its_step(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a trainer's ``make_train_function``, say, whose function asks a model for its step, called ``name``.
+
+    Planning, which the function begins, puts another there. Keras 3.16 asks once, as it makes the function.
+    """
+
+    @functools.wraps(plain)
+    def make(self: keras.Model, *args: Any, **kwargs: Any) -> Any:
+        if not needs_plan(self):
+            return plain(self, *args, **kwargs)
+        with replaced(self, name, lambda data: getattr(self, name)(data), "planning will put another step here"):
+            return plain(self, *args, **kwargs)
+
+    return make
 
 
 def not_replicated_by_keras(plain: Callable[..., None]) -> Callable[..., None]:

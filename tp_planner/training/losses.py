@@ -151,6 +151,8 @@ def _divisor(values: torch.Tensor, sample_weight: Any, mask: Any, reduction: str
     if reduction == "sum":
         return None
     if reduction == "mean_with_sample_weight":
+        if sample_weight is not None:
+            sample_weight = torch.clone(convert_to_tensor(sample_weight))  # Keras 3.16 masks it in its own memory
         mask = keras_loss.apply_mask(sample_weight, mask, keras.backend.standardize_dtype(values.dtype), reduction)
     divisor: torch.Tensor = convert_to_tensor(mask).detach().to(torch.float64).sum()
     return divisor

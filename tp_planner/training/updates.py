@@ -23,6 +23,7 @@ from tp_planner.storage.variables import BackendVariable, ParallelVariable, loca
 SLICE_BYTES = 8 * 2**20  # Keras's updates hold seven temporaries of it at most
 SMALL = 2**14  # elements; variables up to here are updated together
 FUSED_DEVICES = ("cpu", "cuda")
+_SGD_WRITES_IN_PLACE = keras.__version__.startswith("3.15.")  # later ones make a temporary for each gradient first
 
 Gradients = Sequence[torch.Tensor]
 Update = Callable[[Gradients, Sequence[Any]], None]
@@ -40,10 +41,12 @@ def update_elementwise(
         learning_rate: the rate of this update.
         by_keras: updates some of the variables, with their gradients.
     """
-    if isinstance(optimizer, keras.optimizers.SGD) and (optimizer.nesterov or not optimizer.momentum):
-        by_keras(gradients, variables)  # which makes no temporaries
-        return
     fused = _FUSED.get(next((base for base in _FUSED if isinstance(optimizer, base)), None))
+    if isinstance(optimizer, keras.optimizers.SGD) and (optimizer.nesterov or not optimizer.momentum):
+        if _SGD_WRITES_IN_PLACE:
+            by_keras(gradients, variables)
+            return
+        fused = None
     indices = [optimizer._get_variable_index(variable) for variable in variables]
     lists = {name: getattr(optimizer, name) for name in _names_of_slots(optimizer)}
     slots = {name: [each[index] for index in indices] for name, each in lists.items()}
