@@ -12,8 +12,8 @@ import torch.distributed as dist
 from keras.src.utils.python_utils import pythonify_logs
 
 from tp_planner.checkpoints import shelf as shelves
-from tp_planner.checkpoints.progress import EpochSoFar, random_state
-from tp_planner.checkpoints.resuming import RestOfEpoch, let_epochs_go_on, rest_of_epoch
+from tp_planner.checkpoints.progress import EpochSoFar, random_state, read_about
+from tp_planner.checkpoints.resuming import DataOfFit, RestOfEpoch, let_epochs_go_on, rest_of_epoch
 from tp_planner.checkpoints.saving import load_checkpoint, own_device, prepare
 from tp_planner.ir.errors import PlanError
 from tp_planner.job.rendezvous import exchange
@@ -62,6 +62,7 @@ class Checkpoint(keras.callbacks.Callback):
         self._mine = contextlib.ExitStack()
         self._epoch = self._batches = 0
         self._rest: RestOfEpoch | None = None
+        self._data: DataOfFit | None = None
         self._begun: dict[str, Any] = {}  # the random state with which the epoch began
         let_epochs_go_on()
 
@@ -71,11 +72,14 @@ class Checkpoint(keras.callbacks.Callback):
         what = "tp_planner.Checkpoint"
         tell = exchange if dist.is_initialized() else lambda what, text: [text]
         together(what, lambda: self._mine.enter_context(shelves.alone(self.folder)) if first else None, tell)
+        goes_on_at: int | None = None
         there = str(len(shelves.checkpoints_in(self.folder)) if self.folder.is_dir() else 0)
         if self.resume and tell(what, there)[0] != "0":
             progress = load_checkpoint(self.model, self.folder)
             self.model._initial_epoch = progress.epoch  # as Keras's BackupAndRestore does
             self._rest = rest_of_epoch(self.model, progress.folder, self._length(), own_device())
+            goes_on_at = read_about(progress.folder).data_epochs
+        self._data = DataOfFit(goes_on_at)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Note how the epoch begins; the one of the checkpoint as it began then."""
@@ -104,6 +108,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_train_end(self, logs: Any = None) -> None:
         """Wait for what is being written, and let go of the folder."""
+        self._data = None
         with self._mine:
             if self._writing is not None:
                 self._writing.wait()
@@ -115,7 +120,8 @@ class Checkpoint(keras.callbacks.Callback):
 
     def _save(self, epoch: int, batch: int, so_far: EpochSoFar | None = None) -> None:
         copied = self._writing is not None
-        write = prepare(self.model, self.folder, epoch, batch, self.keep, copied, so_far)
+        data_epochs = None if self._data is None else self._data.epochs
+        write = prepare(self.model, self.folder, epoch, batch, self.keep, copied, so_far, data_epochs)
         if self._writing is not None:
             self._writing.start(write)
         else:

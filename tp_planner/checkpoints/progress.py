@@ -44,6 +44,7 @@ class About:
     random_state: dict[str, Any]
     structure: dict[str, str] = field(default_factory=dict)  # places in the model by name of what is stored
     so_far: dict[str, Any] = field(default_factory=dict)  # ``EpochSoFar``, where it was written within an epoch of fit
+    data_epochs: int | None = None  # that the data of fit have had, if Keras counts them
 
     def write(self, folder: Path) -> None:
         """Write a file of this."""

@@ -28,6 +28,35 @@ logger = logging.getLogger("tp_planner")
 _NUMBER = "_tp_planner_number"
 _numbers = itertools.count()
 _waiting: list[RestOfEpoch] = []  # what is to be made next, one at most
+_begun: list[DataOfFit] = []  # of the ``fit`` that begins, one at most
+
+
+class DataOfFit:
+    """The data of the ``fit`` that begins: Keras 3.16 counts their epochs, and shuffles them by that number.
+
+    Args:
+        epochs: the number where ``fit`` goes on; None for that with which Keras begins.
+    """
+
+    def __init__(self, epochs: int | None) -> None:
+        self._goes_on_at, self._number = epochs, next(_numbers)
+        self._adapter: Any = None
+        _begun[:] = [self]
+
+    def is_of(self, iterator: EpochIterator) -> bool:
+        """Whether an iterator is that of ``fit``, which was made before."""
+        return getattr(iterator, _NUMBER, self._number) < self._number
+
+    def come_from(self, iterator: EpochIterator) -> None:
+        """Take the iterator of ``fit``, and let its data be where ``fit`` goes on."""
+        self._adapter = iterator.data_adapter
+        if self._goes_on_at is not None and self.epochs is not None:
+            self._adapter._epoch = self._goes_on_at
+
+    @property
+    def epochs(self) -> int | None:
+        """The number of epochs that the data have had; None if Keras does not count them."""
+        return getattr(self._adapter, "_epoch", None)
 
 
 class RestOfEpoch:
@@ -113,6 +142,8 @@ def _numbering(plain: Callable[..., None]) -> Callable[..., None]:
 def _passing_over(plain: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plain)
     def __iter__(self: EpochIterator) -> Any:
+        if _begun and _begun[0].is_of(self):
+            _begun.pop().come_from(self)
         batches = plain(self)
         if _waiting and _waiting[0].is_of(self):
             _waiting.pop().pass_over(batches)

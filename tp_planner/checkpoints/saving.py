@@ -92,15 +92,16 @@ def prepare(
     keep: int | None,
     copied: bool,
     so_far: EpochSoFar | None = None,
+    data_epochs: int | None = None,
 ) -> Callable[[Telling, Any], Path]:
     """Return what writes a checkpoint of the model as it is now, given how ranks tell each other, and their group.
 
     If the shards are ``copied``, it may write while the model trains on. ``so_far`` is what to say of the epoch that
-    runs, as this replica sees it.
+    runs, as this replica sees it; ``data_epochs`` is how many the data have had, if Keras counts them.
     """
     contents = contents_of(model)
     parts = {name: Part.of(variable, copied) for name, variable in contents.items()}
-    about = _about(model, contents, epoch, batch)
+    about = dataclasses.replace(_about(model, contents, epoch, batch), data_epochs=data_epochs)
     if so_far is not None:
         about = dataclasses.replace(about, so_far=dataclasses.asdict(so_far))
     return functools.partial(_write, parts, about, place_among_replicas(model)[1], shelf, keep)
