@@ -194,6 +194,8 @@ def _adapted(width: int) -> keras.Layer:
     return layer
 
 
+# From Keras 3.16 on it has another name, and there is one layer more.
+GROUPED = "GroupedQueryAttention" if hasattr(layers, "GroupedQueryAttention") else "GroupQueryAttention"
 _STEPS, _SEQUENCE, _IMAGE, _VOLUME = (2,), (5,), (4, 5), (3, 4, 3)
 _TOKEN_IDS: dict[str, Any] = {"leading": (5,), "before": None}
 
@@ -266,7 +268,7 @@ _ALL = (
         call=_cross_attention,
     ),
     LayerCase(
-        "GroupQueryAttention",
+        GROUPED,
         "",
         lambda n: layers.GroupQueryAttention(4, n, _heads(n), name="layer"),
         _SEQUENCE,
@@ -404,4 +406,7 @@ _ALL = (
         call=lambda layer, x: layer(x[..., :1]),
     ),
 )
-CASES: dict[str, LayerCase] = {case.name: case for case in _ALL}
+_LATER = (LayerCase("TernaryDense", "", lambda n: layers.TernaryDense(n, activation="gelu", name="layer")),)
+CASES: dict[str, LayerCase] = {
+    case.name: case for case in (*_ALL, *_LATER) if hasattr(layers, case.layer) or case in _ALL
+}

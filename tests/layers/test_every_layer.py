@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.layer_parity import OF_USERS, compare_sample, compute, differences
-from tests.layer_zoo import CASES, WIDTHS, WITHOUT_WEIGHTS, layers_with_weights, missing_cases, weights
+from tests.layer_zoo import CASES, GROUPED, WIDTHS, WITHOUT_WEIGHTS, layers_with_weights, missing_cases, weights
 from tests.workers import Pools
 
 LAYERS = sorted({case.layer for case in CASES.values()})
@@ -31,7 +31,7 @@ USUAL = {
     "Embedding",
     "GRU",
     "GroupNormalization",
-    "GroupQueryAttention",
+    GROUPED,
     "Layer",
     "LayerNormalization",
     "MultiHeadAttention",
