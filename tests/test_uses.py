@@ -17,6 +17,13 @@ from tests.workers import WorkerPool, layout_map
 from tp_planner.frontend.layer_tree import named_variables
 
 layers, ops = keras.layers, keras.ops
+TORCH_MODES: dict[str, Callable[[], Any]] = {
+    "anomaly detection": lambda: torch.autograd.set_detect_anomaly(True),
+    "inference": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "another device": lambda: torch.device("meta"),
+}
 MLP = {"up/kernel": (None, "model"), "up/bias": ("model",), "down/kernel": ("model", None)}
 
 
@@ -367,6 +374,19 @@ def with_gradient_of_the_input() -> tuple[dict[str, np.ndarray], dict[str, np.nd
     return single, sharded
 
 
+def planned_inside(mode: str) -> list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+    """Shard a model, and restore it, inside of a mode of torch, and train it outside."""
+    models = [built(plain) for _ in range(2)]
+    x = torch.as_tensor(np.random.default_rng(0).standard_normal((3, 6)))
+    results = []
+    for change in (lambda model: tp_planner.parallelize(model, layout_map(MLP)), tp_planner.restore):
+        with TORCH_MODES[mode]():
+            change(models[1])
+        single, sharded = (step(model, x) for model in models)
+        results.append((single, sharded))
+    return results
+
+
 def unfrozen_later() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Plan with frozen layers, then train them."""
     models = [
@@ -452,6 +472,13 @@ def test_weight_that_is_handed_on_is_gathered_where_it_is_read() -> None:
 def test_gradient_of_the_input(pools: Callable[[int], WorkerPool]) -> None:
     """Inputs need no gradient when the model is planned, and may when it runs."""
     check(pools(2).run(with_gradient_of_the_input))
+
+
+@pytest.mark.parametrize("mode", TORCH_MODES)
+def test_modes_of_torch_in_which_a_model_is_planned(pools: Callable[[int], WorkerPool], mode: str) -> None:
+    """They are about what the user computes: planning looks at no values, and shards can be trained later."""
+    for results in pools(2).run(planned_inside, mode):
+        check(results)
 
 
 def test_layers_that_are_unfrozen_later(pools: Callable[[int], WorkerPool]) -> None:

@@ -139,6 +139,7 @@ class _Asked:
         return replace(read_layout(layout_map, self.batch_axis), **self.of_the_plan)
 
 
+@torch.inference_mode(False)  # shards that are made in that mode cannot be trained
 def parallelize(
     model: keras.Model,
     layout_map_or_plan: keras.distribution.LayoutMap | Plan | Literal["auto"],
@@ -255,6 +256,7 @@ def no_sync(model: keras.Model) -> Iterator[None]:
         yield
 
 
+@torch.inference_mode(False)
 def restore(model: keras.Model) -> keras.Model:
     """Gather the weights of a parallelized model and return it as an ordinary single-device model.
 

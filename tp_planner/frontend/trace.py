@@ -118,6 +118,7 @@ def fake_tensors() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for context in (keras.device("cpu"), no_generator, no_values, quiet_torch(), torch.enable_grad(), plain_views):
             stack.enter_context(context)
+        stack.enter_context(torch.autograd.set_detect_anomaly(False))  # it looks at values
         stack.enter_context(FakeCpuMode(allow_non_fake_inputs=True))
         yield
 
