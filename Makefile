@@ -16,7 +16,8 @@ GPU_OPTIONS :=
 NIGHTLY_TESTS := tests/test_parity.py tests/regions/test_collectives.py tests/training/test_contract.py \
 	tests/keras_distribution/test_keras_distribution.py tests/keras_distribution/test_model_parallel.py \
 	tests/keras_distribution/test_distributed_fit.py tests/storage/test_persistence.py \
-	tests/training/test_vocabulary.py tests/training/test_whole_steps.py tests/replay/test_automatic.py
+	tests/training/test_vocabulary.py tests/training/test_whole_steps.py tests/training/test_replica_losses.py \
+	tests/training/test_updates.py tests/replay/test_automatic.py tests/checkpoints/test_resuming.py
 
 export KERAS_BACKEND := torch
 
