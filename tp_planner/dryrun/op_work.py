@@ -51,6 +51,20 @@ class Measured:
     strides: Strides
 
 
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """What becomes of the ends of ops that run one after the other.
+
+    ``made`` are the tensors of which others read what the ops make. ``sent`` are those that are sent to other ranks
+    where the ops make them, or of which the gradient is where the ops take them: it is copied to be in the order of
+    its dims. ``gathered`` are variables that the ops read whole, and of which a rank keeps its part of the gradient.
+    """
+
+    made: Sequence[int]
+    sent: Set[int]
+    gathered: Set[int]
+
+
 class OpMeter:
     """Measures each distinct op once for each placement of its inputs.
 
@@ -89,9 +103,10 @@ class OpMeter:
         if is_view(op.name) and not any(trained):
             return Measured(NO_WORK, {})
         strides = tuple(map(gradients.get, op.outputs))
+        ended = tuple(not tensors[each].has_gradient for each in op.outputs)
         ends = tuple(tensor in kept for tensor in op.inputs)
         inputs = tuple((info.stride, placement) for info, placement in zip(infos, placements, strict=True))
-        key = self._rules.question(op, tensors), inputs, trained, into_view, strides, ends
+        key = self._rules.question(op, tensors), inputs, trained, into_view, strides, ends, ended
         if key not in self._known:
             self._known[key] = self._measure(op, tensors, placements, trained, arguments, into_view, strides, ends)
         known = self._known[key]
@@ -102,9 +117,8 @@ class OpMeter:
         ops: Sequence[Op],
         tensors: Mapping[int, TensorInfo],
         placed: Mapping[int, Placement],
-        made: Sequence[int],
         arguments: Mapping[int, Sequence[Any]],
-        sent: Set[int] = frozenset(),
+        ends: Ends,
         gradients: Strides = _AS_TENSORS,
     ) -> Measured:
         """Return what ops compute that run one after the other, with the gradients that autograd leaves in weights.
@@ -113,10 +127,8 @@ class OpMeter:
             ops: ops that were traced.
             tensors: those of the graph.
             placed: the placement of every tensor that the ops take, summands for whole ones.
-            made: which of the tensors that they make are read elsewhere.
             arguments: as for ``work``, by the ids of ops.
-            sent: tensors that are sent to other ranks where the ops make them, or of which the gradient is where the
-                ops take them: it is copied to be in the order of its dims.
+            ends: what becomes of what they make, and of gradients.
             gradients: in which strides gradients come of what is read elsewhere.
         """
         numbers: dict[int, int] = {}
@@ -126,10 +138,11 @@ class OpMeter:
         questions = tuple(self._rules.question(op, tensors) for op in ops)
         infos = ((placed.get(each), tensors[each]) for each in numbers)
         described = tuple((placement, of.stride, of.has_gradient, of.variable is None) for placement, of in infos)
-        ends = tuple(tuple(sorted(numbers[each] for each in those if each in numbers)) for those in (made, sent))
-        key = questions, wiring, described, ends, tuple(map(gradients.get, made))
+        every = ends.made, ends.sent, ends.gathered
+        ending = tuple(tuple(sorted(numbers[each] for each in those if each in numbers)) for those in every)
+        key = questions, wiring, described, ending, tuple(map(gradients.get, ends.made))
         if key not in self._known:
-            together = self._measure_together(ops, tensors, placed, made, arguments, sent, gradients)
+            together = self._measure_together(ops, tensors, placed, arguments, ends, gradients)
             together = together or Measured(self._measure_each(ops, tensors, placed, arguments), {})
             self._known[key] = replace(together, strides={numbers[at]: each for at, each in together.strides.items()})
         known, names = self._known[key], list(numbers)
@@ -166,9 +179,8 @@ class OpMeter:
         ops: Sequence[Op],
         tensors: Mapping[int, TensorInfo],
         placed: Mapping[int, Placement],
-        made: Sequence[int],
         arguments: Mapping[int, Sequence[Any]],
-        sent: Set[int],
+        ends: Ends,
         gradients: Strides,
     ) -> Measured | None:
         meter = _Meter()
@@ -185,22 +197,22 @@ class OpMeter:
                         op.arguments, [known[each] for each in op.inputs], arguments.get(op.id)
                     )
                     with meter:
-                        result = resolve_op(op.name)(*args, **kwargs)
+                        result = _run(op.name, args, kwargs)
                         for each, value in zip(op.outputs, tensors_in(result), strict=True):
-                            known[each] = value.contiguous() if each in sent else value
-                ends = {each: known[each] for each in made if known[each].requires_grad}
+                            known[each] = value.contiguous() if each in ends.sent else value
+                made = {each: known[each] for each in ends.made if _has_gradient(known[each], tensors[each])}
                 wanted = {each: known[each] for each in outside if known[each].requires_grad}
-                if ends:
-                    given = [_gradient_of(end, gradients.get(each)) for each, end in ends.items()]
+                if made:
+                    given = [_gradient_of(end, gradients.get(each)) for each, end in made.items()]
                     with meter:
-                        found = torch.autograd.grad([*ends.values()], [*wanted.values()], given, allow_unused=True)
+                        found = torch.autograd.grad([*made.values()], [*wanted.values()], given, allow_unused=True)
                         for each, gradient in zip(wanted, found, strict=True):
                             if gradient is not None:
                                 strides[each] = gradient.stride()
-                            if each in sent and gradient is not None:
-                                gradient.contiguous()
-                            if tensors[each].variable is not None and gradient is not None:
-                                _lay_out(gradient, known[each], placed[each])
+                                if each in ends.sent:
+                                    gradient.contiguous()
+                                if tensors[each].variable is not None and each not in ends.gathered:
+                                    _lay_out(gradient, known[each], placed[each])
             except (RuntimeError, ValueError, TypeError, NotImplementedError):
                 return None
         return Measured(meter.work, strides)
@@ -241,8 +253,10 @@ class OpMeter:
                     taken[0] = taken[0].view_as(taken[0])
                 args, kwargs = _with_tensors(op.arguments, taken, arguments)
                 with meter:
-                    result = resolve_op(op.name)(*args, **kwargs)
-                made = [each for each in zip(tensors_in(result), strides, strict=True) if each[0].requires_grad]
+                    result = _run(op.name, args, kwargs)
+                infos = [tensors[tensor] for tensor in op.outputs]
+                every = zip(tensors_in(result), strides, infos, strict=True)
+                made = [(each, comes) for each, comes, info in every if _has_gradient(each, info)]
                 wanted = [position for position, each in enumerate(given) if each.requires_grad]
                 if made:
                     with meter:
@@ -266,6 +280,21 @@ class OpMeter:
         strides = local_stride(info, shape)
         shard = torch.empty_strided(shape, strides, dtype=getattr(torch, info.dtype), device="cpu")
         return shard.requires_grad_(gradient and shard.is_floating_point())
+
+
+def _has_gradient(made: torch.Tensor, info: TensorInfo) -> bool:
+    return made.requires_grad and info.has_gradient
+
+
+def _run(name: str, args: Any, kwargs: Any) -> Any:
+    """Run an op; a view of shards whose order in memory has none is a copy, as reshapes are where they have to."""
+    run = resolve_op(name)
+    if name != "aten.view.default":
+        return run(*args, **kwargs)
+    try:
+        return run(*args, **kwargs)
+    except (RuntimeError, ValueError):
+        return run(args[0].contiguous(), *args[1:], **kwargs)
 
 
 def _gradient_of(made: torch.Tensor, strides: Shape | None) -> torch.Tensor:

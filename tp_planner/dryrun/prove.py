@@ -106,6 +106,7 @@ def _compare_run(
         elif op.id not in cast:
             layer, fails = graph.calls[op.call].layer, position >= len(ran) and failure is not None
             starts = [*_stuck(graph, recorder), op.call] if fails else [op.call]
+            starts += _viewing(graph, [*op.inputs, *_taken(graph, starts)])
             culprits = _sizes_in_code(graph, walk, starts, parts) or _culprits(graph, walk, op)
             return [Conflict(layer, culprits, f"{op.name} in {layer!r} {difference}", in_code=True)]
     if failure is None and len(ran) > position:
@@ -116,7 +117,8 @@ def _compare_run(
         return [Conflict(layer, _sharded_inside(graph, walk, call), reason, in_code=True)]
     if failure is not None:
         stuck = _stuck(graph, recorder)
-        culprits = _sizes_in_code(graph, walk, stuck, parts) or _sharded_inside(graph, walk, stuck[0])
+        starts = [*stuck, *_viewing(graph, _taken(graph, stuck))]
+        culprits = _sizes_in_code(graph, walk, starts, parts) or _sharded_inside(graph, walk, stuck[0])
         return [
             Conflict(
                 recorder.running_layer, culprits, f"layer {recorder.running_layer!r} {_failure(failure)}", in_code=True
@@ -265,6 +267,23 @@ def _equal(expected: tuple[Any, ...], found: tuple[Any, ...]) -> bool:
 def _stuck(graph: ModelGraph, recorder: Recorder) -> list[int]:
     """Return the first call of the layer in which the model failed."""
     return [next(call.id for call in graph.calls.values() if call.layer == recorder.running_layer)]
+
+
+def _taken(graph: ModelGraph, calls: Sequence[int]) -> list[int]:
+    return [tensor for call in calls for _, tensor in graph.calls[call].inputs]
+
+
+def _viewing(graph: ModelGraph, read: Sequence[int]) -> list[int]:
+    """Return the calls whose code changed the layout of what is read: no comparison has seen in what way."""
+    makers = {tensor: op for op in graph.ops for tensor in op.outputs}
+    calls: dict[int, None] = {}
+    ahead = list(dict.fromkeys(read))
+    for tensor in ahead:  # which grows
+        maker = makers.get(tensor)
+        if maker is not None and maker.name in LAYOUT_OPS:
+            calls[maker.call] = None
+            ahead += [each for each in maker.inputs if each not in ahead]
+    return list(calls)
 
 
 def _sizes_in_code(graph: ModelGraph, walk: Walk, starts: Sequence[int], parts: int) -> Origins:

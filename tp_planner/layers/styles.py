@@ -7,6 +7,7 @@ layers compute on plain local shards; the hooks convert tensors at the boundarie
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
@@ -370,11 +371,26 @@ def withheld(layer: keras.Layer, epilogue: str) -> Iterator[None]:
 
 def relax_input_spec(layer: keras.Layer, undo: list[Undo]) -> None:
     """Let a layer take shards: Keras checks input dims against the whole shape before any hook runs."""
-    spec = layer.input_spec
-    if isinstance(spec, keras.InputSpec) and spec.axes:
-        relaxed = keras.InputSpec(dtype=spec.dtype, ndim=spec.ndim, max_ndim=spec.max_ndim, min_ndim=spec.min_ndim)
-        layer.input_spec = relaxed
-        undo.append(lambda: setattr(layer, "input_spec", spec))
+    spec, before = layer.input_spec, vars(layer).keys() | set()
+    if not any(isinstance(each, keras.InputSpec) and (each.axes or each.shape) for each in keras.tree.flatten(spec)):
+        return
+    layer.input_spec = keras.tree.map_structure(_without_lengths, spec)
+    made = vars(layer).keys() - before  # by a Functional model, which works out its specs where none is set
+
+    def check_again() -> None:
+        layer.input_spec = spec
+        for name in made:
+            delattr(layer, name)
+
+    undo.append(check_again)
+
+
+def _without_lengths(spec: Any) -> Any:
+    if not isinstance(spec, keras.InputSpec):
+        return spec
+    relaxed = copy.copy(spec)  # which keeps its rank
+    relaxed.shape, relaxed.axes = None, {}
+    return relaxed
 
 
 def open_scope(layer: keras.Layer, model: int, name: str, undo: list[Undo]) -> None:

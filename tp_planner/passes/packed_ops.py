@@ -21,6 +21,7 @@ from tp_planner.ir.placement import (
     Shape,
     Shard,
     in_parts,
+    local_shape,
     parts_of,
 )
 from tp_planner.passes.follow_ops import Followed, Refused
@@ -155,7 +156,7 @@ def follow_packed(
     """Return what an op makes of inputs of which some are shards of parts; ``ask`` knows how it acts on plain ones."""
     first = inputs[op.inputs[0]]
     if op.name in VIEWS:
-        return _follow_view(op, tensors, first, ask)
+        return _follow_view(op, tensors, first, ranks)
     apart = taken_apart(op, tensors)
     if isinstance(first, PackedShard) and apart is not None and apart.dim == first.dim and len(inputs) == 1:
         return _follow_apart(op, apart, first, ranks)
@@ -210,21 +211,28 @@ def _local_arguments(args: Any, where: int, local: Mapping[int, int]) -> list[An
     return flat
 
 
-def _follow_view(op: Op, tensors: Mapping[int, TensorInfo], placement: Placement, ask: Ask) -> Followed | Refused:
+def _follow_view(op: Op, tensors: Mapping[int, TensorInfo], placement: Placement, ranks: int) -> Followed | Refused:
     assert isinstance(placement, PackedShard)
+    viewed = _viewed_as_packed(op, tensors, placement)
+    if isinstance(viewed, Refused):
+        return viewed
+    return Followed((viewed,), local_shape(tensors[op.outputs[0]].shape, viewed, ranks))
+
+
+def _viewed_as_packed(op: Op, tensors: Mapping[int, TensorInfo], placement: PackedShard) -> Placement | Refused:
     shape, viewed = tensors[op.inputs[0]].shape, tensors[op.outputs[0]].shape
     at, parts, length = _same_place(shape, viewed, placement.dim), placement.parts, shape[placement.dim]
     if at is None:
         return Refused("folds a dim that is several parts side by side into others")
     if viewed[at] % length == 0:
         scaled = tuple(part * (viewed[at] // length) for part in parts)
-        return Followed((PackedShard(at, scaled),), ())
+        return PackedShard(at, scaled)
     if len(set(parts)) == 1 and viewed[at] == len(parts) and at + 1 < len(viewed):
-        return Followed((Shard(at + 1),), ())
+        return Shard(at + 1)
     inner = length // viewed[at]
     if length % viewed[at] or any(part % inner for part in parts):
         return Refused("takes a dim apart across parts of it", parts_wanted(op, tensors, placement), op, op.inputs[0])
-    return Followed((PackedShard(at, tuple(part // inner for part in parts)),), ())
+    return PackedShard(at, tuple(part // inner for part in parts))
 
 
 def follow_concatenation(op: Op, tensors: Mapping[int, TensorInfo], inputs: Mapping[int, Placement]) -> Followed | None:

@@ -6,12 +6,14 @@ What its gradients are like in memory, the steps after it say, of which the ways
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tp_planner.dryrun.op_work import (
     NO_WORK,
+    Ends,
     Measured,
     OpMeter,
     OpWork,
@@ -35,6 +37,7 @@ _COPY = "aten.clone.default"
 _RESHAPED = "aten._unsafe_view.default"  # what reshapes are of a copy, where they are no views
 
 Tensors = Mapping[int, TensorInfo]
+_Cut = tuple[int, Placement]  # a tensor, and the shard of it that is cut
 _NOTHING_CUT: Tensors = {}
 
 
@@ -65,10 +68,12 @@ class _Together:
     made: tuple[int, ...]
     arguments: Mapping[int, Sequence[Any]]
     sent: frozenset[int] = frozenset()
+    gathered: frozenset[int] = frozenset()
 
     def measured(self, meter: OpMeter, tensors: Tensors, gradients: Strides) -> Measured:
         known = _with_cut(tensors, self.cut, self.ops)
-        found = meter.work_together(self.ops, known, self.placed, self.made, self.arguments, self.sent, gradients)
+        ends = self.made, self.sent, self.gathered
+        found = meter.work_together(self.ops, known, self.placed, self.arguments, Ends(*ends), gradients)
         return _of_others(found)
 
 
@@ -132,20 +137,15 @@ class Computing:
             placement = next(iter(taken.values()), WHOLE)
             parts = (self._alone(op, [placement] * len(op.inputs), None) for op in self._ops(step))
             return Computation(tuple(parts), NO_WORK, copied)
+        if step.together:
+            return self._of_layer(step, notes, copied)
         added = self._added(tensor for op in self._ops(step) for tensor in op.outputs)
-        if self._trains_matrices(step):
-            return Computation((self._together(step, notes),), added, copied)
         needed = self._without_copies(self._ops(step), self._read(step), self._graph.tensors)
         followed = tuple(self._followed(op, notes) for op in needed)
         return Computation(followed, self._of_sums(notes) + added, copied)
 
     def _ops(self, step: Step) -> Sequence[Op]:
         return self._graph.ops[slice(*step.ops)]
-
-    def _trains_matrices(self, step: Step) -> bool:
-        """Whether a step is a layer whose code leaves gradients in matrices, which are laid out as these."""
-        read = (self._graph.variables[key] for key in step.variables)
-        return step.layer_call is not None and any(each.trainable and len(each.shape) > 1 for each in read)
 
     # --- what crosses boundaries -----------------------------------------------------------------------
 
@@ -185,7 +185,7 @@ class Computing:
     def _sent_on_the_way_back(self, notes: Notes) -> Iterator[tuple[int, Placement]]:
         """Yield what is taken, and as what, of which the gradient is sent to the ranks, and is of one op alone."""
         for tensor, boundary in self._taken(notes):
-            if boundary.has_gradient and boundary.backward.collective and self._gradients.is_of_one_op(tensor):
+            if boundary.has_gradient and boundary.backward.collective and self._gradients.is_of_one(tensor):
                 yield tensor, boundary.forward.target
 
     def _of_sums(self, notes: Notes) -> OpWork:
@@ -196,10 +196,26 @@ class Computing:
 
     # --- ops together ----------------------------------------------------------------------------------
 
-    def _together(self, step: Step, notes: Notes) -> _Together:
+    def _of_layer(self, step: Step, notes: Notes, copied: Strides) -> Computation:
         """Return a layer's ops one after the other; what is cut for them is a tensor of its own."""
-        tensors = self._graph.tensors
         ops, names = _name_what_is_cut(self._ops(step), notes)
+        besides = self._added(step.makes) + self._added_of_cut(step, ops, names)
+        return Computation((self._together(step, notes, ops, names),), besides, copied)
+
+    def _added_of_cut(self, step: Step, ops: Sequence[Op], names: Mapping[_Cut, int]) -> OpWork:
+        """Return the work of adding up the gradients of tensors that are cut, where they are read in other ways, too.
+
+        Of what the ops make, the gradient of one shard is measured, as one that comes from elsewhere.
+        """
+        read = {tensor for op in ops if self._gradients.returns_gradients(op) for tensor in op.inputs}
+        made = {tensor for op in ops for tensor in op.outputs}
+        reads = Counter(tensor for (tensor, _), own in names.items() if own in read)
+        reads += Counter(tensor for tensor in reads if tensor in (step.makes if tensor in made else read))
+        found = (self._gradients.added_of_cut(self._graph.tensors[each], times) for each, times in reads.items())
+        return sum(found, NO_WORK)
+
+    def _together(self, step: Step, notes: Notes, ops: Sequence[Op], names: Mapping[_Cut, int]) -> _Together:
+        tensors = self._graph.tensors
         cut = self._infos_of_cut(names)
         placed = self._read(step) | {own: shard for (_, shard), own in names.items()}
         made = {tensor for op in ops for tensor in op.outputs}
@@ -210,9 +226,17 @@ class Computing:
             made=tuple(dict.fromkeys((*step.makes, *(tensor for tensor, _ in names if tensor in made)))),
             arguments={op.id: notes.followed[op.id].arguments for op in ops if op.id in notes.followed},
             sent=frozenset({*self._summed(notes), *(names.get(e, e[0]) for e in self._sent_on_the_way_back(notes))}),
+            gathered=frozenset(self._gathered(placed)),
         )
 
-    def _infos_of_cut(self, names: Mapping[tuple[int, Placement], int]) -> Tensors:
+    def _gathered(self, placed: Mapping[int, Placement]) -> Iterator[int]:
+        """Yield the variables that are read in another way than they are stored."""
+        for tensor, placement in placed.items():
+            key = self._graph.tensors[tensor].variable if tensor >= 0 else None
+            if key is not None and self._known.stored[key] != placement:
+                yield tensor
+
+    def _infos_of_cut(self, names: Mapping[_Cut, int]) -> Tensors:
         """Return what is known of tensors that are cut: as shards they are copied in the order of their dims."""
         infos = {own: self._graph.tensors[tensor] for (tensor, _), own in names.items()}
         return {own: replace(info, id=own, stride=_in_order(info.shape)) for own, info in infos.items()}
@@ -284,7 +308,7 @@ class Computing:
             if tensor >= 0
         )
         stored = (each.id for each, used in read if each.variable and self._known.stored[each.variable] == used)
-        return frozenset(tensor for tensor in stored if self._gradients.is_of_one_op(tensor))
+        return frozenset(tensor for tensor in stored if self._gradients.is_of_one(tensor))
 
     # --- contractions ----------------------------------------------------------------------------------
 
@@ -337,12 +361,12 @@ class Computing:
         return self._meter.of_own_rows(self._graph.tensors[call.inputs[0][1]], self._graph.tensors[made], rows)
 
 
-def _name_what_is_cut(ops: Sequence[Op], notes: Notes) -> tuple[list[Op], dict[tuple[int, Placement], int]]:
+def _name_what_is_cut(ops: Sequence[Op], notes: Notes) -> tuple[list[Op], dict[_Cut, int]]:
     """Return ops that read what is cut for them under a number of its own, and that by tensor and shard."""
     if not notes.cut_for:
         return list(ops), {}
     reading: list[Op] = []
-    cut: dict[tuple[int, Placement], int] = {}
+    cut: dict[_Cut, int] = {}
     for op in ops:
         read = ((tensor, notes.cut_for.get((op.id, tensor))) for tensor in op.inputs)
         inputs = (

@@ -42,6 +42,7 @@ from tp_planner.progress import stage
 from tp_planner.readable_plan import Plan
 from tp_planner.search.formulate import Formulation, Group, Stored
 from tp_planner.search.found import Candidate, Found, known_bound
+from tp_planner.search.gradients import only_towards_losses
 from tp_planner.search.packing import parts_of_matrices
 from tp_planner.search.prices import Prices, seconds_of
 from tp_planner.search.program import Solution
@@ -119,7 +120,8 @@ class _Planner:
 def _formulate(model: keras.Model, traces: Traces, loss: TrainingLoss | None, prices: Prices) -> Formulation:
     with no_fakes_left(model):
         stage(f"tracing {model.name}")
-        graph = traces.of(find_blocks(model, Signatures(model, signature=traces.signature)), training=True)
+        blocks = find_blocks(model, Signatures(model, signature=traces.signature))
+        graph = only_towards_losses(traces.of(blocks, training=True))
         stage(f"asking how {model.name} can be computed")
         parts = prices.base.axis_size
         read = _read_by_ops(graph)
@@ -137,7 +139,8 @@ def _formulate(model: keras.Model, traces: Traces, loss: TrainingLoss | None, pr
             formulation = Formulation(graph, groups, prices, loss_in_shards if reads_shards else None)
             rules = DTensorRules(axes.model.mesh)
             packed = parts_of_matrices(graph, options, rules, parts)
-            formulation.add_steps(Walker(graph, rules, OpMeter(rules, parts), parts, options, packed))
+            meter = OpMeter(rules, parts)
+            formulation.add_steps(Walker(graph, rules, meter, parts, options, packed, formulation.gradients))
     formulation.constant += seconds_of(prices.base, prices.hardware)
     return formulation
 
@@ -286,13 +289,14 @@ class _Search:
             self.covers_all = False
 
     def _found(self, candidates: Sequence[Candidate], bound: float) -> Found:
-        best = self._cheapest(candidates)
+        every = (*candidates, self.base)  # which is cheapest where all that was planned is not what the program said
+        best = self._cheapest(every)
         if best is None:
             assert self.memory is not None
             raise PlanError(_too_large(self.base, candidates, self.memory))
         others = sorted((each for each in candidates if each is not best), key=lambda each: each.cost)
         name, hardware = self.base.plan.model, self.planner.hardware.name
-        known = known_bound(bound, [each for each in candidates if self._fits(each.plan)])
+        known = known_bound(bound, [each for each in every if self._fits(each.plan)])
         return Found(name, hardware, best, known, self.base, tuple(others))
 
     def _planned(self, layout: Layout, program_cost: float) -> Candidate:

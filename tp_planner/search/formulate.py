@@ -54,7 +54,9 @@ class Formulation:
     def __post_init__(self) -> None:
         self._standing = {each.key: group.key for group in self.groups for each in group.variables}
         self._tensors = {each.variable: each for each in self.graph.tensors.values() if each.variable is not None}
-        self._gradients = Gradients(self.graph, self.prices.base.axis_size)
+        options = {each.key: len(group.options) for group in self.groups for each in group.variables}
+        self._steps = steps_of(self.graph, {key: options[key] for key in self.graph.variables})
+        self.gradients = Gradients(self.graph, self.prices.base.axis_size, self._steps)
         self._head = only_output(self.graph) if self.loss_in_shards else ""
         for group in self.groups:
             columns = {}
@@ -68,17 +70,15 @@ class Formulation:
     def _of_gradients(self, key: str, option: Placement) -> float:
         """Return the time of adding up a variable's gradients, where several ops read it."""
         tensor = self._tensors.get(key)
-        return 0.0 if tensor is None else self.prices.of_work(self._gradients.added(tensor, option))
+        return 0.0 if tensor is None else self.prices.of_work(self.gradients.added(tensor, option))
 
     # --- building --------------------------------------------------------------------------------------
 
     def add_steps(self, walker: Walker) -> None:
         """Ask for the ways of each step, in order, and add them to the program."""
-        options = {key: walker.options[key] for key in self.graph.variables}
-        steps = steps_of(self.graph, {key: len(each) for key, each in options.items()})
         tensors: dict[int, tuple[Placement, ...]] = {}
         found: list[tuple[Step, list[Way]]] = []
-        for step in steps:
+        for step in self._steps:
             if isinstance(step, Again):
                 self._tie_block(step, tensors)
                 continue

@@ -22,7 +22,8 @@ class Step:
     """Ops that are followed together.
 
     ``pieces`` are the functions and ops that the walk follows one by one, ``layer_call`` the call that they all are.
-    ``takes`` are tensors from outside, ``variables`` those that are read, ``makes`` what others read of it.
+    ``takes`` are tensors from outside, ``variables`` those that are read, ``makes`` what others read of it. The ops of
+    a layer that trains matrices are measured ``together``, for the gradients of these are laid out as they are.
     """
 
     call: int
@@ -33,6 +34,7 @@ class Step:
     variables: tuple[str, ...]
     makes: tuple[int, ...]
     times: int
+    together: bool
 
     def name(self, graph: ModelGraph) -> str:
         """Return what people call it."""
@@ -122,7 +124,12 @@ class _Cutting:
             variables=variables,
             makes=tuple(tensor for tensor in made if self.last_read.get(tensor, -1) >= ops[1]),
             times=self.times.of(call),
+            together=contraction is not None or (layer_call is not None and self._trains_matrices(variables)),
         )
+
+    def _trains_matrices(self, variables: tuple[str, ...]) -> bool:
+        read = (self.graph.variables[key] for key in variables)
+        return any(each.trainable and len(each.shape) > 1 for each in read)
 
     def _pieces(self, ops: tuple[int, int]) -> Iterator[Piece]:
         after = ops[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tp_planner.dryrun.op_work import OpMeter
@@ -85,6 +85,7 @@ class Walker:
         parts: size of the model axis.
         options: how each variable can be stored.
         packed: the parts in which a variable that is stored so is stored, too, for what comes after.
+        gradients: those of the graph.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Walker:
         parts: int,
         options: Mapping[str, Sequence[Placement]],
         packed: Mapping[tuple[str, Placement], tuple[int, ...]],
+        gradients: Gradients,
     ) -> None:
         self.graph, self.rules, self.meter, self.parts, self.options = graph, rules, meter, parts, options
         self.packed = packed
@@ -108,7 +110,7 @@ class Walker:
         self._known = Known(graph, self._stored, self._styles, closings, rules, parts)
         self._calls = Counter(call.layer for call in graph.calls.values() if call.id not in graph.repeats)
         self._functions = {function.ops[0]: function for function in graph.functions or ()}
-        self._computing = Computing(self._known, meter, rules, Gradients(graph, parts))
+        self._computing = Computing(self._known, meter, rules, gradients)
 
     def ways(self, step: Step, tensors: Mapping[int, Sequence[Placement]]) -> Iterator[Way]:
         """Yield the ways to take a step whose inputs can be placed as ``tensors`` says, the wholly replicated first."""
@@ -276,13 +278,15 @@ class Walker:
     # --- what it costs ---------------------------------------------------------------------------------
 
     def _crossings(self, step: Step, notes: Notes) -> Iterator[Crossing]:
+        trains = any(self.graph.tensors[tensor].has_gradient for tensor in step.makes)
         for placed in notes.boundaries:
             where: Any = placed.call, placed.place, placed.variable
             times = self._times.of(placed.call)
             if placed.place == "input":
                 tensor = dict(self.graph.calls[placed.call].inputs)[placed.position]
                 where, times = tensor, self._times.of_crossing(placed.call, tensor)
-            yield from self._crossing(where, placed.boundary, times, placed.variable)
+            boundary = placed.boundary if trains else replace(placed.boundary, has_gradient=False)
+            yield from self._crossing(where, boundary, times, placed.variable)
         for call, first, plan in notes.changed_functions():
             arguments = dict(self._functions[first].inputs)
             for position, boundary in plan.inputs:
