@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -45,10 +45,14 @@ NO_WORK = OpWork()
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What ops compute, and the strides in which they leave the gradients of what they take, where there are any."""
+    """What ops compute, and the strides in which they leave the gradients of what they take, where there are any.
+
+    ``disordered`` are those of ``Ends.returned`` of which the gradient is not in the order of its dims.
+    """
 
     work: OpWork
     strides: Strides
+    disordered: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +60,14 @@ class Ends:
     """What becomes of the ends of ops that run one after the other.
 
     ``made`` are the tensors of which others read what the ops make. ``sent`` are those that are sent to other ranks
-    where the ops make them, or of which the gradient is where the ops take them: it is copied to be in the order of
-    its dims. ``gathered`` are variables that the ops read whole, and of which a rank keeps its part of the gradient.
+    where the ops make them: they are copied to be in the order of their dims. ``returned`` are those that the ops take,
+    and of which the gradient is sent. ``gathered`` are variables that the ops read whole, and of which a rank keeps its
+    part of the gradient.
     """
 
     made: Sequence[int]
     sent: Set[int]
+    returned: Set[int]
     gathered: Set[int]
 
 
@@ -138,15 +144,14 @@ class OpMeter:
         questions = tuple(self._rules.question(op, tensors) for op in ops)
         infos = ((placed.get(each), tensors[each]) for each in numbers)
         described = tuple((placement, of.stride, of.has_gradient, of.variable is None) for placement, of in infos)
-        every = ends.made, ends.sent, ends.gathered
+        every = ends.made, ends.sent, ends.returned, ends.gathered
         ending = tuple(tuple(sorted(numbers[each] for each in those if each in numbers)) for those in every)
         key = questions, wiring, described, ending, tuple(map(gradients.get, ends.made))
         if key not in self._known:
             together = self._measure_together(ops, tensors, placed, arguments, ends, gradients)
             together = together or Measured(self._measure_each(ops, tensors, placed, arguments), {})
-            self._known[key] = replace(together, strides={numbers[at]: each for at, each in together.strides.items()})
-        known, names = self._known[key], list(numbers)
-        return replace(known, strides={names[number]: each for number, each in known.strides.items()})
+            self._known[key] = _renamed(together, numbers)
+        return _renamed(self._known[key], dict(enumerate(numbers)))
 
     def of_own_rows(self, ids: TensorInfo, looked_up: TensorInfo, rows: int) -> OpWork:
         """Return what a lookup in a rank's own rows, of so many in all, computes besides the lookup."""
@@ -185,6 +190,7 @@ class OpMeter:
     ) -> Measured | None:
         meter = _Meter()
         strides: dict[int, Shape] = {}
+        disordered: set[int] = set()
         known: dict[int, torch.Tensor] = {}
         outside = dict.fromkeys(each for op in ops for each in op.inputs)
         outside = {each: None for each in outside if not any(each in op.outputs for op in ops)}
@@ -209,13 +215,13 @@ class OpMeter:
                         for each, gradient in zip(wanted, found, strict=True):
                             if gradient is not None:
                                 strides[each] = gradient.stride()
-                                if each in ends.sent:
-                                    gradient.contiguous()
+                                if each in ends.returned and not gradient.is_contiguous():
+                                    disordered.add(each)
                                 if tensors[each].variable is not None and each not in ends.gathered:
                                     _lay_out(gradient, known[each], placed[each])
             except (RuntimeError, ValueError, TypeError, NotImplementedError):
                 return None
-        return Measured(meter.work, strides)
+        return Measured(meter.work, strides, frozenset(disordered))
 
     def _measure_each(
         self,
@@ -295,6 +301,11 @@ def _run(name: str, args: Any, kwargs: Any) -> Any:
         return run(*args, **kwargs)
     except (RuntimeError, ValueError):
         return run(args[0].contiguous(), *args[1:], **kwargs)
+
+
+def _renamed(measured: Measured, names: Mapping[int, int]) -> Measured:
+    strides = {names[each]: strides for each, strides in measured.strides.items()}
+    return Measured(measured.work, strides, frozenset(names[each] for each in measured.disordered))
 
 
 def _gradient_of(made: torch.Tensor, strides: Shape | None) -> torch.Tensor:

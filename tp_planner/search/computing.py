@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tp_planner.dryrun.op_work import (
@@ -37,6 +37,7 @@ _COPY = "aten.clone.default"
 _RESHAPED = "aten._unsafe_view.default"  # what reshapes are of a copy, where they are no views
 
 Tensors = Mapping[int, TensorInfo]
+Crossed = tuple[int, Transition, Transition]  # a tensor, and how it crosses a boundary forward and back
 _Cut = tuple[int, Placement]  # a tensor, and the shard of it that is cut
 _NOTHING_CUT: Tensors = {}
 
@@ -54,8 +55,7 @@ class _Alone:
 
     def measured(self, meter: OpMeter, tensors: Tensors, gradients: Strides) -> Measured:
         known = _with_cut(tensors, self.cut, (self.op,))
-        found = meter.work(self.op, known, self.placed, self.arguments, self.into_view, gradients, self.kept)
-        return _of_others(found)
+        return meter.work(self.op, known, self.placed, self.arguments, self.into_view, gradients, self.kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +68,13 @@ class _Together:
     made: tuple[int, ...]
     arguments: Mapping[int, Sequence[Any]]
     sent: frozenset[int] = frozenset()
+    returned: Mapping[int, Crossed] = field(default_factory=dict)
     gathered: frozenset[int] = frozenset()
 
     def measured(self, meter: OpMeter, tensors: Tensors, gradients: Strides) -> Measured:
         known = _with_cut(tensors, self.cut, self.ops)
-        ends = self.made, self.sent, self.gathered
-        found = meter.work_together(self.ops, known, self.placed, self.arguments, Ends(*ends), gradients)
-        return _of_others(found)
+        ends = Ends(self.made, self.sent, self.returned.keys(), self.gathered)
+        return meter.work_together(self.ops, known, self.placed, self.arguments, ends, gradients)
 
 
 def _with_cut(tensors: Tensors, cut: Tensors, ops: Sequence[Op]) -> Tensors:
@@ -83,9 +83,13 @@ def _with_cut(tensors: Tensors, cut: Tensors, ops: Sequence[Op]) -> Tensors:
     return {each: tensors[each] for op in ops for each in (*op.inputs, *op.outputs) if each not in cut} | dict(cut)
 
 
-def _of_others(found: Measured) -> Measured:
-    """Return what was measured without the gradients of tensors that are cut for the ops alone."""
-    return replace(found, strides={each: strides for each, strides in found.strides.items() if each >= 0})
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What ops compute, how they leave the gradients of what they take, and where these are copied to be sent."""
+
+    work: OpWork
+    strides: Strides
+    copied: frozenset[Crossed]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +103,19 @@ class Computation:
     besides: OpWork
     copied: Strides
 
-    def measured(self, meter: OpMeter, tensors: Tensors, gradients: Strides) -> Measured:
+    def measured(self, meter: OpMeter, tensors: Tensors, gradients: Strides) -> Computed:
         """Return what it computes if gradients of what it makes come so, and how it leaves those of what it takes."""
-        work, strides = self.besides, {**gradients, **self.copied}
+        work, strides, copied = self.besides, {**gradients, **self.copied}, frozenset[Crossed]()
         for part in reversed(self.parts):
             found = part.measured(meter, tensors, strides)
             work += found.work
+            if isinstance(part, _Together):
+                copied |= {part.returned[tensor] for tensor in found.disordered}
             for tensor, each in found.strides.items():
-                if 0 in strides.setdefault(tensor, each):  # of several, the first says it, if it is not expanded
+                # Of several, the first says it, if it is not expanded; what is cut is of the ops alone.
+                if tensor >= 0 and 0 in strides.setdefault(tensor, each):
                     strides[tensor] = each
-        return Measured(work, strides)
+        return Computed(work, strides, copied)
 
 
 class Computing:
@@ -182,11 +189,11 @@ class Computing:
             if plan.output is not None and _is_summed(plan.output.forward):
                 yield from self._functions[first].outputs
 
-    def _sent_on_the_way_back(self, notes: Notes) -> Iterator[tuple[int, Placement]]:
-        """Yield what is taken, and as what, of which the gradient is sent to the ranks, and is of one op alone."""
+    def _returned_at(self, notes: Notes) -> Iterator[tuple[_Cut, Crossed]]:
+        """Yield what is taken, and as what, of which the gradient is sent to the ranks, and where it crosses."""
         for tensor, boundary in self._taken(notes):
-            if boundary.has_gradient and boundary.backward.collective and self._gradients.is_of_one(tensor):
-                yield tensor, boundary.forward.target
+            if boundary.has_gradient and boundary.backward.collective:
+                yield (tensor, boundary.forward.target), (tensor, boundary.forward, boundary.backward)
 
     def _of_sums(self, notes: Notes) -> OpWork:
         """Return the work of copying what functions make to be summed, where it is not in the order of its dims."""
@@ -225,7 +232,8 @@ class Computing:
             placed=placed,
             made=tuple(dict.fromkeys((*step.makes, *(tensor for tensor, _ in names if tensor in made)))),
             arguments={op.id: notes.followed[op.id].arguments for op in ops if op.id in notes.followed},
-            sent=frozenset({*self._summed(notes), *(names.get(e, e[0]) for e in self._sent_on_the_way_back(notes))}),
+            sent=frozenset(self._summed(notes)),
+            returned={names.get(cut, cut[0]): crossed for cut, crossed in self._returned_at(notes)},
             gathered=frozenset(self._gathered(placed)),
         )
 

@@ -16,6 +16,7 @@ from tp_planner.ir.graph import FunctionCall, ModelGraph, VariableInfo
 from tp_planner.ir.placement import WHOLE, Placement
 from tp_planner.ir.plan import Boundary
 from tp_planner.passes.shard_into_loss import gathers_last_dim, only_output
+from tp_planner.search.computing import Computed
 from tp_planner.search.gradients import Gradients
 from tp_planner.search.prices import Prices
 from tp_planner.search.program import IntegerProgram, Solution
@@ -90,7 +91,9 @@ class Formulation:
                     tensors[tensor] = states
                     self._add_slot(Slot("tensor", tensor), states)
         self._add_used_slots(found)
-        self._add_ways(found, works_of(found, self.graph, walker.meter))
+        works = works_of(found, self.graph, walker.meter)
+        copying = [(step, _with_copies(ways, each)) for (step, ways), each in zip(found, works, strict=True)]
+        self._add_ways(copying, works)
         for tensor in self.graph.outputs:
             if (columns := self.states.get(Slot("tensor", tensor))) is not None:
                 self._whole(columns)
@@ -115,11 +118,11 @@ class Formulation:
             if steps[slot] > 1:
                 self._add_slot(slot, dict.fromkeys(states))
 
-    def _add_ways(self, found: Sequence[tuple[Step, Sequence[Way]]], works: Sequence[Sequence[OpWork]]) -> None:
+    def _add_ways(self, found: Sequence[tuple[Step, Sequence[Way]]], works: Sequence[Sequence[Computed]]) -> None:
         shared = self._shared_crossings(found)
         plans: dict[object, list[dict[str, list[int]]]] = {}
         for (step, ways), computed in zip(found, works, strict=True):
-            columns = [self._add_way(step, way, work, shared) for way, work in zip(ways, computed, strict=True)]
+            columns = [self._add_way(step, way, each.work, shared) for way, each in zip(ways, computed, strict=True)]
             self.ways.append((step, dict(zip(columns, ways, strict=True))))
             self.constant -= self.program.costs[columns[0]]  # the first is the way of whole tensors
             self.program.equal(dict.fromkeys(columns, 1.0), 1.0)
@@ -138,7 +141,7 @@ class Formulation:
         """Return a column for each boundary that several steps can need: it is paid once."""
         needed: dict[object, tuple[Crossing, set[int]]] = {}
         for number, (_, ways) in enumerate(found):
-            for crossing in (each for way in ways for each in way.crossings):
+            for crossing in (each for way in ways for each in (*way.crossings, *way.copies)):
                 needed.setdefault(crossing.where, (crossing, set()))[1].add(number)
         return {
             where: self.program.column(self.prices.of_crossing(crossing))
@@ -147,14 +150,20 @@ class Formulation:
         }
 
     def _add_way(self, step: Step, way: Way, work: OpWork, shared: Mapping[object, int]) -> int:
-        own = {each.where: each for each in way.crossings if each.where not in shared}
+        own = {each.where: each for each in (*way.crossings, *way.copies) if each.where not in shared}
         cost = step.times * self.prices.of_work(work) + sum(self._of_crossing(step, each) for each in own.values())
         return self.program.column(cost, integral=True)
 
     def _of_crossing(self, step: Step, crossing: Crossing) -> float:
         """Return the time of a boundary; where a head would gather logits, that of a loss which reads shards."""
         call, boundary = step.layer_call, crossing.boundary
-        if call is None or self.loss_in_shards is None or not self._head or boundary.tensor != self._head:
+        if (
+            crossing.is_copy
+            or call is None
+            or self.loss_in_shards is None
+            or not self._head
+            or boundary.tensor != self._head
+        ):
             return self.prices.of_crossing(crossing)
         calls = sum((each.layer, each.mode) == (call.layer, call.mode) for each in self.graph.calls.values())
         if calls > 1 or not set(call.outputs) & set(self.graph.outputs) or not gathers_last_dim(boundary):
@@ -164,7 +173,7 @@ class Formulation:
     def _need_shared(self, ways: Sequence[Way], columns: Sequence[int], shared: Mapping[object, int]) -> None:
         needing: dict[int, dict[int, float]] = {}
         for way, column in zip(ways, columns, strict=True):
-            for crossing in way.crossings:
+            for crossing in (*way.crossings, *way.copies):
                 if crossing.where in shared:
                     needing.setdefault(shared[crossing.where], {})[column] = 1.0
         for crossed, entries in needing.items():
@@ -310,3 +319,7 @@ class Formulation:
             chosen = next(option for option, column in columns.items() if solution.has(column))
             stored.update((each.key, chosen) for each in group.variables)
         return stored
+
+
+def _with_copies(ways: Sequence[Way], computed: Sequence[Computed]) -> list[Way]:
+    return [way.copying(each.copied) for way, each in zip(ways, computed, strict=True)]

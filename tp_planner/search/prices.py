@@ -42,8 +42,15 @@ class Prices:
 
     def of_crossing(self, crossing: Crossing) -> float:
         """Return the time of a boundary, in all blocks that have it."""
+        if crossing.is_copy:
+            return crossing.times * self._of_copy(crossing.boundary)
         changes = [self._of_change(change, crossing.boundary) for change, _ in transitions(crossing)]
         return crossing.times * sum(changes)
+
+    def _of_copy(self, boundary: Boundary) -> float:
+        """Return the time of copying a gradient inside of a boundary."""
+        inside = math.prod(local_shape(boundary.shape, boundary.forward.target, self.base.axis_size))
+        return self.of_work(OpWork((), 2 * inside * boundary.itemsize, 1))
 
     def _of_change(self, change: Transition, boundary: Boundary) -> float:
         """Return the time of a collective and the copies around it; see ``regions/boundaries.py``."""

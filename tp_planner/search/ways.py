@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from tp_planner.passes.walk.known import Known
 from tp_planner.passes.walk.layers import follow_contraction, follow_dropout
 from tp_planner.passes.walk.notes import Notes
 from tp_planner.passes.walk.packing import stored_in_parts, weights_in_parts
-from tp_planner.search.computing import Computation, Computing
+from tp_planner.search.computing import Computation, Computing, Crossed
 from tp_planner.search.gradients import Gradients
 from tp_planner.search.steps import Step, Times
 
@@ -43,12 +43,21 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Crossing:
-    """A boundary that is crossed; equal ones are crossed once. ``variable`` is the one that is read there, if any."""
+    """A boundary that is crossed; equal ones are crossed once. ``variable`` is the one that is read there, if any.
+
+    It may stand for the copy of a gradient alone that is sent there, and is in another order than that of its dims.
+    """
 
     where: Any
     boundary: Boundary
     times: int
     variable: str | None = None
+    is_copy: bool = False
+
+    @property
+    def copying(self) -> Crossing:
+        """The copy that is made there."""
+        return replace(self, where=("copied", self.where), is_copy=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +66,8 @@ class Way:
 
     ``given`` and ``made`` say how it has its slots, ``crossings`` which boundaries it needs, ``computed`` what a rank
     computes. ``plan`` is what the plan says of the step's layer: it is one for all calls of the layer. ``is_plain``
-    says that this is nothing, ``writes_sizes`` that it would be but for sizes that the layer's code writes.
+    says that this is nothing, ``writes_sizes`` that it would be but for sizes that the layer's code writes. ``copies``
+    are those of gradients that are sent, once it is known how these come.
     """
 
     given: tuple[tuple[Slot, Placement], ...]
@@ -67,6 +77,11 @@ class Way:
     plan: Any
     is_plain: bool
     writes_sizes: bool
+    copies: tuple[Crossing, ...] = ()
+
+    def copying(self, copied: Set[Crossed]) -> Way:
+        """Return the way with copies of the gradients that are sent at these boundaries."""
+        return replace(self, copies=tuple(each.copying for each in self.crossings if each.where in copied))
 
     @property
     def gathers_output(self) -> bool:
