@@ -93,7 +93,15 @@ class Prices:
         for each in self.base.collectives:
             if each.axis == self.base.mesh.batch_axis:
                 seconds += transfer_time(each, self.base.mesh, self.hardware).high
-        return seconds / max(self._trained_bytes - self._unread_bytes, 1)
+        return seconds / max(self._trained_bytes - self._unread_bytes, 1) + self._per_averaged_byte
+
+    @cached_property
+    def _per_averaged_byte(self) -> float:
+        """The seconds that replicas compute for each byte of gradients that they average: joined first, if several."""
+        sizes = {each.key: math.prod(each.local_shape) * each.itemsize for each in self.base.variables}
+        buckets = [(sum(map(sizes.__getitem__, keys)), 1 + (len(keys) > 1)) for keys in self.base.buckets]
+        moved = sum(2 * size * kernels for size, kernels in buckets)
+        return self.of_work(OpWork((), moved, 0)) / max(sum(size for size, _ in buckets), 1)
 
     def memory_of_storing(self, variable: VariableInfo, placement: Placement) -> float:
         """Return the bytes of a variable on rank 0, with its gradient and the optimizer's slots."""
