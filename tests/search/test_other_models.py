@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import keras
 import pytest
 
 from tests.models import usual
 from tests.search.other_models import OTHERS
-from tests.search.test_found_models import assert_trains_as_one_device, found_for
+from tests.search.test_found_models import assert_trains_as_one_device, fast_links, found_for
 from tests.test_parity import make_batches
 from tests.workers import Pools
+from tp_planner.ir.mesh import Mesh
 from tp_planner.planner import make_plan
-from tp_planner.search.find import _Planner
+from tp_planner.search.find import _Planner, search
 
 QUICK = {"universal", "cross_network", "graph_network"}
 # By how much program and plan differ: more where planning stores in parts what it then gathers, for one.
@@ -28,6 +30,26 @@ def test_the_program_says_what_the_plan_costs(name: str) -> None:
     assert found.gap is not None
     assert found.gap < 1e-6
     assert found.cost < found.whole.cost
+
+
+@pytest.mark.parametrize("name", usual(["cross_network", "experts", "graph_network"], {"cross_network"}))
+def test_what_replicas_average_is_priced(name: str) -> None:
+    """A gradient in shards is joined and divided in less time: the more so the less there is to compute."""
+    case = OTHERS[name]
+    inputs, mesh = make_batches(case)[0][0], Mesh((("batch", 2), ("model", 2)))
+    found = search(case.build("float64"), mesh, fast_links(), inputs, keras.optimizers.AdamW())
+    assert abs(found.error) < ERRORS[name]
+    assert found.gap is not None
+    assert found.gap < 1e-6
+
+
+@pytest.mark.slow
+def test_a_region_that_plans_end_again_and_again_is_left() -> None:
+    """How biases are stored that are gathered makes no other region: all plans of the search were spent on them."""
+    found = found_for(OTHERS["sequences"], 4)
+    assert found.cost < 0.6 * found.whole.cost
+    assert found.gap is not None
+    assert found.gap < 0.02
 
 
 @pytest.mark.slow

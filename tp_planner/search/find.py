@@ -12,7 +12,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import keras
@@ -200,6 +200,9 @@ class _Search:
     memory: float | None
     covers_all: bool = True  # whether nothing is forbidden that could be planned
     is_limited: bool = False  # whether the program knows of the memory
+    refused: set[frozenset[int]] = field(
+        default_factory=set
+    )  # regions that plans have ended, by where their steps begin
 
     def run(self) -> Found:
         planned: dict[Layout, Candidate] = {}
@@ -277,7 +280,11 @@ class _Search:
         graph, chosen = self.formulation.graph, self.formulation.chosen(solution)
         refused = list(refused_regions(graph, chosen, plan))
         for columns in refused:
-            self.formulation.forbid_region(columns)
+            steps = frozenset(chosen[column][0].ops[0] for column in columns)
+            again = steps in self.refused  # variables stored in another way, that are gathered, may go on so for long
+            self.formulation.forbid_region(columns, however_stored=again)
+            self.covers_all &= not again
+            self.refused.add(steps)
         if refused and is_called_in_ways_that_differ(graph, plan):
             met = (column for region in refused for column in region)
             self.formulation.leave_sizes({graph.calls[chosen[each][0].call].layer for each in met})

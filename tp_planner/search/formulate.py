@@ -280,21 +280,24 @@ class Formulation:
         ending = (each for each, way in ways.items() if way.gathers_output)
         self.program.row(dict.fromkeys((*columns, *ending), 1.0), 0.0, len(columns))
 
-    def forbid_region(self, columns: Set[int]) -> None:
+    def forbid_region(self, columns: Set[int], however_stored: bool = False) -> None:
         """Let the solution not take all of these ways, nor such as differ by vectors alone.
 
-        How vectors are stored ends no region: they are gathered where they are in its way.
+        How vectors are stored ends no region: they are gathered where they are in its way. That of matrices which are
+        gathered may; if ``however_stored`` ways that differ by it alone are forbidden, too.
         """
+        kinds = ("tensor", "used") if however_stored else ("tensor", "used", "stored")
         entries: dict[int, float] = {}
         for _, ways in self.ways:
             for taken in columns & ways.keys():
-                same = self._shards_of(ways[taken])
-                entries |= {column: 1.0 for column, way in ways.items() if self._shards_of(way) == same}
+                same = self._shards_of(ways[taken], kinds)
+                entries |= {column: 1.0 for column, way in ways.items() if self._shards_of(way, kinds) == same}
         self.program.row(entries, 0.0, len(columns) - 1.0)
 
-    def _shards_of(self, way: Way) -> frozenset[tuple[Slot, Placement]]:
+    def _shards_of(self, way: Way, kinds: Sequence[str]) -> frozenset[tuple[Slot, Placement]]:
         """Return how a way has tensors and matrices."""
-        return frozenset(each for each in (*way.given, *way.made) if not self._is_vector(each[0]))
+        slots = (each for each in (*way.given, *way.made) if each[0].kind in kinds)
+        return frozenset(each for each in slots if not self._is_vector(each[0]))
 
     def _is_vector(self, slot: Slot) -> bool:
         if isinstance(slot.name, int):

@@ -56,11 +56,24 @@ def is_called_in_ways_that_differ(graph: ModelGraph, plan: Plan) -> bool:
 
 
 def _gathered_beside(graph: ModelGraph, chosen: Chosen, region: frozenset[int]) -> Iterator[int]:
-    """Yield the columns of ways that gather what they make, in calls in which the region has layers or code."""
+    """Yield the columns of ways that gather what they make, and of which the region takes something that comes of it.
+
+    They are in calls in which the region has layers or code.
+    """
     around = {_call_around(graph, chosen[column][0]) for column in region}
+    taken = {tensor for column in region for tensor in chosen[column][0].takes}
     for column, (step, way) in chosen.items():
-        if _call_around(graph, step) in around and way.gathers_output:
+        if _call_around(graph, step) in around and way.gathers_output and not taken.isdisjoint(_after(graph, step)):
             yield column
+
+
+def _after(graph: ModelGraph, step: Step) -> set[int]:
+    """Return what comes of what a step makes."""
+    found = set(step.makes)
+    for op in graph.ops[step.ops[1] :]:
+        if not found.isdisjoint(op.inputs):
+            found.update(op.outputs)
+    return found
 
 
 def _call_around(graph: ModelGraph, step: Step) -> int | None:
