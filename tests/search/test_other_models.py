@@ -32,7 +32,7 @@ def test_the_program_says_what_the_plan_costs(name: str) -> None:
     assert found.cost < found.whole.cost
 
 
-@pytest.mark.parametrize("name", usual(["cross_network", "experts", "graph_network"], {"cross_network"}))
+@pytest.mark.parametrize("name", usual(["cross_network", "experts"], {"cross_network"}))
 def test_what_replicas_average_is_priced(name: str) -> None:
     """A gradient in shards is joined and divided in less time: the more so the less there is to compute."""
     case = OTHERS[name]

@@ -54,6 +54,7 @@ from tp_planner.search.ways import Walker
 
 MOST_PLANS = 8  # layouts that are planned, at most
 CLOSE = 0.01  # by how much more a plan may cost than the program says without others being tried
+MOST_REFUSALS = 2  # of one region, before it is refused however variables are stored
 MOST_ROUNDS = 24  # times that the program is solved, at most
 
 
@@ -200,9 +201,7 @@ class _Search:
     memory: float | None
     covers_all: bool = True  # whether nothing is forbidden that could be planned
     is_limited: bool = False  # whether the program knows of the memory
-    refused: set[frozenset[int]] = field(
-        default_factory=set
-    )  # regions that plans have ended, by where their steps begin
+    refused: Counter[frozenset[int]] = field(default_factory=Counter)  # regions that plans ended, by steps' ops
 
     def run(self) -> Found:
         planned: dict[Layout, Candidate] = {}
@@ -281,10 +280,11 @@ class _Search:
         refused = list(refused_regions(graph, chosen, plan))
         for columns in refused:
             steps = frozenset(chosen[column][0].ops[0] for column in columns)
-            again = steps in self.refused  # variables stored in another way, that are gathered, may go on so for long
-            self.formulation.forbid_region(columns, however_stored=again)
-            self.covers_all &= not again
-            self.refused.add(steps)
+            # Other ways to store what is gathered there may come for long, and there is no proof left that they end.
+            however_stored = self.refused[steps] >= MOST_REFUSALS or not self.covers_all
+            self.formulation.forbid_region(columns, however_stored)
+            self.covers_all &= not however_stored
+            self.refused[steps] += 1
         if refused and is_called_in_ways_that_differ(graph, plan):
             met = (column for region in refused for column in region)
             self.formulation.leave_sizes({graph.calls[chosen[each][0].call].layer for each in met})
