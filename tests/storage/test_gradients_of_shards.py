@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from tests.workers import WorkerPool
+from tp_planner.regions.collectives import is_no_other_nodes
 from tp_planner.storage.local_shards import local_shard
 
 Read = Callable[[torch.Tensor], torch.Tensor]
@@ -139,3 +140,23 @@ def test_gradients_are_those_of_plain_parameters(workers: WorkerPool, way: str) 
 def test_gradients_have_none_of_their_own(workers: WorkerPool) -> None:
     """Who differentiates twice is told."""
     assert all("differentiate twice" in said for said in workers.run(twice))
+
+
+def test_torch_says_which_gradients_are_nobody_elses() -> None:
+    """A gradient that a node has computed for one other is; one that a sum hands on to both of its summands is not."""
+    found = []
+
+    class Asked(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
+            return weight.view_as(weight)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            found.append(is_no_other_nodes(gradient))
+            return gradient
+
+    one, other = (torch.ones(3, 3, requires_grad=True) for _ in range(2))
+    (other @ Asked.apply(one)).sum().backward()
+    (Asked.apply(one) + Asked.apply(other)).square().sum().backward()
+    assert found[:2] == [True, False]

@@ -14,6 +14,8 @@ from tp_planner.job.axes import Axis
 _OPS = torch.ops._c10d_functional
 _ALL_REDUCE, _WAIT = _OPS.all_reduce.default, _OPS.wait_tensor.default
 _ALL_REDUCE_IN_PLACE = _OPS.all_reduce_.default
+# How often torch counts a gradient that a node of autograd is given, and nothing else knows.
+_USES_ON_THE_WAY = 2 if torch.__version__ < "2.12" else 1
 
 
 def all_reduce(summand: torch.Tensor, axis: Axis, operation: str = "sum") -> torch.Tensor:
@@ -40,10 +42,16 @@ def is_nobodys(gradient: torch.Tensor) -> bool:
 
     It may be a view of what it was computed as, which nothing else knows. What code holds it does not see.
     """
-    if gradient._use_count() != 1 or not gradient.is_contiguous():  # type: ignore[attr-defined]
+    if not is_no_other_nodes(gradient) or not gradient.is_contiguous():
         return False
     uses, base = _uses_of_memory(gradient), gradient._base
     return uses == 2 if base is None else uses == 3 and base._use_count() == 2  # type: ignore[attr-defined]
+
+
+def is_no_other_nodes(gradient: torch.Tensor) -> bool:
+    """Whether no other node of autograd waits for the tensor that is a gradient on its way."""
+    uses: int = gradient._use_count()  # type: ignore[attr-defined]
+    return uses <= _USES_ON_THE_WAY
 
 
 def _uses_of_memory(tensor: torch.Tensor) -> int:

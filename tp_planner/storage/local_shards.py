@@ -12,6 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tp_planner.regions.backward import without_gradients
+from tp_planner.regions.collectives import is_no_other_nodes
 
 
 class LocalShard(torch.autograd.Function):
@@ -79,7 +80,7 @@ def _gradient_of_shard(parameter: Any, gradient: torch.Tensor) -> DTensor:
     # gradient as its parameter, and copies one that is somebody else's, too, but asks this of the DTensor; kernels of
     # updates look at the shard's strides, and some write into it.
     local = gradient.contiguous()
-    if local is gradient and gradient._use_count() > 1:  # type: ignore[attr-defined]
+    if local is gradient and not is_no_other_nodes(gradient):
         local = gradient.clone()
     return DTensor.__new__(DTensor, local, parameter._spec, requires_grad=False)
 
