@@ -10,7 +10,7 @@ from typing import Any
 import keras
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 
-from tp_planner.frontend.keras_internals import get_device
+from tp_planner.frontend.keras_internals import convert_to_tensor, get_device, numpy
 from tp_planner.patches import wrapped
 
 
@@ -27,5 +27,25 @@ def without_values() -> Iterator[None]:
 
         return __init__
 
-    with wrapped(BaseOptimizer, "__init__", made_there, "optimizers of models without values"), keras.device("meta"):
+    with (
+        wrapped(BaseOptimizer, "__init__", made_there, "optimizers of models without values"),
+        wrapped(numpy, "repeat", _repeated, "Keras fails to say what it makes of tensors without values"),
+        keras.device("meta"),
+    ):
         yield
+
+
+def _repeated(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Keras's ``repeat``, which knows tensors without values."""
+
+    @functools.wraps(plain)
+    def repeat(x: Any, repeats: Any, axis: int | None = None) -> Any:
+        tensor = convert_to_tensor(x)
+        if not tensor.is_meta:
+            return plain(x, repeats, axis=axis)
+        dim, shape = (0, [tensor.numel()]) if axis is None else (axis, list(tensor.shape))
+        times = [repeats] if isinstance(repeats, int) else [int(each) for each in repeats]
+        shape[dim] = sum(times) if len(times) > 1 else times[0] * shape[dim]
+        return tensor.new_empty(shape)
+
+    return repeat
