@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 import pytest
+import torch
 
 from tests.families import FAMILIES, published
 from tp_planner.frontend.hardware_file import find_hardware_file, read_hardware_file
@@ -143,6 +144,14 @@ def test_convolutions_whose_inputs_are_cut_are_priced_exactly() -> None:
     assert [each.layer for each in found.plan.layers if each.inputs] == ["first", "second"]
     assert abs(found.error) < 1e-6
     assert found.gap < 1e-6
+
+
+def test_a_search_measures_under_anomaly_detection_too() -> None:
+    """Which looks at values: what fails to be measured together is measured op by op, and less exactly."""
+    model = built(gated)
+    with torch.autograd.set_detect_anomaly(True):
+        found = search(model, parse_mesh("model=4"), H100, batch_of(model, 64), keras.optimizers.Adam())
+    assert abs(found.error) < 1e-6
 
 
 def test_what_code_takes_apart_later_is_found_in_parts() -> None:
