@@ -130,8 +130,8 @@ def test_a_reshape_that_cuts_shards_across_is_not_trusted() -> None:
     assert "'heads'" in layer.reason
 
 
-def test_reshape_straight_into_a_row_layer_is_not_trusted() -> None:
-    """A reshape that infers a dim keeps the number of heads on shards, where it has to shrink."""
+def test_a_reshape_straight_into_a_row_layer_is_told_the_sizes_of_shards() -> None:
+    """One that infers a dim would keep the number of heads on shards, where it has to shrink."""
     plan = plan_layers(
         [
             keras.layers.Dense(8, name="up"),
@@ -140,9 +140,10 @@ def test_reshape_straight_into_a_row_layer_is_not_trusted() -> None:
         ],
         {"up/kernel": (None, "model"), "down/kernel": ("model", None, None)},
     )
-    (layer,) = [each for each in plan.layers if each.layer == "up"]
-    assert layer.output is not None
-    assert "on local shards" in layer.reason
+    assert [each.layer for each in plan.layers if each.output is not None] == ["down"]
+    (heads,) = [each for each in plan.layers if each.layer == "heads"]
+    assert heads.sees_whole
+    assert [function.sizes for function in heads.functions] == [((2, 4, 2),)]
 
 
 def test_uneven_dims_are_gathered_and_said_so() -> None:

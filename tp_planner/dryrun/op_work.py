@@ -5,8 +5,9 @@ What a layout would have a rank compute can so be added up op by op, before ther
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -156,7 +157,7 @@ class OpMeter:
     def of_own_rows(self, ids: TensorInfo, looked_up: TensorInfo, rows: int) -> OpWork:
         """Return what a lookup in a rank's own rows, of so many in all, computes besides the lookup."""
         meter = _Meter()
-        with self._fake, quiet_torch(), torch.enable_grad():
+        with self._measuring():
             found = self._shard(looked_up, WHOLE, looked_up.has_gradient)
             with meter:
                 _, elsewhere = own_rows(self._shard(ids, WHOLE), rows, self._parts, 0)
@@ -179,6 +180,12 @@ class OpMeter:
                 return False
         return True
 
+    @contextlib.contextmanager
+    def _measuring(self) -> Iterator[None]:
+        """Inside, ops run on fake tensors, with gradients, and nothing looks at values."""
+        with self._fake, quiet_torch(), torch.enable_grad(), torch.autograd.set_detect_anomaly(False):
+            yield
+
     def _measure_together(
         self,
         ops: Sequence[Op],
@@ -194,7 +201,7 @@ class OpMeter:
         known: dict[int, torch.Tensor] = {}
         outside = dict.fromkeys(each for op in ops for each in op.inputs)
         outside = {each: None for each in outside if not any(each in op.outputs for op in ops)}
-        with self._fake, quiet_torch(), torch.enable_grad():
+        with self._measuring():
             for each in outside:
                 known[each] = self._shard(tensors[each], placed[each], tensors[each].has_gradient)
             try:
@@ -247,7 +254,7 @@ class OpMeter:
     ) -> Measured:
         meter = _Meter()
         left: dict[int, Shape] = {}
-        with self._fake, quiet_torch(), torch.enable_grad():
+        with self._measuring():
             given = [
                 self._shard(tensors[tensor], placement, gradient)
                 for tensor, placement, gradient in zip(op.inputs, placements, trained, strict=True)

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import keras
-import torch
 
 from tp_planner.dryrun.collector import without_collector
 from tp_planner.dryrun.loss_work import measure_loss
@@ -120,7 +119,7 @@ class _Planner:
 
 
 def _formulate(model: keras.Model, traces: Traces, loss: TrainingLoss | None, prices: Prices) -> Formulation:
-    with no_fakes_left(model), torch.autograd.set_detect_anomaly(False):  # which looks at values
+    with no_fakes_left(model):
         stage(f"tracing {model.name}")
         blocks = find_blocks(model, Signatures(model, signature=traces.signature))
         graph = only_towards_losses(traces.of(blocks, training=True))
