@@ -23,7 +23,7 @@ class Repeats(keras.layers.Layer):
         return [
             keras.ops.repeat(x, 2, axis=0),
             keras.ops.repeat(x, np.array([1, 3, 2, 0]), axis=-1),
-            keras.ops.repeat(x, 3),
+            keras.ops.repeat(x, np.int64(3)),
         ]
 
 

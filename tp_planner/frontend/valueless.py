@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import torch
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 
 from tp_planner.frontend.keras_internals import convert_to_tensor, get_device, numpy
@@ -44,7 +45,7 @@ def _repeated(plain: Callable[..., Any]) -> Callable[..., Any]:
         if not tensor.is_meta:
             return plain(x, repeats, axis=axis)
         dim, shape = (0, [tensor.numel()]) if axis is None else (axis, list(tensor.shape))
-        times = [repeats] if isinstance(repeats, int) else [int(each) for each in repeats]
+        times = torch.as_tensor(repeats).reshape(-1).tolist()
         shape[dim] = sum(times) if len(times) > 1 else times[0] * shape[dim]
         return tensor.new_empty(shape)
 
